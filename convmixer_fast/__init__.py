@@ -1,0 +1,24 @@
+"""Large-kernel depthwise convolution, and ConvMixer inference on it, at the speed of the hardware."""
+
+from . import ops, reference
+from ._library import build_info
+from ._version import __version__
+from .checkpoint import load_checkpoint
+from .model import ConvMixer, create_model, list_models
+from .ops import activate_pool, depthwise_conv2d, fused_depthwise
+from .optimize import optimize
+
+__all__ = [
+    "ConvMixer",
+    "__version__",
+    "activate_pool",
+    "build_info",
+    "create_model",
+    "depthwise_conv2d",
+    "fused_depthwise",
+    "list_models",
+    "load_checkpoint",
+    "ops",
+    "optimize",
+    "reference",
+]

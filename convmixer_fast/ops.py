@@ -1,0 +1,137 @@
+"""The operators: large-kernel depthwise convolution, alone and fused with what surrounds it in a ConvMixer.
+
+All of them take tensors on CPU or CUDA, float64, float32, float16 or bfloat16, contiguous, channels_last or any
+other strides, with 64-bit indexing, and return the memory format of ``x``. Sums are float32 (float64 for float64) and
+the result is rounded once. :mod:`convmixer_fast.reference` defines each of them in plain PyTorch.
+
+Inference only: an argument that requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit
+raise TypeError, ValueError or RuntimeError with the argument's name, what it was and what is accepted.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2}  # the values of csrc/params.h, enum class Activation
+
+_ops = torch.ops.convmixer_fast
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise convolution, stride 1, implicit zero "same" padding: ``F.conv2d(..., padding="same", groups=C)``.
+
+    Args:
+        x: (N, C, H, W); any of them may be 0.
+        weight: (C, 1, kh, kw), of x's dtype; any sizes from 1 up. Even sizes pad (k - 1) // 2 in front, k // 2 behind.
+        bias: (C,), of x's dtype, or None.
+
+    Returns:
+        (N, C, H, W), of x's dtype and memory format.
+    """
+    _check_inference(x=x, weight=weight, bias=bias)
+    return _call(_ops.depthwise_conv2d.default, x, weight, bias)
+
+
+def fused_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str = "gelu",
+    residual: bool = True,
+    prologue: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """act(conv(z) + bias) * scale + shift (+ z), in one pass over memory.
+
+    The spatial half of a ConvMixer layer ("Patches Are All You Need?", eq. 2) with its BatchNorm as scale and shift.
+    z is x, or with ``prologue=(b, s, t)`` it is act(x + b) * s + t inside the map and 0 in the padding, rounded once to
+    x's dtype: the channel half (eq. 3) of the layer before, whose 1x1 convolution then needs no pass of its own.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, kh, kw), of x's dtype.
+        bias, scale, shift: (C,), float32 (float64 if x is).
+        activation: "gelu" (erf form), "relu" or "none"; of the epilogue and of the prologue.
+        residual: whether z is added.
+        prologue: None, or three vectors like bias, scale, shift.
+
+    Returns:
+        (N, C, H, W), of x's dtype and memory format.
+    """
+    if prologue is None:
+        prologue = (None, None, None)
+    elif not isinstance(prologue, (tuple, list)) or len(prologue) != 3:
+        raise TypeError(f"prologue must be None or three tensors (bias, scale, shift), got {type(prologue).__name__}")
+    _check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue)
+    return _call(
+        _ops.fused_depthwise.default, x, weight, bias, scale, shift, _activation(activation), residual, *prologue
+    )
+
+
+def activate_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str = "gelu") -> Tensor:
+    """The mean over H and W of act(x + bias) * scale + shift: the end of a ConvMixer in one pass over memory.
+
+    Args:
+        x: (N, C, H, W).
+        bias, scale, shift: (C,), float32 (float64 if x is).
+        activation: "gelu" (erf form), "relu" or "none".
+
+    Returns:
+        (N, C), of x's dtype; NaN where the map is empty, as torch.mean.
+    """
+    _check_inference(x=x, bias=bias, scale=scale, shift=shift)
+    return _call(_ops.activate_pool.default, x, bias, scale, shift, _activation(activation))
+
+
+def _activation(name: str) -> int:
+    try:
+        return ACTIVATIONS[name]
+    except (KeyError, TypeError):
+        accepted = ", ".join(repr(accepted) for accepted in ACTIVATIONS)
+        raise ValueError(f"activation must be one of {accepted}, got {name!r}") from None
+
+
+def _check_inference(**arguments: Tensor | tuple | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, argument in arguments.items():
+        for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{name} requires a gradient, which this operator cannot give yet: "
+                    "call it under torch.no_grad() or torch.inference_mode(), or detach the tensor"
+                )
+
+
+def _call(op: torch._ops.OpOverload, *arguments) -> Tensor:
+    """Runs an operator; says why when its device has no kernels, and keeps the type of out-of-memory errors."""
+    x = arguments[0]
+    if isinstance(x, Tensor) and x.is_cuda:
+        _library.require_cuda()
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if _library.ALLOCATION_FAILED in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+@torch.library.register_fake("convmixer_fast::depthwise_conv2d")
+def _(x, weight, bias):
+    return _like(x)
+
+
+@torch.library.register_fake("convmixer_fast::fused_depthwise")
+def _(x, weight, bias, scale, shift, activation, residual, prologue_bias, prologue_scale, prologue_shift):
+    return _like(x)
+
+
+@torch.library.register_fake("convmixer_fast::activate_pool")
+def _(x, bias, scale, shift, activation):
+    return x.new_empty(x.shape[:2])

@@ -1,0 +1,38 @@
+#include "../cuda/launch.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "operators.h"
+
+// Weak: this library then also links and loads where torch has no CUDA, and its registration can be tested there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace convmixer_fast {
+namespace {
+
+struct Cuda {
+  static void depthwise(const DepthwiseParams& params, const Tensor& x) {
+    launch(x, [&](cudaStream_t stream) { return cuda::depthwise_direct(params, stream); });
+  }
+  static void activate_pool(const PoolParams& params, const Tensor& x) {
+    launch(x, [&](cudaStream_t stream) { return cuda::activate_pool(params, stream); });
+  }
+
+ private:
+  // On x's device and its current stream.
+  template <class Launcher>
+  static void launch(const Tensor& x, const Launcher& launcher) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "x is on CUDA, but this build of torch has no CUDA");
+    const int32_t device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    const cudaError_t status = launcher(static_cast<cudaStream_t>(stream));
+    check(status == cudaSuccess, "CUDA error at the launch: ", cudaGetErrorString(status));
+  }
+};
+
+}  // namespace
+}  // namespace convmixer_fast
+
+CONVMIXER_FAST_IMPL(CUDA, Cuda)

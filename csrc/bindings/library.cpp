@@ -1,0 +1,17 @@
+// The operators' schemas, and what this build contains.
+#include <torch/csrc/stable/library.h>
+
+#include "../cpu/kernels.h"
+
+STABLE_TORCH_LIBRARY(convmixer_fast, m) {
+  m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "fused_depthwise(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, bool residual, "
+      "Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift) -> Tensor");
+  m.def("activate_pool(Tensor x, Tensor bias, Tensor scale, Tensor shift, int activation) -> Tensor");
+}
+
+// For convmixer_fast._library, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() { return convmixer_fast::cpu::kernels().isa; }
+// CUDA targets such as "sm_80 sm_90a", or the reason why the CUDA kernels were not built.
+extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cuda_build() { return CMF_CUDA_BUILD; }

@@ -1,0 +1,236 @@
+// The operators from torch's side: arguments checked, output allocated, params filled, a backend's kernels run.
+// One implementation for every backend; a backend is a type with
+//   static void depthwise(const DepthwiseParams&, const Tensor& x);
+//   static void activate_pool(const PoolParams&, const Tensor& x);
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "../params.h"
+
+namespace convmixer_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void check(bool condition, const Parts&... message) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::runtime_error(text.str());
+}
+
+struct ShapeOf {  // prints as (2, 3)
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, ShapeOf shape) {
+  out << '(';
+  for (int64_t d = 0; d < shape.tensor.dim(); d++) out << (d ? ", " : "") << shape.tensor.size(d);
+  return out << ')';
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another type";
+  }
+}
+
+inline DType dtype_of(const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: break;
+  }
+  check(false, argument, " must be float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
+  __builtin_unreachable();
+}
+
+inline Activation activation_of(int64_t value) {
+  check(0 <= value && value <= 2, "activation must be 0 (none), 1 (gelu) or 2 (relu), got ", value);
+  return static_cast<Activation>(value);
+}
+
+inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// torch's own rule (c10::is_channels_last_strides_2d), which the stable ABI does not offer.
+inline bool is_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    if (d == 0 && least == t.stride(1)) return false;  // N1HW and the like: ambiguous, taken as contiguous
+    least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
+  }
+  return true;
+}
+
+// convmixer_fast/_library.py turns such errors into torch.OutOfMemoryError.
+constexpr const char* kAllocationFailed = "out of memory: could not allocate the output, ";
+
+template <size_t kDims>
+Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std::array<int64_t, kDims> strides) {
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError status = aoti_torch_empty_strided(
+      kDims, sizes.data(), strides.data(), dtype, device_type, device_index, &handle);
+  if (status != AOTI_TORCH_SUCCESS) {
+    std::ostringstream shape;
+    for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
+    check(false, kAllocationFailed, shape.str(), ") of ", name_of(x.scalar_type()));
+  }
+  return Tensor(handle);
+}
+
+// An output of x's shape in x's memory format.
+inline Tensor empty_output(const Tensor& x) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const auto or_one = [](int64_t size) { return size > 0 ? size : 1; };
+  if (is_channels_last(x)) return empty_strided_like<4>(x, {n, c, h, w}, {h * w * c, 1, w * c, c});
+  return empty_strided_like<4>(
+      x, {n, c, h, w}, {or_one(c) * or_one(h) * or_one(w), or_one(h) * or_one(w), or_one(w), 1});
+}
+
+inline void check_map(const char* argument, const Tensor& x) {
+  check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
+}
+
+inline void check_beside(const char* argument, const Tensor& tensor, const Tensor& x) {
+  check(tensor.device() == x.device(), argument, " must be on x's device, got another one");
+}
+
+inline Tensor checked_weight(const Tensor& weight, const Tensor& x) {
+  check_beside("weight", weight, x);
+  check(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype ", name_of(x.scalar_type()), ", got ",
+        name_of(weight.scalar_type()));
+  check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(2) >= 1 &&
+            weight.size(3) >= 1,
+        "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as x and kh, kw >= 1, got ", ShapeOf{weight});
+  return torch::stable::contiguous(weight);
+}
+
+inline Tensor checked_vector(const char* argument, const Tensor& vector, const Tensor& x, ScalarType type) {
+  check_beside(argument, vector, x);
+  check(vector.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()), " x, got ",
+        name_of(vector.scalar_type()));
+  check(vector.dim() == 1 && vector.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
+        " channels as x, got ", ShapeOf{vector});
+  return torch::stable::contiguous(vector);
+}
+
+// bias, scale and shift of one pointwise step, checked; owns contiguous copies where they were needed.
+struct Pointwise {
+  Tensor bias, scale, shift;
+  PointwiseParams params;
+
+  Pointwise(const Tensor& x, const Tensor& bias_, const char* bias_name, const Tensor& scale_, const char* scale_name,
+            const Tensor& shift_, const char* shift_name, Activation activation) {
+    const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    bias = checked_vector(bias_name, bias_, x, type);
+    scale = checked_vector(scale_name, scale_, x, type);
+    shift = checked_vector(shift_name, shift_, x, type);
+    params = {bias.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
+              type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32, activation};
+  }
+};
+
+inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  DepthwiseParams params{};
+  params.x = x.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.y = y.mutable_data_ptr();
+  params.batch = x.size(0), params.channels = x.size(1), params.height = x.size(2), params.width = x.size(3);
+  params.x_stride = strides_of(x), params.y_stride = strides_of(y);
+  params.kernel_h = weight.size(2), params.kernel_w = weight.size(3);
+  params.pad_top = (params.kernel_h - 1) / 2, params.pad_left = (params.kernel_w - 1) / 2;
+  params.dtype = dtype_of("x", x);
+  return params;
+}
+
+template <class Backend>
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_map("x", x);
+  dtype_of("x", x);
+  const Tensor taps = checked_weight(weight, x);
+  Tensor bias_vector;
+  if (bias) bias_vector = checked_vector("bias", *bias, x, x.scalar_type());
+  Tensor y = empty_output(x);
+  DepthwiseParams params = depthwise_params(x, taps, y);
+  params.epilogue.bias = bias ? bias_vector.const_data_ptr() : nullptr;
+  params.epilogue.vector_dtype = params.dtype;
+  if (y.numel() > 0) Backend::depthwise(params, x);
+  return y;
+}
+
+template <class Backend>
+Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
+                       const Tensor& shift, int64_t activation, bool residual,
+                       const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                       const std::optional<Tensor>& prologue_shift) {
+  check_map("x", x);
+  dtype_of("x", x);
+  const Tensor taps = checked_weight(weight, x);
+  const Pointwise epilogue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
+  check(prologue_bias.has_value() == prologue_scale.has_value() &&
+            prologue_bias.has_value() == prologue_shift.has_value(),
+        "prologue must give all of bias, scale and shift, or none");
+  std::optional<Pointwise> prologue;
+  if (prologue_bias)
+    prologue.emplace(x, *prologue_bias, "prologue[0] (bias)", *prologue_scale, "prologue[1] (scale)", *prologue_shift,
+                     "prologue[2] (shift)", activation_of(activation));
+  Tensor y = empty_output(x);
+  DepthwiseParams params = depthwise_params(x, taps, y);
+  params.residual = residual;
+  params.epilogue = epilogue.params;
+  params.has_prologue = prologue.has_value();
+  if (prologue) params.prologue = prologue->params;
+  if (y.numel() > 0) Backend::depthwise(params, x);
+  return y;
+}
+
+template <class Backend>
+Tensor activate_pool(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
+                     int64_t activation) {
+  check_map("x", x);
+  const DType dtype = dtype_of("x", x);
+  const Pointwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
+  const int64_t channels = x.size(1);
+  Tensor y = empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
+  PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0),     channels, x.size(2), x.size(3),
+                    strides_of(x),      dtype,                prologue.params};
+  if (y.numel() > 0) Backend::activate_pool(params, x);
+  return y;
+}
+
+}  // namespace convmixer_fast
+
+#define CONVMIXER_FAST_IMPL(DISPATCH_KEY, BACKEND)                                                   \
+  STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                                       \
+    m.impl("depthwise_conv2d", TORCH_BOX(&convmixer_fast::depthwise_conv2d<convmixer_fast::BACKEND>)); \
+    m.impl("fused_depthwise", TORCH_BOX(&convmixer_fast::fused_depthwise<convmixer_fast::BACKEND>));   \
+    m.impl("activate_pool", TORCH_BOX(&convmixer_fast::activate_pool<convmixer_fast::BACKEND>));       \
+  }

@@ -1,0 +1,14 @@
+// Every launcher of a CUDA kernel, declared once. No torch: the emulator in the tests builds these files as they are.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "../params.h"
+
+namespace convmixer_fast::cuda {
+
+// Any kernel size, map, strides and dtype, on CUDA cores.
+cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream);
+
+cudaError_t activate_pool(const PoolParams& params, cudaStream_t stream);
+
+}  // namespace convmixer_fast::cuda

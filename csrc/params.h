@@ -1,0 +1,54 @@
+// What a kernel is asked to do: plain structs that the bindings fill and the CPU and CUDA kernels read.
+// No torch, no CUDA. Strides are in elements; every index into a tensor is 64-bit.
+#pragma once
+#include <cstdint>
+
+namespace convmixer_fast {
+
+enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+// The values are those of the operators' integer argument `activation`.
+enum class Activation : int32_t { kNone = 0, kGelu = 1, kRelu = 2 };  // kGelu: the erf form
+
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// activation(v + bias) * scale + shift, one value a channel. A null pointer stands for 0, 1 and 0.
+struct PointwiseParams {
+  const void* bias;
+  const void* scale;
+  const void* shift;
+  DType vector_dtype;  // of the three vectors: float32 (float64 for float64 tensors), or the tensor's own
+  Activation activation;
+};
+
+// y = epilogue(conv(z)) (+ z if residual), where z is x, or prologue(x) rounded to `dtype`.
+// The padding is implicit and zero; with a prologue it is z, not x, that is zero there.
+// Output (h, w) sees z at (h + i - pad_top, w + j - pad_left), i < kernel_h, j < kernel_w.
+struct DepthwiseParams {
+  const void* x;
+  const void* weight;  // contiguous (channels, kernel_h, kernel_w), of type `dtype`
+  void* y;
+  int64_t batch, channels, height, width;
+  Strides x_stride, y_stride;
+  int64_t kernel_h, kernel_w;
+  int64_t pad_top, pad_left;
+  DType dtype;  // of x, weight and y; sums are float32 (float64 for float64)
+  bool has_prologue;
+  bool residual;
+  PointwiseParams prologue;
+  PointwiseParams epilogue;
+};
+
+// y[n, c] = mean over h, w of prologue(x).
+struct PoolParams {
+  const void* x;
+  void* y;  // contiguous (batch, channels)
+  int64_t batch, channels, height, width;
+  Strides x_stride;
+  DType dtype;
+  PointwiseParams prologue;
+};
+
+}  // namespace convmixer_fast

@@ -1,0 +1,141 @@
+"""Builds the two libraries: _C.so (schemas, CPU kernels) always, _C_cuda.so (CUDA kernels) where there is an nvcc.
+
+Environment: CMF_CUDA=auto|0|1 (1: fail rather than build without CUDA), CMF_NVCC=path of nvcc,
+TORCH_CUDA_ARCH_LIST=targets (default: all that nvcc knows of DEFAULT_TARGETS).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent
+DEFAULT_TARGETS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+
+
+def find_nvcc() -> Path | None:
+    site_packages = Path(sysconfig.get_path("purelib"))
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [
+        os.environ.get("CMF_NVCC"),
+        *(Path(home) / "bin" / "nvcc" for home in homes),
+        shutil.which("nvcc"),
+        *site_packages.glob("nvidia/cu*/bin/nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((Path(nvcc) for nvcc in candidates if nvcc and os.access(nvcc, os.X_OK)), None)
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """The toolkit's folder. nvcc itself is asked: the file on PATH may be a wrapper script."""
+    output = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)[1]).resolve()
+
+
+def choose_toolkit() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None and the reason."""
+    wanted = os.environ.get("CMF_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"CMF_CUDA must be auto, 0 or 1, got {wanted!r}")
+    nvcc = find_nvcc()
+    if wanted == "0":
+        reason = "CMF_CUDA=0 was set"
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a build without CUDA"
+    elif nvcc is None:
+        reason = "no nvcc was found (CMF_NVCC, CUDA_HOME, PATH, the toolkit's PyPI packages)"
+    else:
+        return toolkit_of(nvcc), ""
+    if wanted == "1":
+        raise SystemExit(f"CMF_CUDA=1, but {reason}")
+    return None, reason
+
+
+def set_targets(toolkit: Path) -> str:
+    """Sets TORCH_CUDA_ARCH_LIST where it is not set; returns the targets as "sm_80 sm_90a"."""
+    known = subprocess.run([toolkit / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    offered = [t for t in DEFAULT_TARGETS if f"compute_{t.rstrip('a').replace('.', '')}" in known.stdout.split()]
+    targets = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(offered) + "+PTX")
+    return " ".join(f"sm_{t.replace('.', '').replace('+PTX', '+ptx')}" for t in re.split("[; ]+", targets))
+
+
+toolkit, missing = choose_toolkit()
+if toolkit:
+    os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is imported
+    cuda_build = set_targets(toolkit)
+else:
+    cuda_build = missing
+    print(f"convmixer_fast: building the CPU part only: {missing}.", file=sys.stderr)
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+cxx_flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall"]
+x86_only = {"csrc/cpu/depthwise_avx2.cpp", "csrc/cpu/depthwise_avx512.cpp"}
+cpu_sources = sources("csrc/cpu/*.cpp", "csrc/bindings/library.cpp", "csrc/bindings/cpu_ops.cpp")
+if os.uname().machine != "x86_64":
+    cpu_sources = [source for source in cpu_sources if source not in x86_only]
+
+extensions = [
+    CppExtension(
+        "convmixer_fast._C",
+        cpu_sources,
+        extra_compile_args={"cxx": [*cxx_flags, f'-DCMF_CUDA_BUILD="{cuda_build}"']},
+        py_limited_api=True,
+    )
+]
+if toolkit:
+    libraries = next(folder for folder in (toolkit / "lib64", toolkit / "lib") if folder.is_dir())
+    # torch's flags forbid half arithmetic; the kernels use the operators of cuda_fp16.h and cuda_bf16.h.
+    allow_half = [f"-U__CUDA_NO_{name}__" for name in
+                  ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")]
+    extensions.append(
+        CppExtension(
+            "convmixer_fast._C_cuda",
+            sources("csrc/cuda/*.cu", "csrc/bindings/cuda_ops.cpp"),
+            include_dirs=[str(toolkit / "include")],
+            library_dirs=[str(libraries)],
+            # The CUDA runtime is linked statically: any driver of its major version will do, whatever torch brings.
+            # libtorch is named so that the stream function, a weak symbol, is found through it.
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+            extra_compile_args={
+                "cxx": cxx_flags,
+                "nvcc": ["-O3", "-std=c++17", "--threads=2", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *allow_half],
+            },
+            py_limited_api=True,
+        )
+    )
+
+
+class PlatformWheel(bdist_wheel):
+    """Neither library depends on a Python version: py3-none-<platform>."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+class CleanBuild(BuildExtension):
+    """No library of an earlier build may stay beside what this one builds (a _C_cuda.so in a CPU wheel)."""
+
+    def run(self):
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        if not toolkit:
+            (folder / "convmixer_fast" / "_C_cuda.so").unlink(missing_ok=True)
+        super().run()
+
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": CleanBuild.with_options(no_python_abi_suffix=True), "bdist_wheel": PlatformWheel},
+)
