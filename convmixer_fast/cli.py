@@ -1,0 +1,129 @@
+"""The command line: ``python -m convmixer_fast info`` and ``python -m convmixer_fast classify``."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import ConvMixer, build_info, load_checkpoint, optimize
+
+
+class UsageError(Exception):
+    """What is asked for cannot be done; where an argument does not fit, the message starts with its name."""
+
+
+def read_labels(path: Path, n_classes: int) -> list[str]:
+    """The classes' names, one a line, in the order of the network's outputs."""
+    try:
+        labels = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"argument --labels: {path}: {error}") from None
+    if len(labels) != n_classes:
+        raise UsageError(f"argument --labels: {path} has {len(labels)} lines, the model {n_classes} classes")
+    return labels
+
+
+def load_model(args: argparse.Namespace) -> ConvMixer:
+    try:
+        model = load_checkpoint(args.checkpoint, activation=args.activation)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument --checkpoint: {error}") from None
+    if model.in_channels != 3:
+        raise UsageError(f"argument --checkpoint: the model takes {model.in_channels} channels, expected 3 (RGB)")
+    if args.image_size < model.patch_size:
+        raise UsageError(f"argument --image-size: {args.image_size} is less than a patch, {model.patch_size}")
+    return model
+
+
+def printable(text: object) -> str:
+    """The text on one line and in one column: tabs, line ends and undecodable bytes escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def classify(args: argparse.Namespace) -> int:
+    """Prints the likeliest classes of each image; 1 if there are none for some image, else 0."""
+    try:
+        from . import images  # here, for Pillow is optional
+    except ImportError as error:
+        raise UsageError(f"classify needs Pillow (pip install pillow): {error}") from None
+    if args.device == "cuda":
+        missing = build_info()["cuda_missing"] or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+        if missing:
+            raise UsageError(f"argument --device: 'cuda', but {missing}")
+    try:
+        paths = images.find_images(args.images)
+    except ValueError as error:
+        raise UsageError(f"argument IMAGE: {error}") from None
+    model = load_model(args)
+    labels = read_labels(args.labels, model.n_classes) if args.labels else None
+    dtype = getattr(torch, args.dtype)
+    network = optimize(model, dtype=dtype).to(args.device)
+    status = 0
+    for path, outcome in images.predict(network, paths, args.image_size, args.batch_size, args.device, dtype):
+        if isinstance(outcome, Exception):
+            print(printable(f"{path}: {type(outcome).__name__}: {outcome}"), file=sys.stderr)
+            status = 1
+            continue
+        for rank, (probability, index) in enumerate(zip(*outcome.topk(min(args.topk, model.n_classes))), 1):
+            columns = [path, rank, int(index), f"{probability:.6f}"] + ([labels[index]] if labels else [])
+            print(*map(printable, columns), sep="\t")
+    return status
+
+
+def info(args: argparse.Namespace) -> int:
+    """Prints what was built and what is in use."""
+    for name, value in build_info().items():
+        text = " ".join(value) if isinstance(value, list) else value
+        print(f"{name.replace('_', ' '):15} {text or 'none'}")
+    return 0
+
+
+def positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="convmixer-fast", description="ConvMixer inference on fused operators")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("info", help="what was built and what is in use", description=info.__doc__)
+    command.set_defaults(run=info, parser=command)
+
+    command = commands.add_parser(
+        "classify",
+        help="classify image files",
+        description="Prints the likeliest classes of each image, a line each, separated by tabs: image, rank, index of "
+        "the class, probability and, with --labels, its name. Unreadable images are named on stderr, the rest go on, "
+        "and the exit status is 1. Images are prepared as timm does for ConvMixer: ImageNet's mean and deviation.",
+    )
+    argument = command.add_argument
+    argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file, or folder of them")
+    argument("--checkpoint", metavar="F", type=Path, required=True, help="the model's weights")
+    argument("--activation", choices=("gelu", "relu"), help="needed where the checkpoint's name does not tell")
+    argument("--labels", metavar="F", type=Path, help="the classes' names, one a line")
+    argument("--topk", metavar="K", type=positive, default=5, help="lines an image at most (%(default)s)")
+    argument("--image-size", metavar="S", type=positive, default=224, help="side of the input (%(default)s pixels)")
+    argument("--batch-size", metavar="N", type=positive, default=16, help="images a pass (%(default)s)")
+    argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
+    argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    command.set_defaults(run=classify, parser=command)
+
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status, or raises SystemExit(2) where the arguments do not fit."""
+    args = parse(argv)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        args.parser.error(str(error))
+    except BrokenPipeError:  # whoever reads, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,283 @@
+"""A trained ConvMixer as a module on the fused operators, for inference."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .model import check_images
+
+# Modules whose forward runs their children one after the other, by the name of that function: no import of timm.
+_CHAINS = {
+    "torch.nn.modules.container.Sequential.forward",
+    "convmixer_fast.model.ConvMixer.forward",
+    "timm.models.convmixer.ConvMixer.forward",
+    "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d.forward",
+}
+_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class OptimizedConvMixer(nn.Module):
+    """The forward pass of a ConvMixer with two steps a layer: a fused depthwise convolution and a matrix product.
+
+    Made by :func:`optimize`. The fused step takes a convolution's raw output, applies its bias, activation and
+    BatchNorm on the way in, convolves, applies those of its own and adds the residual, in one pass over memory.
+
+    It converts, moves, copies, pickles and saves as any module; the weights are buffers. The vectors of bias and
+    BatchNorm stay float64 whatever the weights' dtype, and are used as float32 (float64 with float64 weights). It is
+    for inference: train() raises RuntimeError, and so does an input that requires a gradient in grad mode.
+    """
+
+    def __init__(
+        self,
+        patch: Tensor,
+        depthwise: Tensor,
+        pointwise: Tensor,
+        vectors: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor,
+        activation: str,
+    ):
+        """
+        Args:
+            patch: (dim, in_channels, ph, pw), weight of the patch convolution.
+            depthwise: (depth, dim, 1, kh, kw).
+            pointwise: (depth, dim, dim).
+            vectors: (2 depth + 1, 3, dim), float64: bias, scale and shift after each convolution, as they run.
+            head_weight: (n_classes, dim).
+            head_bias: (n_classes,).
+            activation: "gelu" or "relu".
+        """
+        super().__init__()
+        self.register_buffer("patch", patch)
+        self.register_buffer("depthwise", depthwise)
+        self.register_buffer("pointwise", pointwise)
+        self.register_buffer("vectors", vectors)
+        self.register_buffer("head_weight", head_weight)
+        self.register_buffer("head_bias", head_bias)
+        self.activation = activation
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits (N, n_classes) of images (N, in_channels, H, W), both of the weights' dtype.
+
+        Raises:
+            TypeError: x is of another dtype.
+            ValueError: x is not of that shape, or smaller than a patch.
+        """
+        if x.dtype != self.patch.dtype:
+            raise TypeError(f"x must be {self.patch.dtype} as the weights, got {x.dtype}")
+        check_images(x, *self.patch.shape[1:])
+        layout = torch.contiguous_format if x.is_cuda else torch.channels_last
+        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+        after_patch, *after = (vectors.unbind() for vectors in self.vectors.to(arithmetic).unbind())
+
+        x = x.contiguous(memory_format=layout)
+        x = F.conv2d(x, self.patch, stride=self.patch.shape[2:]).contiguous(memory_format=layout)
+        prologue = after_patch
+        layers = zip(self.depthwise.unbind(), after[::2], self.pointwise.unbind(), after[1::2])
+        for depthwise, after_depthwise, pointwise, after_pointwise in layers:
+            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, residual=True, prologue=prologue)
+            x = _pointwise_conv2d(x, pointwise)
+            prologue = after_pointwise
+        return F.linear(ops.activate_pool(x, *prologue, self.activation), self.head_weight, self.head_bias)
+
+    def train(self, mode: bool = True) -> "OptimizedConvMixer":
+        if mode:
+            raise RuntimeError("an optimized ConvMixer is for inference: train the model it was made from")
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OptimizedConvMixer":
+        """Moves all buffers, and converts all but the vectors: they would lose precision, and weigh little."""
+
+        def keep_vectors(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor is self.vectors and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_vectors, recurse)
+
+    def extra_repr(self) -> str:
+        depth, dim, _, *kernel_size = self.depthwise.shape
+        return (
+            f"dim={dim}, depth={depth}, kernel_size={tuple(kernel_size)}, patch_size={tuple(self.patch.shape[2:])}, "
+            f"n_classes={len(self.head_bias)}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
+            f"dtype={self.patch.dtype}"
+        )
+
+
+def _pointwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """The 1x1 convolution of x (N, C_in, H, W) with weight (C_out, C_in), by a library's matrix product."""
+    if x.is_cuda:  # NCHW: one product an image, no copy
+        return torch.matmul(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+    # channels_last, for which oneDNN has a product over all images; on the CPU it beat F.linear in most sizes measured
+    return F.conv2d(x, weight[:, :, None, None])
+
+
+def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedConvMixer:
+    """A module for inference with the forward pass of a trained ConvMixer, on the fused operators.
+
+    BatchNorm becomes a scale and a shift, computed in float64. The given model stays as it is and shares no memory
+    with the new one.
+
+    Args:
+        model: in eval mode: a ConvMixer of this package or of timm, or an nn.Sequential as in the paper's Figure 3:
+            patch convolution, then layers, then nn.AdaptiveAvgPool2d(1), nn.Flatten and nn.Linear. Every convolution
+            has a bias and is followed by GELU (erf form) or ReLU, the same everywhere, and by nn.BatchNorm2d. The
+            depthwise ones have one size and padding "same", or (k - 1) // 2 if it is odd, and are in a module with
+            one child fn (of any name) whose forward is fn(x) + x.
+        dtype: torch.float64, float32, float16 or bfloat16, to convert the weights to; None: theirs.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: dtype is another one; or the first module that is in training mode or does not match, by its path.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if not _is_chain(model):
+        raise ValueError(
+            f"model is {type(model).__name__}, accepted: convmixer_fast.ConvMixer, timm's ConvMixer, nn.Sequential"
+        )
+    for path, module in model.named_modules(prefix="model"):
+        if module.training:
+            raise ValueError(f"{path} ({type(module).__name__}) is in training mode, accepted: eval mode, model.eval()")
+    with torch.no_grad():
+        return _convert(model, dtype)
+
+
+def _convert(model: nn.Module, dtype: torch.dtype | None) -> OptimizedConvMixer:
+    leaves = _Leaves(model)
+    patch = leaves.take(nn.Conv2d)
+    dim = patch.out_channels
+    plain = dict(dilation=[(1, 1)], padding_mode=["zeros"])
+    leaves.check(patch, stride=[patch.kernel_size], padding=["valid", (0, 0)], groups=[1], **plain)
+    vectors, depthwise, pointwise = [leaves.take_vectors(patch)], [], []
+    plain |= dict(in_channels=[dim], out_channels=[dim], stride=[(1, 1)])
+    while not (depthwise and leaves.next_is(nn.AdaptiveAvgPool2d)):
+        with leaves.residual(dim):
+            conv = leaves.take(nn.Conv2d)
+            kernel_size = depthwise[0].kernel_size if depthwise else conv.kernel_size
+            padding = ["same"]
+            if all(size % 2 for size in kernel_size):
+                padding.append(tuple(size // 2 for size in kernel_size))
+            leaves.check(conv, kernel_size=[kernel_size], groups=[dim], padding=padding, **plain)
+            depthwise.append(conv)
+            vectors.append(leaves.take_vectors(conv))
+        conv = leaves.take(nn.Conv2d)
+        leaves.check(conv, kernel_size=[(1, 1)], groups=[1], padding=["same", "valid", (0, 0)], **plain)
+        pointwise.append(conv)
+        vectors.append(leaves.take_vectors(conv))
+    leaves.check(leaves.take(nn.AdaptiveAvgPool2d), output_size=[1, (1, 1)])
+    leaves.check(leaves.take(nn.Flatten), start_dim=[1], end_dim=[-1, 3])
+    head = leaves.take(nn.Linear)
+    leaves.check(head, in_features=[dim])
+    leaves.end()
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype or patch.weight.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    return OptimizedConvMixer(
+        patch=converted(patch.weight),
+        depthwise=converted(torch.stack([conv.weight for conv in depthwise])),
+        pointwise=converted(torch.stack([conv.weight.flatten(1) for conv in pointwise])),
+        vectors=torch.stack(vectors),
+        head_weight=converted(head.weight),
+        head_bias=converted(head.bias),
+        activation=leaves.activation,
+    )
+
+
+class _Leaves:
+    """Takes a model's leaves in the order in which they run; raises ValueError at the first that does not match."""
+
+    def __init__(self, model: nn.Module):
+        self._coming = deque(_leaves("model", model))
+        self._path = "model"  # of the leaf taken last
+        self.activation = None  # that of all layers, known from the first one
+
+    def next_is(self, kind: type[nn.Module]) -> bool:
+        return bool(self._coming) and isinstance(self._coming[0][1], kind)
+
+    def take(self, *kinds: type[nn.Module]) -> nn.Module:
+        """The next leaf, which must be of one of these kinds and lack none of its tensors."""
+        accepted = " or ".join(f"nn.{kind.__name__}" for kind in kinds)
+        module = self._pop(accepted)
+        if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds):
+            raise self._mismatch(module, accepted)
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None:
+                raise ValueError(f"{self._path}.{name} is None, accepted: a tensor")
+        return module
+
+    def check(self, module: nn.Module, **accepted: list) -> None:
+        """Compares attributes of the leaf taken last with the values accepted for them."""
+        for name, values in accepted.items():
+            value = getattr(module, name)
+            if value not in values:
+                raise ValueError(f"{self._path}.{name} is {value!r}, accepted: {' or '.join(map(repr, values))}")
+
+    def take_vectors(self, conv: nn.Conv2d) -> Tensor:
+        """Bias, scale and shift (3, dim) in float64: of the convolution before, and of the BatchNorm after the next
+        leaf, the activation."""
+        activation = self.take(*_ACTIVATIONS)
+        if isinstance(activation, nn.GELU):
+            self.check(activation, approximate=["none"])
+        name = next(name for kind, name in _ACTIVATIONS.items() if isinstance(activation, kind))
+        if self.activation not in (None, name):
+            raise self._mismatch(activation, f"{self.activation!r} as before")
+        self.activation = name
+        norm = self.take(nn.BatchNorm2d)
+        self.check(norm, num_features=[conv.out_channels])
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        return torch.stack([conv.bias.double(), scale, norm.bias.double() - norm.running_mean.double() * scale])
+
+    @contextmanager
+    def residual(self, dim: int) -> Iterator[None]:
+        """Steps into the next leaf, a module fn(x) + x, for the leaves of fn."""
+        accepted = "a module with one child fn and the forward fn(x) + x"
+        module = self._pop(accepted)
+        path, children = self._path, list(module.named_children())
+        if len(children) != 1:
+            raise self._mismatch(module, accepted)
+        name, fn = children[0]
+        outside, self._coming = self._coming, deque(_leaves(f"{path}.{name}", fn))
+        yield
+        self.end()
+        self._coming = outside
+        # Only a run tells what a module's forward does.
+        like = next(fn.parameters())
+        x = torch.linspace(-1, 1, dim * 6, dtype=like.dtype, device=like.device).view(1, dim, 2, 3)
+        if not torch.equal(module(x), fn(x) + x):
+            raise ValueError(f"{path} ({type(module).__name__}) does not give {name}(x) + x, accepted: {accepted}")
+
+    def end(self) -> None:
+        if self._coming:
+            raise self._mismatch(self._pop(""), "nothing more")
+
+    def _pop(self, accepted: str) -> nn.Module:
+        if not self._coming:
+            raise ValueError(f"nothing comes after {self._path}, accepted: {accepted}")
+        self._path, module = self._coming.popleft()
+        return module
+
+    def _mismatch(self, module: nn.Module, accepted: str) -> ValueError:
+        return ValueError(f"{self._path} is {type(module).__name__}, accepted: {accepted}")
+
+
+def _is_chain(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return f"{forward.__module__}.{forward.__qualname__}" in _CHAINS
+
+
+def _leaves(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if _is_chain(module):
+        for name, child in module._modules.items():  # named_children() leaves out a child's second use
+            yield from _leaves(f"{path}.{name}", child)
+    elif type(module) not in (nn.Identity, nn.Dropout):  # which do nothing in eval mode
+        yield path, module

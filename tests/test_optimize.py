@@ -1,0 +1,305 @@
+"""optimize(): accuracy against float64 beside eager PyTorch, what survives of it, and what it says of other models."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from networks import Residual, float64_logits, plain_convmixer, randomize
+from numerics import assert_error_at_most_peer
+from torch import nn
+
+from convmixer_fast import ConvMixer, optimize
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+DIM, DEPTH, KERNEL, PATCH, CLASSES = 32, 3, 7, 4, 100
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+class AnonymousResidual(nn.Sequential):
+    """Figure 3 of the paper makes its residual so: a Sequential with another forward."""
+
+    def forward(self, x):
+        return self[0](x) + x
+
+
+def nested_convmixer(dim, depth, kernel_size, patch_size, n_classes):
+    """Figure 3 to the letter: a Sequential around each convolution with its activation and BatchNorm."""
+
+    def activated(conv):
+        return nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(dim))
+
+    layers = (
+        nn.Sequential(
+            AnonymousResidual(activated(nn.Conv2d(dim, dim, kernel_size, groups=dim, padding=kernel_size // 2))),
+            activated(nn.Conv2d(dim, dim, 1)),
+        )
+        for _ in range(depth)
+    )
+    stem = activated(nn.Conv2d(3, dim, patch_size, patch_size))
+    return nn.Sequential(stem, *layers, nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(dim, n_classes))
+
+
+def timm_convmixer(**options):
+    convmixer = pytest.importorskip("timm.models.convmixer")
+    return convmixer.ConvMixer(DIM, DEPTH, KERNEL, PATCH, num_classes=CLASSES, **options)
+
+
+MODELS = {
+    "ours": lambda: ConvMixer(DIM, DEPTH, KERNEL, PATCH, CLASSES),
+    "ours, even kernel": lambda: ConvMixer(DIM, DEPTH, 8, PATCH, CLASSES),
+    "ours, 1x1": lambda: ConvMixer(DIM, DEPTH, 1, PATCH, CLASSES),
+    "ours, ReLU": lambda: ConvMixer(DIM, DEPTH, KERNEL, PATCH, CLASSES, activation="relu"),
+    "timm": timm_convmixer,
+    "timm, ReLU": lambda: timm_convmixer(act_layer=nn.ReLU),
+    "plain": lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES),
+    "plain, padding k // 2": lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES, padding=KERNEL // 2),
+    "plain, rectangular": lambda: plain_convmixer(DIM, DEPTH, (7, 3), (4, 5), CLASSES, padding=(3, 1)),
+    "nested": lambda: nested_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES),
+}
+
+
+def build(kind):
+    torch.manual_seed(0)
+    return randomize(MODELS[kind]())
+
+
+def images(dtype=torch.float32, device="cpu", shape=(5, 3, 23, 38)):
+    """Of a size that is no multiple of a patch."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("ours")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_error_at_most_eagers(kind, dtype, device):
+    model = build(kind).to(device, dtype)
+    x = images(dtype, device, (128, 3, 11, 10))  # small maps: pooling averages little of the layers' rounding away
+    with torch.no_grad():
+        eager = model(x)
+    assert_error_at_most_peer(optimize(model)(x), eager, float64_logits(model, x), f"{kind}, {dtype}, {device}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 3, 7, 4), (1, 3, 64, 9), (0, 3, 8, 8)])
+def test_any_number_and_size_of_images(model, shape, dtype):
+    x = images(dtype, shape=shape)
+    logits = optimize(model, dtype)(x)
+    assert (logits.shape, logits.dtype) == ((shape[0], CLASSES), dtype)
+    # an image alone, and the same ones in other strides, give what they give in a batch
+    big = torch.zeros(shape[0], 4, shape[2] + 3, 2 * shape[3], dtype=dtype)
+    view = big[:, 1:, 3:, ::2]
+    view.copy_(x)
+    assert torch.equal(optimize(model, dtype)(view), logits)
+    assert torch.equal(optimize(model, dtype)(x.to(memory_format=torch.channels_last)), logits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_bit_for_bit(model, dtype, device):
+    network = copy.deepcopy(model).to(device)
+    x = images(dtype, device)
+    optimized = optimize(network, dtype)
+    logits = optimized(x)
+    assert all(torch.equal(optimized(x), logits) for _ in range(10))
+    assert torch.equal(optimize(network, dtype)(x), logits)
+
+
+def test_model_given_is_unchanged():
+    model = build("ours")
+    before = copy.deepcopy(model.state_dict())
+    optimized = optimize(model)
+    for buffer in optimized.buffers():
+        buffer.zero_()
+    assert optimized(images()).count_nonzero() == 0
+    assert not model.training
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    model.train()
+    model(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conversion_keeps_the_vectors(model, dtype):
+    """Converted before or after, to and fro: bias, scale and shift stay those of float64."""
+    x = images(dtype)
+    vectors = optimize(copy.deepcopy(model).double()).vectors
+    for converted in (optimize(model, dtype), optimize(model).to(dtype), optimize(model).to("cpu", dtype)):
+        assert torch.equal(converted.vectors, vectors)
+        assert {buffer.dtype for name, buffer in converted.named_buffers() if name != "vectors"} == {dtype}
+        assert torch.equal(converted(x), optimize(model, dtype)(x))
+    assert torch.equal(optimize(model).half().bfloat16().double().vectors, vectors)
+
+
+def test_dtype_of_the_model_is_kept(model):
+    assert optimize(copy.deepcopy(model).bfloat16())(images(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def through_state_dict(optimized):
+    other = optimize(randomize(MODELS["ours"](), seed=9), optimized.patch.dtype)
+    other.load_state_dict(optimized.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_state_dict])
+def test_copies_pickles_saves(model, copied, dtype):
+    optimized = optimize(model, dtype)
+    x = images(dtype)
+    assert torch.equal(copied(optimized)(x), optimized(x))
+
+
+@pytest.mark.cuda
+def test_moves_between_devices(model):
+    optimized = optimize(model, torch.float16).cuda()
+    assert {buffer.device.type for buffer in optimized.buffers()} == {"cuda"}
+    assert torch.equal(optimized.vectors.cpu(), optimize(model).vectors)
+    assert torch.equal(optimized.cpu()(images(torch.float16)), optimize(model, torch.float16)(images(torch.float16)))
+
+
+def test_exports_with_dynamic_shapes(model):
+    optimized = optimize(model)
+    auto = torch.export.Dim.AUTO
+    exported = torch.export.export(optimized, (images(),), dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}}).module()
+    for x in (images(), images(shape=(2, 3, 40, 16))):
+        assert torch.equal(exported(x), optimized(x))
+
+
+def test_is_for_inference(model):
+    optimized = optimize(model)
+    assert not optimized.training and optimized.eval() is optimized
+    assert list(optimized.parameters()) == []
+    with pytest.raises(RuntimeError, match="an optimized ConvMixer is for inference"):
+        optimized.train()
+    with pytest.raises(RuntimeError, match="x requires a gradient"):
+        optimized(images().requires_grad_())
+
+
+def test_input_that_does_not_fit(model):
+    optimized = optimize(model, torch.float16)
+    with pytest.raises(TypeError, match="x must be torch.float16 as the weights, got torch.float32"):
+        optimized(images())
+    for shape in ((1, 3, 3, 4), (1, 3, 4, 3), (1, 4, 8, 8), (3, 8, 8)):
+        with pytest.raises(ValueError, match=r"x must be of shape \(N, 3, H, W\) .* H >= 4 and W >= 4, got \("):
+            optimized(images(torch.float16, shape=shape))
+
+
+def test_arguments_that_do_not_fit(model):
+    with pytest.raises(TypeError, match="model must be an nn.Module, got OrderedDict"):
+        optimize(model.state_dict())
+    with pytest.raises(ValueError, match="dtype must be None or one of torch.float64, .*, got torch.int8"):
+        optimize(model, torch.int8)
+    with pytest.raises(ValueError, match="model is Linear, accepted: convmixer_fast.ConvMixer, timm's"):
+        optimize(nn.Linear(2, 2).eval())
+
+
+class Product(Residual):
+    def forward(self, x):
+        return x * self.fn(x)
+
+
+class Halved(nn.GELU):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def replaced(path, make):
+    """A change of the plain ConvMixer: the module at path, by what is made of it."""
+
+    def apply(model):
+        parent, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, name, make(getattr(parent, name)))
+        return model
+
+    return apply
+
+
+def conv(kernel_size=KERNEL, **options):
+    options = dict(groups=DIM, padding="same") | options
+    return lambda _: nn.Conv2d(DIM, DIM, kernel_size, **options)
+
+
+def without(index):
+    return lambda model: nn.Sequential(*model[:index], *model[index + 1 :])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.train(), "model (Sequential) is in training mode, accepted: eval mode, model.eval()"),
+        (
+            replaced("4.3", lambda norm: norm.train()),
+            "model.4.3 (BatchNorm2d) is in training mode, accepted: eval mode, model.eval()",
+        ),
+        (replaced("0", lambda _: nn.Linear(2, 2)), "model.0 is Linear, accepted: nn.Conv2d"),
+        (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 3)), "model.0.stride is (3, 3), accepted: (4, 4)"),
+        (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 4, 1)), "model.0.padding is (1, 1), accepted: 'valid' or (0, 0)"),
+        (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 4, bias=False)), "model.0.bias is None, accepted: a tensor"),
+        (replaced("1", lambda _: nn.SiLU()), "model.1 is SiLU, accepted: nn.GELU or nn.ReLU"),
+        (replaced("1", lambda _: Halved()), "model.1 is Halved, accepted: nn.GELU or nn.ReLU"),
+        (replaced("1", lambda _: nn.GELU("tanh")), "model.1.approximate is 'tanh', accepted: 'none'"),
+        (replaced("3.2", lambda _: nn.ReLU()), "model.3.2 is ReLU, accepted: 'gelu' as before"),
+        (replaced("2", lambda _: nn.GroupNorm(1, DIM)), "model.2 is GroupNorm, accepted: nn.BatchNorm2d"),
+        (replaced("2", lambda _: nn.BatchNorm2d(DIM, affine=False)), "model.2.weight is None, accepted: a tensor"),
+        (
+            replaced("5.3", lambda _: nn.BatchNorm2d(DIM, track_running_stats=False)),
+            "model.5.3.running_mean is None, accepted: a tensor",
+        ),
+        (replaced("3.0", lambda residual: residual.fn), "model.3.0.0 is Conv2d, accepted: a module with one child fn"),
+        (
+            replaced("4.0", lambda residual: Product(residual.fn)),
+            "model.4.0 (Product) does not give fn(x) + x, accepted: a module with one child fn",
+        ),
+        (replaced("3.0.fn", lambda fn: fn.append(nn.ReLU())), "model.3.0.fn.3 is ReLU, accepted: nothing more"),
+        (replaced("3.0.fn", lambda fn: fn[:2]), "nothing comes after model.3.0.fn.1, accepted: nn.BatchNorm2d"),
+        (replaced("4.0.fn.0", conv(5)), "model.4.0.fn.0.kernel_size is (5, 5), accepted: (7, 7)"),
+        (replaced("3.0.fn.0", conv(padding=1)), "model.3.0.fn.0.padding is (1, 1), accepted: 'same' or (3, 3)"),
+        (replaced("3.0.fn.0", conv(8, padding=4)), "model.3.0.fn.0.padding is (4, 4), accepted: 'same'"),
+        (replaced("3.0.fn.0", conv(groups=1)), f"model.3.0.fn.0.groups is 1, accepted: {DIM}"),
+        (replaced("3.0.fn.0", conv(dilation=2)), "model.3.0.fn.0.dilation is (2, 2), accepted: (1, 1)"),
+        (replaced("3.0.fn.0", conv(padding_mode="circular")), "padding_mode is 'circular', accepted: 'zeros'"),
+        (replaced("3.1", conv(1, stride=2, padding=0)), "model.3.1.groups is 32, accepted: 1"),
+        (replaced("3.1", conv(3, groups=1)), "model.3.1.kernel_size is (3, 3), accepted: (1, 1)"),
+        (
+            replaced(str(DEPTH + 3), lambda _: nn.AdaptiveMaxPool2d(1)),
+            "model.6 is AdaptiveMaxPool2d, accepted: a module with one child fn and the forward fn(x) + x",
+        ),
+        (replaced(str(DEPTH + 3), lambda _: nn.AdaptiveAvgPool2d(2)), "model.6.output_size is 2, accepted: 1"),
+        (without(DEPTH + 4), "model.7 is Linear, accepted: nn.Flatten"),
+        (without(DEPTH + 5), "nothing comes after model.7, accepted: nn.Linear"),
+        (lambda model: model.append(nn.Softmax(1)), "model.9 is Softmax, accepted: nothing more"),
+        (lambda model: nn.Sequential(*model[:3], *model[-3:]), "model.3 is AdaptiveAvgPool2d, accepted: a module with"),
+        (lambda model: nn.Sequential(), "nothing comes after model, accepted: nn.Conv2d"),
+    ],
+)
+def test_models_that_do_not_match(change, message):
+    model = change(build("plain"))
+    if "training mode" not in message:
+        model.eval()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimize(model)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_classes=0), "nothing comes after model.global_pool.flatten, accepted: nn.Linear"),
+        (dict(global_pool="max"), "model.global_pool.pool is AdaptiveMaxPool2d, accepted: "),
+        (dict(act_layer=nn.SiLU), "model.stem.1 is SiLU, accepted: nn.GELU or nn.ReLU"),
+    ],
+)
+def test_timm_models_that_do_not_match(options, message):
+    convmixer = pytest.importorskip("timm.models.convmixer")
+    model = convmixer.ConvMixer(**dict(dim=8, depth=1, kernel_size=3, patch_size=2) | options).eval()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimize(model)
