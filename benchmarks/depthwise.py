@@ -1,0 +1,270 @@
+"""The depthwise convolution alone: ours beside PyTorch's (cuDNN, ATen), over kernel sizes and the paper's maps.
+
+Each row says how close it comes to what the machine can do, measured in the same rounds: a copy of the same tensor
+(its bandwidth is the ceiling of an operator that reads and writes each element once) and, on a CPU, a loop of
+independent fused multiply-adds on all threads (fma_peak.cpp). Inputs and results take turns in more memory than the
+caches hold, so a layer comes from main memory and goes back there.
+
+GB/s counts the necessary bytes, x once and y once, and GFLOP/s 2 operations a tap and output, taps on the padding
+included. Every variant is first compared with float64 on one image of the very batch that is timed.
+"""
+
+import argparse
+import ctypes
+import functools
+import hashlib
+import itertools
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import accuracy
+import report
+import timing
+import torch
+import torch.nn.functional as F
+from throughput import failure, positive
+from torch import Tensor
+from tqdm import tqdm
+
+import convmixer_fast
+from convmixer_fast import reference
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def convolution(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
+    return reference.depthwise_conv2d(x, weight)
+
+
+def layer(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
+    """The convolution with all that stands around it in a ConvMixer: prologue, GELU, BatchNorm, residual."""
+    return reference.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
+
+
+# Name: what is timed, and its definition in plain PyTorch, both of x, the weight and six vectors of (C,): bias, scale
+# and shift of the epilogue and of the prologue.
+OPERATORS: dict[str, tuple[Callable, Callable]] = {
+    "aten": (lambda x, weight, vectors: F.conv2d(x, weight, padding="same", groups=x.shape[1]), convolution),
+    "ours": (lambda x, weight, vectors: convmixer_fast.depthwise_conv2d(x, weight), convolution),
+    "fused": (
+        lambda x, weight, vectors: convmixer_fast.fused_depthwise(
+            x, weight, *vectors[:3], prologue=tuple(vectors[3:])
+        ),
+        layer,
+    ),
+}
+PEER = "aten"
+COPY, FMA = "copy", "fma"  # the yardsticks
+
+DEFAULTS = {
+    "cuda": dict(
+        maps=["1536x32x32", "768x32x32", "1536x16x16", "1024x16x16"],
+        kernels=[3, 5, 7, 9, 11, 13, 15, 21, 31],
+        batch=64,
+        dtype="float16",
+        rounds=20,
+    ),
+    "cpu": dict(maps=["1536x32x32"], kernels=[3, 7, 9, 15], batch=4, dtype="float32", rounds=7),
+}
+
+
+class FmaPeak:
+    """fma_peak.cpp, compiled for this processor into build/, once for each version of it.
+
+    Raises FileNotFoundError where there is no g++.
+    """
+
+    ITERATIONS = 2_000_000  # a few milliseconds: about what a convolution takes
+
+    def __init__(self):
+        source = Path(__file__).parent / "fma_peak.cpp"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+        key = hashlib.sha256(source.read_bytes() + report.cpu_name().encode()).hexdigest()[:12]
+        library = report.ROOT / "build" / "benchmarks" / f"fma_peak-{key}.so"
+        if not library.exists():
+            compiler = shutil.which("g++")
+            if compiler is None:
+                raise FileNotFoundError("g++ is needed to measure the processor's peak, and is not on PATH")
+            library.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([compiler, *flags, source, "-o", library], check=True)
+        self._loop = ctypes.CDLL(str(library)).fma_loop
+        self._loop.argtypes, self._loop.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_double
+        self.flops = self()
+
+    def __call__(self) -> float:
+        """Runs the loop on as many threads as torch uses; returns the floating-point operations done."""
+        return self._loop(torch.get_num_threads(), self.ITERATIONS)
+
+
+def run_case(sizes: tuple[int, int, int], kernel: int, args: argparse.Namespace, peak, progress: tqdm) -> list[dict]:
+    """A row for every operator and layout: checked, then timed in rounds with the others and the yardsticks."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    channels, height, width = sizes
+    variants = list(itertools.product(args.operators, args.layouts))
+    elements = args.batch * channels * height * width
+    facts = dict(
+        map="x".join(map(str, sizes)),
+        kernel=kernel,
+        bytes=2 * elements * dtype.itemsize,
+        flops=2 * elements * kernel * kernel,
+    )
+    rows = {(operator, layout): facts | dict(operator=operator, layout=layout) for operator, layout in variants}
+    try:
+        torch.manual_seed(0)
+        x = torch.randn(args.batch, *sizes, device=device, dtype=dtype)
+        weight = torch.randn(channels, 1, kernel, kernel, device=device, dtype=dtype) / kernel
+        vectors = torch.rand(6, channels, device=device, dtype=torch.promote_types(dtype, torch.float32)) + 0.5
+        copies = {layout: timing.cold_copies(x.to(memory_format=LAYOUTS[layout])) for layout in args.layouts}
+        expected, eager_errors = {}, {}
+        for definition in {OPERATORS[operator][1] for operator in args.operators}:
+            expected[definition] = definition(x[:1].double(), weight.double(), vectors.double())
+            eager = definition(x[:1], weight, vectors.to(dtype))
+            eager_errors[definition] = accuracy.relative_error(eager, expected[definition])
+    except Exception as error:  # whatever ails one case, the others go on
+        for row in rows.values():
+            row.update(failure(error))
+        return list(rows.values())
+
+    inputs = {layout: itertools.cycle(batches) for layout, batches in copies.items()}
+    results = deque(maxlen=len(copies[args.layouts[0]]))  # held for a while, so that the next one lands elsewhere
+
+    def call(function: Callable, layout: str) -> Tensor:
+        results.append(function(next(inputs[layout])))
+        return results[-1]
+
+    functions = {}
+    for (operator, layout), row in rows.items():
+        run, definition = OPERATORS[operator]
+        function = functools.partial(call, functools.partial(run, weight=weight, vectors=vectors), layout)
+        try:
+            row["error"] = accuracy.relative_error(function()[:1], expected[definition])
+            row.update(accuracy.verdict(row["error"], eager_errors[definition], dtype))
+        except Exception as error:
+            row.update(failure(error))
+        if row["status"] == "right":
+            functions[operator, layout] = function
+            if operator != PEER:
+                row["message"] = accuracy.remark(row["error"], eager_errors[definition])
+
+    yardsticks = {COPY: functools.partial(call, torch.clone, args.layouts[0])} | ({FMA: peak} if peak else {})
+    try:
+        seconds = timing.measure(functions | yardsticks, args.rounds, timing.clock_for(device), progress.update)
+    except Exception as error:
+        for variant in functions:
+            rows[variant].update(failure(error))
+    else:
+        for variant in functions:
+            rows[variant].update(status="timed", seconds=seconds[variant], copy_seconds=seconds[COPY])
+            if peak:
+                rows[variant].update(fma_seconds=seconds[FMA], fma_flops=peak.flops)
+    return list(rows.values())
+
+
+def summarise(rows: list[dict]) -> None:
+    """Derives the figures of the timed rows, of the median call: gigabytes_per_second, gigaflops_per_second,
+    of_copy and of_fma_peak (fractions), and over_{peer}_{layout} of ours (how many times as fast)."""
+    timed = [row for row in rows if row["status"] == "timed"]
+    for row in timed:
+        row["median_seconds"] = statistics.median(row["seconds"])
+        row["gigabytes_per_second"] = row["bytes"] / row["median_seconds"] / 1e9
+        row["gigaflops_per_second"] = row["flops"] / row["median_seconds"] / 1e9
+        row["of_copy"] = statistics.median(row["copy_seconds"]) / row["median_seconds"]
+        if "fma_seconds" in row:
+            peak = row["fma_flops"] / statistics.median(row["fma_seconds"]) / 1e9
+            row["of_fma_peak"] = row["gigaflops_per_second"] / peak
+    peers = [row for row in timed if row["operator"] == PEER]
+    for row in timed:
+        for peer in peers:
+            if row["operator"] != PEER and (row["map"], row["kernel"]) == (peer["map"], peer["kernel"]):
+                row[f"over_{PEER}_{peer['layout']}"] = peer["median_seconds"] / row["median_seconds"]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text."""
+
+    def percent(fraction: float | None) -> str:
+        return "" if fraction is None else f"{fraction:.0%}"
+
+    header = ["C x H x W", "operator", "layout", "k", "ms", "GB/s", "GFLOP/s", "of copy", "of FMA peak"]
+    header += [f"x {PEER} {layout}" for layout in LAYOUTS] + ["error", "remark"]
+    lines = []
+    for row in rows:
+        milliseconds = row["median_seconds"] * 1e3 if "median_seconds" in row else None
+        lines.append(
+            [
+                *(row["map"], row["operator"], row["layout"], str(row["kernel"]), report.number(milliseconds)),
+                *(report.number(row.get(name)) for name in ("gigabytes_per_second", "gigaflops_per_second")),
+                *(percent(row.get(name)) for name in ("of_copy", "of_fma_peak")),
+                *(report.number(row.get(f"over_{PEER}_{layout}")) for layout in LAYOUTS),
+                *(f"{row['error']:.1e}" if "error" in row else "", row["message"]),
+            ]
+        )
+    return report.table(header, lines)
+
+
+def map_sizes(text: str) -> tuple[int, int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CxHxW, such as 1536x32x32")
+    return tuple(map(positive, sizes))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def both(name: str) -> str:
+        return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
+
+    parser.add_argument("--maps", nargs="+", type=map_sizes, metavar="CxHxW", help=f"channels, size {both('maps')}")
+    parser.add_argument("--kernels", nargs="+", type=positive, metavar="K", help=f"kernel sizes {both('kernels')}")
+    parser.add_argument("--batch", type=positive, help=f"images {both('batch')}")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help=both("dtype"))
+    parser.add_argument("--rounds", type=positive, help=f"timed calls of each {both('rounds')}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: 'cuda', but torch sees no CUDA device")
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value if name != "maps" else [map_sizes(text) for text in value])
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
+    args = parse(argv)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # PyTorch at its best
+    peak = None
+    if device.type == "cpu":
+        timing.keep_freed_memory()
+        peak = FmaPeak() if args.dtype != "float64" else None  # the loop's arithmetic is float32
+    settings = f"{args.device}, batches of {args.batch}, {args.dtype}, median of {args.rounds} calls"
+    facts = report.environment(device) | {"settings": settings}
+    print(report.facts_list(facts), end="\n\n", flush=True)
+    rows = []
+    cases = list(itertools.product(args.maps, args.kernels))
+    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
+        for done, (sizes, kernel) in enumerate(cases, 1):
+            rows += run_case(sizes, kernel, args, peak, progress)
+            progress.update(done * args.rounds - progress.n)
+            summarise(rows)
+            if args.json:
+                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
+                report.write_results(args.json, dict(environment=facts, rows=rows), text)
+    print(table(rows))
+    return int(any(row["operator"] != PEER and row["status"] in ("wrong", "failed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What a benchmark's results need around them: the machine and code they belong to, a table, a file."""
+
+import csv
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("csrc", "convmixer_fast")
+FIGURE = re.compile(r"[-+.e%\d]*")
+SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
+
+
+def source_hash() -> str:
+    """SHA-256 (first 12 digits) over the names and contents of the kernels' and the package's sources."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in SOURCE_SUFFIXES:
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The tree's commit, with "+changes" if it was edited; outside a repository $COMMIT, or "unknown"."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        described = _output("git", "-C", ROOT, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes")
+        if described:
+            return described
+    return os.environ.get("COMMIT", "unknown")
+
+
+def _output(*command: str | Path) -> str:
+    """A command's standard output; empty if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What figures depend on besides the settings, in the order in which it is shown."""
+    facts = {
+        "command": shlex.join(["python3", *(os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:])]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "sources": source_hash(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        driver = _output(*query).partition("\n")[0] if shutil.which(query[0]) else ""
+        return facts | {
+            "device": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "driver": driver or "unknown",
+            "CUDA": str(torch.version.cuda),
+        }
+    return facts | {"device": cpu_name(), "threads": str(torch.get_num_threads())}
+
+
+def paper_rows() -> dict[str, dict[str, str]]:
+    """The paper's throughput on an RTX 8000, by our name of the model or timm's."""
+    with (Path(__file__).parent / "data" / "paper_throughput.csv").open(newline="") as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+def facts_list(facts: dict[str, object]) -> str:
+    """Markdown: an item a fact."""
+    return "\n".join(f"* {name}: {value}" for name, value in facts.items())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that is also aligned as plain text: columns of figures to the right, others to the left."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines = [[] for _ in range(len(cells) + 1)]
+    for title, *column in zip(*cells):
+        width = max(3, *map(len, (title, *column)))
+        figures = all(FIGURE.fullmatch(cell) for cell in column)
+        rule = "-" * (width - 1) + ":" if figures else "-" * width
+        for line, cell in zip(lines, (title, rule, *column)):
+            line.append(cell.rjust(width) if figures else cell.ljust(width))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without an exponent from 0.001 up; empty for None."""
+    if value is None:
+        return ""
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception for a table's cell: its type and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_results(path: Path, result: dict[str, object], text: str) -> None:
+    """The result as JSON, and its text beside it as Markdown."""
+    write(path, json.dumps(result, indent=1) + "\n")
+    write(path.with_suffix(".md"), text + "\n")

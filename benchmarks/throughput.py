@@ -1,0 +1,356 @@
+"""Images per second of ConvMixer and its peers: ours beside PyTorch's.
+
+The paper's protocol ("Patches Are All You Need?", appendix: batches of 64 images of 224x224 in fp16, averaged over 20
+such batches) is the default on a GPU. Here a round times one batch of every backend in turn, there are 20 rounds, and
+the median of a backend's 20 batches counts: the paper's 20 batches a model, made robust against a machine whose clock
+and company change from one minute to the next. On a CPU the default is small, and said not to be the paper's protocol.
+
+Before that, each backend's logits for the first images of the very batch that is timed are compared with those of the
+same weights in float64. Whatever is off by more than accuracy.limit() is reported, and not timed.
+"""
+
+import argparse
+import copy
+import difflib
+import functools
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import accuracy
+import report
+import timing
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import convmixer_fast
+from convmixer_fast.model import ALIASES
+
+CHECKED = 4  # images whose logits are compared
+CALIBRATION = 8  # images that the BatchNorm statistics are taken from
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run a model: what becomes of a copy of it, and the memory format of the images."""
+
+    prepare: Callable[[nn.Module], nn.Module]
+    memory_format: torch.memory_format = torch.contiguous_format
+
+
+BACKENDS = {
+    "eager": Backend(lambda model: model),
+    "channels_last": Backend(lambda model: model.to(memory_format=torch.channels_last), torch.channels_last),
+    "compile": Backend(torch.compile),
+    "compile-max-autotune": Backend(functools.partial(torch.compile, mode="max-autotune")),
+    "fused": Backend(convmixer_fast.optimize),
+}
+DEFAULT_BACKENDS = ["eager", "channels_last", "compile", "fused"]
+OURS = "fused"
+
+PAPERS_PROTOCOL = dict(device="cuda", batch=64, dtype="float16", batches=20, image_size=224)
+DEFAULTS = {
+    "cuda": dict(models=["table1"], batch=64, dtype="float16", batches=20),
+    "cpu": dict(models=["convmixer_256_8_k9_p2", "convmixer_256_8_k3_p2"], batch=16, dtype="float32", batches=10),
+}
+
+
+def select_models(patterns: list[str]) -> list[str]:
+    """The models that names, shell patterns, "table1" (with its peers) and "table2" (its ConvMixers) stand for.
+
+    Ours come before timm's. Raises ValueError for what no model is called.
+    """
+    paper, ours = report.paper_rows(), convmixer_fast.list_models()
+    has_timm = importlib.util.find_spec("timm") is not None
+    selected = []
+    for pattern in patterns:
+        if pattern == "table1":
+            names = [name for name, row in paper.items() if row["in_table1"] == "yes"]
+        elif pattern == "table2":
+            names = [name for name in paper if name in ours]
+        else:
+            name = ALIASES.get(pattern, pattern)
+            names = convmixer_fast.list_models(name)
+            if not names and has_timm:
+                names = _timm().list_models(name)
+            if not names and not has_timm and name.isidentifier():
+                names = [name]  # perhaps one of timm's: its row will say that timm is missing
+            if not names:
+                close = difflib.get_close_matches(name, [*ours, *ALIASES, *paper], n=3)
+                raise ValueError(f"no model is called {pattern!r}" + (f"; close: {', '.join(close)}" if close else ""))
+        selected += names
+    return list(dict.fromkeys(selected))
+
+
+def _timm():
+    import timm
+
+    return timm
+
+
+def build(name: str) -> nn.Module:
+    """The model with random weights, of ours or timm's. Raises ImportError where timm is needed and missing."""
+    if name in convmixer_fast.list_models():
+        return convmixer_fast.create_model(name)
+    return _timm().create_model(name)
+
+
+def default_image_size(model: nn.Module) -> int:
+    """224, or 32 for a ConvMixer of the paper's CIFAR-10 table, or the size a model of timm's was made for."""
+    if isinstance(model, convmixer_fast.ConvMixer):
+        return 32 if model.n_classes == 10 else 224
+    return model.default_cfg["input_size"][-1]
+
+
+def calibrate(model: nn.Module, images: Tensor) -> None:
+    """Gives each BatchNorm an uneven weight and bias, and as statistics those of the images, as after training: then
+    activations neither grow nor vanish with depth, and a mistake in any vector shows in the logits."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(std=0.2)
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average over batches: here, of one
+    model.train()(images)
+    model.eval()
+
+
+def flops_per_image(model: nn.Module, image_size: int) -> int:
+    """Floating-point operations of the convolutions and matrix products for one image, 2 a multiply-add.
+
+    Taps on the padding count. Nothing is computed: the model runs on the meta device.
+    """
+    model = copy.deepcopy(model).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, image_size, image_size, device="meta", dtype=next(model.parameters()).dtype))
+    return counter.get_total_flops()
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What a row says in place of a figure: "skipped" for want of a package or of memory, else "failed"."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return dict(status="skipped", message="out of memory")
+    if isinstance(error, ModuleNotFoundError):
+        return dict(status="skipped", message=f"the package {error.name} is not installed")
+    return dict(status="failed", message=report.one_line(error))
+
+
+@torch.no_grad()
+def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]:
+    """A row for every backend: checked, then timed in rounds with the others."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    rows = {backend: dict(model=name, backend=backend, batch=args.batch) for backend in args.backends}
+    try:
+        torch.manual_seed(0)
+        model = build(name).to(device)
+        size = args.image_size or default_image_size(model)
+        calibrate(model, torch.randn(CALIBRATION, 3, size, size, device=device))
+        model = model.to(dtype)
+        images = torch.randn(args.batch, 3, size, size, device=device, dtype=dtype)
+        checked = images[:CHECKED]
+        expected = copy.deepcopy(model).double()(checked.double())
+        eager_error = accuracy.relative_error(model(checked), expected)
+        facts = dict(image_size=size, flops_per_image=flops_per_image(model, size), eager_error=eager_error)
+        if isinstance(model, convmixer_fast.ConvMixer):
+            facts["sizes"] = [model.dim, model.depth, model.patch_size, model.kernel_size]
+    except Exception as error:  # whatever ails one model, the others go on
+        for row in rows.values():
+            row.update(failure(error))
+        return list(rows.values())
+
+    ready = {}
+    for backend, row in rows.items():
+        row.update(facts)
+        progress.set_postfix_str(f"{name}, checking {backend}")
+        if backend == OURS and not name.startswith("convmixer"):
+            row.update(status="skipped", message="not applicable: not a ConvMixer")
+            continue
+        try:
+            batch = images.to(memory_format=BACKENDS[backend].memory_format)
+            prepared = BACKENDS[backend].prepare(copy.deepcopy(model))
+            row["error"] = accuracy.relative_error(prepared(batch)[:CHECKED], expected)
+            row.update(accuracy.verdict(row["error"], eager_error, dtype))
+            if row["status"] == "right":
+                row["message"] = accuracy.remark(row["error"], eager_error) if backend == OURS else ""
+                ready[backend] = functools.partial(prepared, batch)
+        except Exception as error:
+            row.update(failure(error))
+
+    progress.set_postfix_str(name)
+    try:
+        seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update)
+        for backend, samples in seconds.items():
+            rows[backend].update(status="timed", seconds=samples)
+    except Exception as error:
+        for backend in ready:
+            rows[backend].update(failure(error))
+    return list(rows.values())
+
+
+def summarise(rows: list[dict]) -> None:
+    """Derives the figures of the timed rows: images_per_second (of the median batch), teraflops_per_second,
+    over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network with kernel size 3)."""
+    timed = [row for row in rows if row["status"] == "timed"]
+    for row in timed:
+        row["images_per_second"] = row["batch"] / statistics.median(row["seconds"])
+        row["teraflops_per_second"] = row["images_per_second"] * row["flops_per_image"] / 1e12
+    rate = {(row["model"], row["backend"]): row["images_per_second"] for row in timed}
+    mixers = [(row, (*row["sizes"][:-1], row["backend"]), row["sizes"][-1]) for row in timed if "sizes" in row]
+    kernel_3 = {key: row["images_per_second"] for row, key, kernel_size in mixers if kernel_size == 3}
+    for row in timed:
+        others = [rate[key] for key in rate if key[0] == row["model"] and key[1] != OURS]
+        if row["backend"] == OURS and others:
+            row["over_best_other"] = row["images_per_second"] / max(others)
+    for row, key, kernel_size in mixers:
+        if kernel_size == 9 and key in kernel_3:
+            row["k9_over_k3"] = row["images_per_second"] / kernel_3[key]
+
+
+HEADER = ["model", "backend", "img/s", "x best other", "TFLOP/s", "k9/k3", "error", "RTX 8000 (paper)", "remark"]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text. error: max |logits - float64's| / max |float64's|."""
+    paper = report.paper_rows()
+    lines = []
+    for row in rows:
+        figure = paper[row["model"]]["rtx8000_images_per_second"] if row["model"] in paper else ""
+        names = "images_per_second", "over_best_other", "teraflops_per_second", "k9_over_k3"
+        figures = [report.number(row.get(name)) for name in names]
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        lines.append([row["model"], row["backend"], *figures, error, figure, row["message"]])
+    return report.table(HEADER, lines)
+
+
+def plot(path: Path, rows: list[dict], title: str) -> None:
+    """A PNG: a group of bars a model, a bar a backend, and the paper's figure as a mark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paper = report.paper_rows()
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    blues = plt.get_cmap("Blues")
+    colours = {backend: blues(0.25 + 0.4 * i / max(1, len(backends) - 1)) for i, backend in enumerate(backends)}
+    colours[OURS] = "#d1495b"
+    thickness = 0.8 / len(backends)
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + len(models) * (0.35 + 0.24 * len(backends))), layout="constrained")
+    for row in rows:
+        y = models.index(row["model"]) + (backends.index(row["backend"]) - (len(backends) - 1) / 2) * thickness
+        rate = row.get("images_per_second", 0)
+        axes.barh(y, rate, thickness * 0.9, color=colours[row["backend"]])
+        over = f"  ({row['over_best_other']:.2f}x the best other)" if "over_best_other" in row else ""
+        remark = row["message"].split(";")[0]
+        label = f"{report.number(rate)}{over}" if rate else remark[:60] + "..." * (len(remark) > 60)
+        axes.annotate(
+            label,
+            (rate, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox=dict(facecolor="white", linewidth=0, pad=0.5),
+            zorder=3,
+        )
+    marked = [model for model in models if model in paper]
+    for model in marked:
+        figure_8000 = float(paper[model]["rtx8000_images_per_second"])
+        axes.vlines(figure_8000, models.index(model) - 0.45, models.index(model) + 0.45, colors="black", linestyles=":")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[backend], label=backend) for backend in backends]
+    if marked:
+        handles.append(plt.Line2D([], [], color="black", linestyle=":", label="paper, RTX 8000"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.margins(x=0.3, y=0.02)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("images per second")
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150)
+    plt.close(figure)
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The settings in a line, and whether they are the paper's."""
+    size = f"{args.image_size}x{args.image_size}" if args.image_size else "the models' own image sizes"
+    settings = f"{args.device}, batches of {args.batch}, {args.dtype}, {size}, median of {args.batches} batches"
+    same = all(getattr(args, name) == value for name, value in PAPERS_PROTOCOL.items())
+    return f"{settings}: {'the' if same else 'NOT the'} paper's protocol"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def both(name: str) -> str:
+        return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
+
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help=f"names, patterns, table1, table2, or names of timm's models {both('models')}",
+    )
+    parser.add_argument("--batch", type=positive, help=f"images a batch {both('batch')}")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help=both("dtype"))
+    parser.add_argument("--batches", type=positive, help=f"timed batches of each backend {both('batches')}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    parser.add_argument("--image-size", type=positive, help="(224 on a GPU, on a CPU the size of the model's data set)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=DEFAULT_BACKENDS)
+    parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a bar chart")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: 'cuda', but torch sees no CUDA device")
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.device == "cuda" and args.image_size is None:
+        args.image_size = PAPERS_PROTOCOL["image_size"]
+    try:
+        args.models = select_models(args.models)
+    except ValueError as error:
+        parser.error(f"argument --models: {error}")
+    return args
+
+
+def positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
+    args = parse(argv)
+    torch.backends.cudnn.benchmark = True  # PyTorch at its best
+    facts = report.environment(torch.device(args.device)) | {"settings": describe(args)}
+    print(report.facts_list(facts), end="\n\n", flush=True)
+    rows = []
+    with tqdm(total=len(args.models) * args.batches, unit="round", disable=None, leave=False) as progress:
+        for done, name in enumerate(args.models, 1):
+            torch.compiler.reset()  # its limit of recompilations counts all models as one
+            rows += run_model(name, args, progress)
+            progress.update(done * args.batches - progress.n)
+            summarise(rows)
+            if args.json:
+                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
+                report.write_results(args.json, dict(environment=facts, rows=rows), text)
+    print(table(rows))
+    if args.plot:
+        plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batches of {args.batch}")
+    return int(any(row["backend"] == OURS and row["status"] in ("wrong", "failed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,392 @@
+"""The benchmarks: what they write, what they refuse to time, and their arithmetic. What they measure is not tested."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import accuracy  # noqa: E402
+import depthwise  # noqa: E402
+import gpu  # noqa: E402
+import report  # noqa: E402
+import throughput  # noqa: E402
+import timing  # noqa: E402
+
+import convmixer_fast  # noqa: E402
+
+TINY = ["--device", "cpu", "--batch", "2", "--batches", "2", "--image-size", "8"]
+PAIR = ["convmixer_256_8_k9_p2", "convmixer_256_8_k3_p2"]
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "benchmarks" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+class FakeClock:
+    """A clock that moves only when a function under test moves it."""
+
+    now = 0.0
+
+    @classmethod
+    def mark(cls) -> float:
+        return cls.now
+
+    seconds = staticmethod(lambda start, end: end - start)
+
+
+def test_measure_interleaves_and_keeps_every_call():
+    calls, rounds = [], []
+
+    def function(name, *durations):
+        remaining = iter([100.0] * timing.WARM_UP + list(durations))
+
+        def call():
+            calls.append(name)
+            FakeClock.now += next(remaining)
+
+        return call
+
+    functions = {"a": function("a", 1, 2, 3), "b": function("b", 10, 30, 20)}
+    seconds = timing.measure(functions, 3, FakeClock, lambda: rounds.append(len(calls)))
+    assert seconds == {"a": [1, 2, 3], "b": [10, 30, 20]}
+    assert calls == ["a"] * timing.WARM_UP + ["b"] * timing.WARM_UP + ["a", "b"] * 3
+    assert len(rounds) == 3
+
+
+def test_cold_copies_exceed_the_cache_and_keep_the_layout():
+    x = torch.randn(2, 64, 64, 64).to(memory_format=torch.channels_last)
+    copies = timing.cold_copies(x)
+    assert sum(copy.numel() * 4 for copy in copies) >= 3 * timing.last_level_cache(x.device)
+    assert len({copy.data_ptr() for copy in copies}) == len(copies) > 1
+    assert all(copy.is_contiguous(memory_format=torch.channels_last) and torch.equal(copy, x) for copy in copies)
+
+
+def test_throughput_ratios():
+    common = dict(batch=10, status="timed", flops_per_image=10**9)
+    rows = [
+        dict(model=f"k{k}", backend=backend, seconds=seconds, **common, sizes=[256, 8, 2, k])
+        for k, backend, seconds in [
+            (9, "eager", [9.0, 2.0, 2.0]),  # 5 images a second
+            (9, "compile", [1.0, 1.0, 1.0]),  # 10
+            (9, "fused", [0.25, 0.25, 8.0]),  # 40
+            (3, "eager", [0.5, 0.5, 0.5]),  # 20
+            (3, "fused", [0.2, 0.2, 0.2]),  # 50
+        ]
+    ]
+    rows.append(dict(model="k3", backend="compile", batch=10, status="wrong", message="wrong"))
+    throughput.summarise(rows)
+    figures = {(row["model"], row["backend"]): row for row in rows}
+    assert figures["k9", "eager"]["images_per_second"] == 5
+    assert figures["k9", "fused"]["teraflops_per_second"] == pytest.approx(0.04)
+    assert figures["k9", "fused"]["over_best_other"] == 4
+    assert figures["k3", "fused"]["over_best_other"] == 2.5
+    assert figures["k9", "fused"]["k9_over_k3"] == pytest.approx(0.8)
+    assert figures["k9", "eager"]["k9_over_k3"] == 0.25
+    assert "k9_over_k3" not in figures["k9", "compile"] and "over_best_other" not in figures["k9", "compile"]
+
+
+def test_depthwise_ratios():
+    common = dict(map="1x1x1", kernel=3, bytes=4e9, flops=6e9, status="timed", copy_seconds=[1.0] * 3)
+    rows = [
+        common | dict(operator="aten", layout="nchw", seconds=[8.0, 8.0, 9.0]),
+        common | dict(operator="aten", layout="channels_last", seconds=[4.0, 4.0, 4.0]),
+        common | dict(operator="ours", layout="nchw", seconds=[2.0, 2.0, 99.0], fma_seconds=[1.0], fma_flops=12e9),
+    ]
+    depthwise.summarise(rows)
+    ours = rows[-1]
+    assert (ours["gigabytes_per_second"], ours["gigaflops_per_second"]) == (2, 3)
+    assert (ours["of_copy"], ours["of_fma_peak"]) == (0.5, 0.25)
+    assert (ours["over_aten_nchw"], ours["over_aten_channels_last"]) == (4, 2)
+    assert "over_aten_nchw" not in rows[1]
+
+
+@pytest.mark.parametrize("name, size", [("convmixer_512_12_k8_p7", 224), ("convmixer_256_8_k3_p2", 32)])
+def test_flops_are_those_of_the_layers(name, size):
+    model = convmixer_fast.create_model(name)
+    pixels = (size // model.patch_size) ** 2
+    layer = model.dim * model.kernel_size**2 + model.dim**2
+    patches = model.dim * 3 * model.patch_size**2
+    multiply_adds = pixels * (patches + model.depth * layer) + model.dim * model.n_classes
+    assert throughput.flops_per_image(model, size) == 2 * multiply_adds
+
+
+def test_paper_models_exist():
+    paper = report.paper_rows()
+    table2 = throughput.select_models(["table2"])
+    assert set(table2) == {name for name, variant in convmixer_fast.model.VARIANTS.items() if variant.n_classes == 1000}
+    assert paper["convmixer_1536_20_k9_p7"]["rtx8000_images_per_second"] == "134"
+    timm = pytest.importorskip("timm")
+    assert set(paper) - set(table2) <= set(timm.list_models())
+
+
+def test_select_models():
+    select = throughput.select_models
+    assert select(["convmixer_256_8_k[39]_p2"]) == sorted(PAIR)
+    assert select(["convmixer_768_32", "convmixer_768_32_k7_p7"]) == ["convmixer_768_32_k7_p7"]
+    with pytest.raises(ValueError, match="no model is called 'convmixer_256_8_k9_p3'; close: .*convmixer_256_8_k9_p"):
+        select(["convmixer_256_8_k9_p3"])
+
+
+def test_throughput_writes_json_table_and_plot(tmp_path):
+    results, chart = tmp_path / "out" / "results.json", tmp_path / "chart.png"
+    done = run_script(
+        "throughput.py", *TINY, "--models", *PAIR, "--backends", "eager", "fused", "--json", results, "--plot", chart
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NOT the paper's protocol" in done.stdout and "\r" not in done.stderr
+    result = json.loads(results.read_text())
+    assert result["environment"].keys() >= {"command", "date", "commit", "sources", "torch", "device", "settings"}
+    assert [(row["model"], row["backend"]) for row in result["rows"]] == [
+        (model, backend) for model in PAIR for backend in ("eager", "fused")
+    ]
+    for row in result["rows"]:
+        assert row["status"] == "timed" and len(row["seconds"]) == 2 and row["images_per_second"] > 0
+        assert row["error"] <= accuracy.limit(row["eager_error"], torch.float32)
+        assert ("over_best_other" in row) == (row["backend"] == "fused")
+        assert ("k9_over_k3" in row) == ("k9" in row["model"])
+    printed_table = done.stdout.strip().split("\n\n")[-1]
+    assert printed_table in results.with_suffix(".md").read_text()
+    assert chart.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+class Scaled(torch.nn.Module):
+    """A model whose logits are 1 % too large, and that counts its calls."""
+
+    calls = 0
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        Scaled.calls += 1
+        return self.model(x) * 1.01
+
+
+def run_throughput(tmp_path, *arguments: str) -> tuple[int, dict[tuple[str, str], dict]]:
+    path = tmp_path / "results.json"
+    status = throughput.main([*TINY, *arguments, "--json", str(path)])
+    return status, {(row["model"], row["backend"]): row for row in json.loads(path.read_text())["rows"]}
+
+
+@pytest.mark.parametrize("name, status", [("fused", 1), ("channels_last", 0)])
+def test_a_wrong_backend_is_reported_and_not_timed(tmp_path, monkeypatch, capsys, name, status):
+    monkeypatch.setitem(throughput.BACKENDS, name, throughput.Backend(Scaled))
+    monkeypatch.setattr(Scaled, "calls", 0)
+    model = PAIR[0]
+    returned, rows = run_throughput(tmp_path, "--models", model, "--backends", "eager", name)
+    assert returned == status
+    assert rows[model, name]["status"] == "wrong" and "seconds" not in rows[model, name]
+    assert Scaled.calls == 1
+    assert rows[model, "eager"]["status"] == "timed"
+    assert re.search(rf"\| {name} .*wrong: error .*, accepted .*; not timed", capsys.readouterr().out)
+
+
+def test_what_one_backend_or_model_lacks_does_not_stop_the_rest(tmp_path, monkeypatch):
+    def no_memory(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def no_compiler(model):
+        raise RuntimeError("no compiler\nand a long explanation")
+
+    def no_timm():
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    monkeypatch.setitem(throughput.BACKENDS, "channels_last", throughput.Backend(no_memory))
+    monkeypatch.setitem(throughput.BACKENDS, "compile", throughput.Backend(no_compiler))
+    monkeypatch.setattr(throughput, "_timm", no_timm)
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
+    model = PAIR[0]
+    backends = ["eager", "channels_last", "compile", "fused"]
+    status, rows = run_throughput(tmp_path, "--models", "resnet18", model, "--backends", *backends)
+    assert status == 0
+    for backend in backends:
+        row = rows["resnet18", backend]
+        assert (row["status"], row["message"]) == ("skipped", "the package timm is not installed")
+    messages = {backend: (rows[model, backend]["status"], rows[model, backend]["message"]) for backend in backends}
+    assert messages["eager"] == ("timed", "") and messages["fused"][0] == "timed"
+    assert messages["channels_last"] == ("skipped", "out of memory")
+    assert messages["compile"] == ("failed", "RuntimeError: no compiler")
+
+
+def test_fused_does_not_apply_to_other_networks(tmp_path):
+    pytest.importorskip("timm")
+    status, rows = run_throughput(
+        tmp_path, "--models", "resnet18", "--backends", "eager", "fused", "--image-size", "32"
+    )
+    assert status == 0
+    assert rows["resnet18", "eager"]["status"] == "timed"
+    assert rows["resnet18", "fused"]["message"] == "not applicable: not a ConvMixer"
+
+
+TINY_MAP = ["--device", "cpu", "--maps", "32x48x40", "--batch", "2", "--rounds", "2"]
+
+
+def test_depthwise_writes_json_and_table(tmp_path):
+    results = tmp_path / "results.json"
+    done = run_script("depthwise.py", *TINY_MAP, "--kernels", "3", "4", "--json", results)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == 2 * 3 * 2  # kernels, operators, layouts
+    for row in rows:
+        assert row["status"] == "timed" and len(row["seconds"]) == len(row["copy_seconds"]) == 2
+        assert row["bytes"] == 2 * 4 * 2 * 32 * 48 * 40
+        assert row["flops"] == 2 * 2 * 32 * 48 * 40 * row["kernel"] ** 2
+        assert row["of_copy"] > 0 and row["of_fma_peak"] > 0
+        assert ("over_aten_nchw" in row) == ("over_aten_channels_last" in row) == (row["operator"] != "aten")
+    assert done.stdout.strip().split("\n\n")[-1] in results.with_suffix(".md").read_text()
+
+
+def test_a_wrong_operator_is_reported_and_not_timed(tmp_path, monkeypatch):
+    calls = []
+
+    def shifted(x, weight, vectors):
+        calls.append(x)
+        return convmixer_fast.depthwise_conv2d(x, weight).roll(1, dims=3)
+
+    definition = depthwise.OPERATORS["ours"][1]
+    monkeypatch.setitem(depthwise.OPERATORS, "ours", (shifted, definition))
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: None)  # for good, in this process
+    results = tmp_path / "results.json"
+    options = ["--kernels", "5", "--layouts", "nchw", "--operators", "aten", "ours"]
+    assert depthwise.main([*TINY_MAP, *options, "--json", str(results)]) == 1
+    aten, ours = json.loads(results.read_text())["rows"]
+    assert aten["status"] == "timed"
+    assert ours["status"] == "wrong" and "seconds" not in ours and len(calls) == 1
+
+
+def test_fma_peak_needs_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"g\+\+ is needed"):
+        depthwise.FmaPeak()
+
+
+def test_results_that_are_not_finite_are_wrong():
+    expected = torch.ones(3, dtype=torch.float64)
+    assert accuracy.relative_error(torch.tensor([1.0, 1.0, 0.5]), expected) == 0.5
+    for bad in (float("nan"), float("inf")):
+        error = accuracy.relative_error(torch.tensor([1.0, bad, 1.0]), expected)
+        for eager_error in (0.001, float("inf")):
+            assert accuracy.verdict(error, eager_error, torch.float16)["status"] == "wrong"
+    with pytest.raises(ValueError, match=r"the result has the shape \(1,\), expected \(3,\)"):
+        accuracy.relative_error(torch.ones(1), expected)
+
+
+def test_table_escapes_and_aligns():
+    text = report.table(["name", "figure"], [["a|b", "1.5"], ["c", "120"]])
+    assert text.splitlines() == ["| name | figure |", "| ---- | -----: |", "| a\\|b |    1.5 |", "| c    |    120 |"]
+
+
+def test_source_hash_follows_content_and_ignores_builds(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    source = tmp_path / "csrc" / "kernel.cu"
+    source.parent.mkdir()
+    source.write_text("a")
+    first = report.source_hash()
+    (source.parent / "kernel.so").write_text("binary")
+    assert report.source_hash() == first
+    source.write_text("b")
+    assert report.source_hash() != first
+
+
+def test_commit_is_of_this_tree_or_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert report.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc")
+    assert report.commit() == "abc"
+
+
+def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main([])
+    assert exit_.value.code == 2 and "this command needs a GPU" in capsys.readouterr().err
+
+
+def test_gpu_plan_fits_its_time(tmp_path):
+    steps = gpu.plan(tmp_path, (9, 0))
+    names = [step.name for step in steps]
+    assert names == ["build", "tests", "throughput", "depthwise", "peers", "memcheck", "racecheck"]
+    assert set(gpu.BENCHMARKS) <= set(names)
+    assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    assert gpu.plan(tmp_path, (8, 9))[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.9"
+    assert sum(gpu.limits(steps, 9 * 60)) <= 9 * 60
+    assert sum(gpu.limits(steps, 60)) == pytest.approx(60)
+
+
+def python_step(name: str, code: str, seconds: float = 20, **options) -> gpu.Step:
+    return gpu.Step(name, [sys.executable, "-c", code], seconds, **options)
+
+
+def statuses(out: Path) -> dict[str, str]:
+    return {step["step"]: step["status"] for step in json.loads((out / "results.json").read_text())["steps"]}
+
+
+def test_gpu_run_reports_every_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    stale = tmp_path / "depthwise.md"
+    stale.write_text("of an earlier run")
+    steps = [
+        python_step("throughput", f"open({str(tmp_path / 'throughput.md')!r}, 'w').write('| figures |')"),
+        python_step("failing", "print('the reason'); raise SystemExit(3)"),
+        python_step("absent", "", missing="its program is not on PATH"),
+        python_step("slow", "import time; time.sleep(60)", 0.5),
+        python_step("needed", "raise SystemExit(1)", needed=True),
+        python_step("after", ""),
+    ]
+    assert gpu.run(steps[:1], tmp_path / "good", {"device": "D"}, total=20) == 0
+    assert gpu.run(steps[:3], tmp_path, {"device": "D"}, total=60) == 1
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("# D\n\n* device: D") and "| figures |" in readme and "earlier" not in readme
+    assert statuses(tmp_path) == {"throughput": "passed", "failing": "failed", "absent": "skipped"}
+    assert "the reason" in capsys.readouterr().out
+    assert gpu.run(steps[3:], tmp_path, {"device": "D"}, total=42) == 1
+    assert statuses(tmp_path) == {"slow": "out of time", "needed": "failed", "after": "not run"}
+
+
+def test_gpu_run_writes_what_it_has_when_stopped(tmp_path):
+    started = tmp_path / "started"
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.append({str(ROOT / "benchmarks")!r})
+from pathlib import Path
+import gpu
+steps = [
+    gpu.Step("first", [sys.executable, "-c", ""], 20),
+    gpu.Step("second", ["sh", "-c", "sleep 300 & echo $! > {started}.new && mv {started}.new {started}; wait"], 20),
+    gpu.Step("third", [sys.executable, "-c", ""], 20),
+]
+sys.exit(gpu.run(steps, Path({str(tmp_path / "out")!r}), {{"device": "D"}}, 60))
+"""
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not started.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        grandchild = int(started.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+    assert statuses(tmp_path / "out") == {"first": "passed", "second": "stopped", "third": "not run"}
+    assert "stopped" in (tmp_path / "out" / "README.md").read_text()
+    state = Path(f"/proc/{grandchild}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
