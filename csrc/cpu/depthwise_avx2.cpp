@@ -1,0 +1,11 @@
+// AVX2, FMA and F16C.
+#pragma GCC target("avx2,fma,f16c")
+#define CMF_ISA "avx2"
+#define CMF_VECTOR_BYTES 32
+#include "depthwise_kernel.h"
+
+namespace convmixer_fast::cpu {
+
+const Kernels& avx2_kernels() { return kKernels; }
+
+}  // namespace convmixer_fast::cpu

@@ -1,0 +1,11 @@
+// AVX-512 F, BW, DQ and VL.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define CMF_ISA "avx512"
+#define CMF_VECTOR_BYTES 64
+#include "depthwise_kernel.h"
+
+namespace convmixer_fast::cpu {
+
+const Kernels& avx512_kernels() { return kKernels; }
+
+}  // namespace convmixer_fast::cpu

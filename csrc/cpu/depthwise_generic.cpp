@@ -1,0 +1,10 @@
+// Any CPU: 16-byte vectors (SSE2, NEON).
+#define CMF_ISA "generic"
+#define CMF_VECTOR_BYTES 16
+#include "depthwise_kernel.h"
+
+namespace convmixer_fast::cpu {
+
+const Kernels& generic_kernels() { return kKernels; }
+
+}  // namespace convmixer_fast::cpu

@@ -1,0 +1,682 @@
+// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp sets CMF_ISA and CMF_VECTOR_BYTES,
+// is compiled with its own machine flags and includes this file once. Vectors are the compiler's (GCC, Clang), so the
+// code below is plain arithmetic. Everything has internal linkage and no function of the standard library is
+// instantiated: nothing compiled for a wide instruction set can be linked into the path of a narrower one.
+//
+// A vector holds neighbouring channels of one pixel, whatever the layout of x: only `load_pixels` and `store_pixels`
+// know strides. A task is (image, block of channels, band of rows, band of columns). It slides down its band: `pack`
+// turns the next input rows into zero-padded rows of vectors in a ring, `convolve` sums the taps, `emit` applies the
+// epilogue and stores.
+#pragma once
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cstdint>
+#include <new>
+#include <utility>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define CMF_INLINE inline __attribute__((always_inline))
+
+namespace convmixer_fast::cpu {
+namespace {
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------------------------------------------- vectors
+
+template <class T, int64_t kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class Real>
+constexpr int kLanes = CMF_VECTOR_BYTES / sizeof(Real);
+template <class Real>
+using Vec = typename VectorOf<Real, CMF_VECTOR_BYTES>::type;
+using Bits = Vec<int32_t>;
+using Bits16 = VectorOf<uint16_t, CMF_VECTOR_BYTES / 2>::type;
+
+template <class To, class From>
+CMF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// A storage type names the Real it computes in, and turns memory into vectors and back (to nearest even).
+template <class T>
+struct Native {
+  using Real = T;
+  T value;
+  static CMF_INLINE Vec<T> load(const Native* from) {
+    Vec<T> v;
+    memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static CMF_INLINE void store(Native* to, Vec<T> v) { memcpy(to, &v, sizeof v); }
+  static CMF_INLINE Vec<T> round(Vec<T> v) { return v; }
+};
+
+CMF_INLINE Bits load_bits16(const void* from) {
+  Bits16 v;
+  memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Bits);
+}
+
+CMF_INLINE void store_bits16(void* to, Bits v) {
+  const Bits16 narrow = __builtin_convertvector(v, Bits16);
+  memcpy(to, &narrow, sizeof narrow);
+}
+
+struct BFloat16 {
+  using Real = float;
+  uint16_t value;
+  static CMF_INLINE Bits narrow(Vec<float> v) {  // in the upper halves
+    const Bits bits = bit_cast<Bits>(v);
+    const Bits nearest = bits + (0x7fff + (bits >> 16 & 1));
+    return (v == v ? nearest : bits | 0x400000) & int32_t(0xffff0000);
+  }
+  static CMF_INLINE Vec<float> load(const BFloat16* from) { return bit_cast<Vec<float>>(load_bits16(from) << 16); }
+  static CMF_INLINE void store(BFloat16* to, Vec<float> v) { store_bits16(to, narrow(v) >> 16); }
+  static CMF_INLINE Vec<float> round(Vec<float> v) { return bit_cast<Vec<float>>(narrow(v)); }
+};
+
+struct Float16 {
+  using Real = float;
+  uint16_t value;
+#if defined(__AVX512F__)
+  static CMF_INLINE Bits16 narrow(Vec<float> v) {  // (the forms without a mask make GCC 12 warn)
+    return bit_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), 0));
+  }
+  static CMF_INLINE Vec<float> widen(Bits16 v) {
+    return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
+  }
+#elif defined(__F16C__)
+  static CMF_INLINE Bits16 narrow(Vec<float> v) { return bit_cast<Bits16>(_mm256_cvtps_ph(bit_cast<__m256>(v), 0)); }
+  static CMF_INLINE Vec<float> widen(Bits16 v) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(v))); }
+#else
+  static CMF_INLINE Bits16 narrow(Vec<float> v) {
+    const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7fffffff;
+    const Bits normal = magnitude - (112 << 23) + (0xfff + (magnitude >> 13 & 1));  // rebias, to nearest even
+    // Adding 0.5 leaves the multiples of 2^-24, the spacing of float16's subnormals, in the last bits.
+    const Bits subnormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (126 << 23);
+    const Bits special = 0x7c00 | ((magnitude > (255 << 23)) & (0x200 | (magnitude >> 13 & 0x3ff)));
+    const Bits finite = magnitude < (113 << 23) ? subnormal : normal >> 13;
+    const Bits half = magnitude < (143 << 23) ? finite : special;
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000), Bits16);
+  }
+  static CMF_INLINE Vec<float> widen(Bits16 v) {
+    const Bits bits = __builtin_convertvector(v, Bits), magnitude = (bits & 0x7fff) << 13;
+    const Bits finite = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);  // exact, subnormals too
+    const Bits special = magnitude | (255 << 23);
+    return bit_cast<Vec<float>>((magnitude < (31 << 23) ? finite : special) | (bits & 0x8000) << 16);
+  }
+#endif
+  static CMF_INLINE Vec<float> load(const Float16* from) {
+    Bits16 v;
+    memcpy(&v, from, sizeof v);
+    return widen(v);
+  }
+  static CMF_INLINE void store(Float16* to, Vec<float> v) {
+    const Bits16 bits = narrow(v);
+    memcpy(to, &bits, sizeof bits);
+  }
+  static CMF_INLINE Vec<float> round(Vec<float> v) { return widen(narrow(v)); }
+};
+
+// The transpose of kLanes x kLanes values, in log2 kLanes exchanges of ever smaller blocks.
+template <int kBlock, class V, size_t... kLane>
+CMF_INLINE void exchange_blocks(V& a, V& b, std::index_sequence<kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  const V low = a, high = b;
+#if defined(__clang__)
+  a = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane - kBlock + n : kLane)...);
+  b = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane + n : kLane + kBlock)...);
+#else
+  using Index = decltype(a < b);
+  a = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane - kBlock + n : kLane)...});
+  b = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane + n : kLane + kBlock)...});
+#endif
+}
+
+template <int kBlock, class V, size_t n>
+CMF_INLINE void transpose(V (&v)[n]) {
+  if constexpr (kBlock > 0) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < n; ++i)
+      if (!(i & kBlock)) exchange_blocks<kBlock>(v[i], v[i + kBlock], std::make_index_sequence<n>());
+    transpose<kBlock / 2>(v);
+  }
+}
+
+// `pixels` vectors of `channels` values from memory, both at most kLanes; the lanes beyond are 0.
+template <class S, class Real = typename S::Real>
+void load_pixels(const S* x, int64_t channel_stride, int64_t pixel_stride, int64_t channels, int64_t pixels,
+                 Vec<Real>* v) {
+  constexpr int n = kLanes<Real>;
+  if (channel_stride == 1 && channels == n) {
+    for (int64_t q = 0; q < pixels; ++q) v[q] = S::load(x + q * pixel_stride);
+  } else if (pixel_stride == 1 && pixels == n) {
+    Vec<Real> rows[n];
+    for (int64_t c = 0; c < n; ++c) rows[c] = c < channels ? S::load(x + c * channel_stride) : Vec<Real>{};
+    transpose<n / 2>(rows);
+    for (int64_t q = 0; q < n; ++q) v[q] = rows[q];
+  } else {
+    for (int64_t q = 0; q < pixels; ++q) {
+      S lanes[n] = {};
+      for (int64_t c = 0; c < channels; ++c) lanes[c] = x[q * pixel_stride + c * channel_stride];
+      v[q] = S::load(lanes);
+    }
+  }
+}
+
+template <class S, class Real = typename S::Real>
+void store_pixels(S* y, int64_t channel_stride, int64_t pixel_stride, int64_t channels, int64_t pixels,
+                  const Vec<Real>* v) {
+  constexpr int n = kLanes<Real>;
+  if (channel_stride == 1 && channels == n) {
+    for (int64_t q = 0; q < pixels; ++q) S::store(y + q * pixel_stride, v[q]);
+  } else if (pixel_stride == 1 && pixels == n) {
+    Vec<Real> rows[n];
+    for (int64_t q = 0; q < n; ++q) rows[q] = v[q];
+    transpose<n / 2>(rows);
+    for (int64_t c = 0; c < channels; ++c) S::store(y + c * channel_stride, rows[c]);
+  } else {
+    for (int64_t q = 0; q < pixels; ++q) {
+      S lanes[n];
+      S::store(lanes, v[q]);
+      for (int64_t c = 0; c < channels; ++c) y[q * pixel_stride + c * channel_stride] = lanes[c];
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- pointwise
+
+// gelu(x) = max(x, 0) - t Phi(-t), t = |x|: no cancellation. log2(2 Phi(-t)) is close to a parabola without a constant
+// and a polynomial here, as is 2^f: together they are off by 1.1e-7 Phi(-t) for t < 0.75, by 1.9e-8 / t beyond.
+CMF_INLINE Vec<float> gelu(Vec<float> x) {
+  const Vec<float> magnitude = x < 0 ? -x : x;
+  const Vec<float> t = magnitude < 8 ? magnitude : 8 + Vec<float>{};  // t Phi(-t) is 3e-14 there
+  Vec<float> log2 = 4.190667317218388e-07f + Vec<float>{};
+  for (const float coefficient :
+       {-8.221937960584197e-06f, 6.719936871101976e-05f, -0.00026057253440669136f, -2.6314870177938595e-05f,
+        0.006972101349101637f, -0.052456833008752334f, -0.45921580372912024f, -1.1511047538621313f, 0.f})
+    log2 = log2 * t + coefficient;
+  constexpr float kRound = 0x1.8p23f - 1;  // added, it leaves the nearest integer, less 1, in the last bits
+  const Vec<float> rounded = log2 + kRound;
+  const Vec<float> f = log2 - (rounded - kRound);
+  Vec<float> phi = 0.0013264727391703653f + Vec<float>{};
+  for (const float coefficient :
+       {0.009671512917326526f, 0.05550733745336358f, 0.24022242081104875f, 0.6931469775964698f, 1.f})
+    phi = phi * f + coefficient;
+  phi = bit_cast<Vec<float>>(bit_cast<Bits>(phi) + (bit_cast<Bits>(rounded) << 23));
+  return (x < 0 ? Vec<float>{} : x) - t * phi;
+}
+
+CMF_INLINE Vec<double> gelu(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] *= 0.5 * erfc(x[i] * -M_SQRT1_2);
+  return x;
+}
+
+// PointwiseParams of one channel vector.
+template <class Real>
+struct Pointwise {
+  Vec<Real> bias, scale, shift;
+  Activation activation;
+
+  CMF_INLINE void apply(Vec<Real>* v, int64_t n) const {
+    switch (activation) {
+      case Activation::kGelu:
+        for (int64_t i = 0; i < n; ++i) v[i] = gelu(v[i] + bias) * scale + shift;
+        break;
+      case Activation::kRelu:
+        for (int64_t i = 0; i < n; ++i) {
+          const Vec<Real> biased = v[i] + bias;
+          v[i] = (biased < 0 ? Vec<Real>{} : biased) * scale + shift;
+        }
+        break;
+      case Activation::kNone:
+        for (int64_t i = 0; i < n; ++i) v[i] = (v[i] + bias) * scale + shift;
+    }
+  }
+};
+
+template <class S, class Real = typename S::Real>
+Vec<Real> load_vector(const void* from, bool is_storage, int64_t channel, int64_t channels, Real otherwise) {
+  Vec<Real> v = otherwise + Vec<Real>{};
+  if (from && is_storage) {
+    load_pixels(static_cast<const S*>(from) + channel, 1, 0, channels, 1, &v);
+  } else if (from) {
+    load_pixels(static_cast<const Native<Real>*>(from) + channel, 1, 0, channels, 1, &v);
+  }
+  return v;
+}
+
+template <class S, class Real = typename S::Real>
+Pointwise<Real> load_pointwise(const PointwiseParams& p, DType dtype, int64_t channel, int64_t channels) {
+  const bool is_storage = p.vector_dtype == dtype;
+  return {load_vector<S>(p.bias, is_storage, channel, channels, Real(0)),
+          load_vector<S>(p.scale, is_storage, channel, channels, Real(1)),
+          load_vector<S>(p.shift, is_storage, channel, channels, Real(0)), p.activation};
+}
+
+// ---------------------------------------------------------------------------------------------------- depthwise
+
+#if defined(__AVX512F__) || defined(__aarch64__)  // 32 vector registers: 16 sums, 9 weights, the input
+constexpr int kMaxColumns = 16, kMaxTaps = 9;
+#else  // 16 vector registers
+constexpr int kMaxColumns = 8, kMaxTaps = 5;
+#endif
+constexpr int64_t kTapsAtOnce = 40;  // are summed before they are added to the rest: more accurate than one long sum
+
+// Cache lines for a strip to prefetch: `count` of them, `step` bytes apart.
+struct Lines {
+  const char* first;
+  int64_t step, count;
+  int64_t column;  // bytes from the strip's first line to that of a strip one column to the right
+};
+
+// What a strip of neighbouring outputs of one row and one channel vector reads.
+template <class Real>
+struct Strip {
+  const Vec<Real>* first;       // the input under the first tap of the first output
+  const Vec<Real>* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
+  const Vec<Real>* ring_end;
+  int64_t pitch;  // from row to row
+  const Vec<Real>* weight;
+  int64_t weight_pitch;
+  int64_t tap_rows, taps;
+  Vec<Real> start;    // of the sums
+  Lines read, write;  // that are needed soon
+};
+
+// sum[c] += input[c + t] * weight[t]: an input vector is loaded once for all its taps.
+template <int kTaps, class V, int kColumns>
+CMF_INLINE void add_taps(const V* input, const V* weight, V (&sum)[kColumns]) {
+  V w[kTaps];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTaps; ++t) w[t] = weight[t];
+#pragma GCC unroll 32
+  for (int i = 0; i < kColumns + kTaps - 1; ++i) {
+    const V in = input[i];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t)
+      if (i >= t && i - t < kColumns) sum[i - t] += in * w[t];
+  }
+}
+
+template <class V, int kColumns, int... kGroup>
+CMF_INLINE void add_tap_group(int64_t taps, const V* input, const V* weight, V (&sum)[kColumns],
+                              std::integer_sequence<int, kGroup...>) {
+  (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(input, weight, sum), true)) || ...);
+}
+
+template <class Real, int kColumns>
+void convolve_strip(const Strip<Real>& strip, Vec<Real>* out) {
+  const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
+  const int64_t rows_at_once = ceil_div(kTapsAtOnce, strip.taps);
+  const Vec<Real>* row = strip.first;
+  const Vec<Real>* weight = strip.weight;
+  for (int64_t begin = 0; begin < strip.tap_rows; begin += rows_at_once) {
+    Vec<Real> sum[kColumns];
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) sum[c] = begin > 0 ? Vec<Real>{} : strip.start;
+    for (int64_t i = begin; i < min(begin + rows_at_once, strip.tap_rows); ++i) {
+      for (int64_t t = 0; t < strip.taps; t += group)
+        add_tap_group(min(group, strip.taps - t), row + t, weight + t, sum,
+                      std::make_integer_sequence<int, kMaxTaps>());
+      row += strip.pitch;
+      if (row >= strip.ring_end) row = strip.ring_begin;
+      weight += strip.weight_pitch;
+      // Spread over the rows: a burst of misses would fill the queues and stall.
+      for (int64_t l = i; l < strip.read.count; l += strip.tap_rows)
+        __builtin_prefetch(strip.read.first + l * strip.read.step, 0, 2);
+      for (int64_t l = i; l < strip.write.count; l += strip.tap_rows)
+        __builtin_prefetch(strip.write.first + l * strip.write.step, 1, 2);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) out[c] = begin > 0 ? out[c] + sum[c] : sum[c];
+  }
+}
+
+// The outputs of a row, in strips of nearly the same length.
+template <class Real, int... kColumns>
+void convolve_row(Strip<Real> strip, int64_t columns, Vec<Real>* out, std::integer_sequence<int, kColumns...>) {
+  static constexpr void (*kConvolve[])(const Strip<Real>&, Vec<Real>*) = {convolve_strip<Real, kColumns + 1>...};
+  for (int64_t strips = ceil_div(columns, kMaxColumns); strips > 0; --strips) {
+    const int64_t length = ceil_div(columns, strips);
+    kConvolve[length - 1](strip, out);
+    strip.first += length;
+    strip.ring_begin += length;
+    strip.ring_end += length;
+    strip.read.first += length * strip.read.column;
+    strip.write.first += length * strip.write.column;
+    out += length;
+    columns -= length;
+  }
+}
+
+class Scratch {
+ public:
+  ~Scratch() { free(memory_); }
+
+  // At least `bytes` bytes, aligned to vectors; what they held before is lost.
+  void* reserve(size_t bytes) {
+    if (bytes > bytes_) {
+      free(memory_);
+      bytes_ = 0;
+      memory_ = aligned_alloc(64, ceil_div(bytes, 64) * 64);
+      if (!memory_) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// How a depthwise convolution is cut into tasks, and a task into steps. Depends on nothing but the parameters.
+template <class Real>
+struct Plan {
+  static constexpr int64_t kChannels = 64;             // of a block, at most: 256 bytes of float32 at a time
+  static constexpr int64_t kScratchBytes = 512 << 10;  // of the ring: half of a usual L2 cache
+  static constexpr int64_t kPixels = 128;              // of a step, at least
+  static constexpr int64_t kTasks = 64;                // wanted, for the threads to share
+  static constexpr int64_t kGroupPixels = 1024;        // of the images that use a block's weights one after another
+
+  int64_t first_tap = 0, taps = 0;  // the kernel's columns that meet the map at all
+  int64_t band_width = 0, width_bands = 0, pitch = 0;
+  int64_t step_rows = 0, ring_rows = 0;
+  int64_t vectors = 0, blocks = 0;
+  int64_t band_height = 0, height_bands = 0;
+  int64_t images = 0;  // that run through a block before the next block's turn
+  int64_t tasks = 0;
+
+  explicit Plan(const DepthwiseParams& p) {
+    if (p.batch == 0 || p.channels == 0 || p.height == 0 || p.width == 0) return;
+    first_tap = max(0, p.pad_left - p.width + 1);
+    taps = min(p.kernel_w, p.pad_left + p.width) - first_tap;
+    width_bands = ceil_div(p.width, 128);
+    band_width = ceil_div(p.width, width_bands);
+    width_bands = ceil_div(p.width, band_width);
+    pitch = band_width + taps - 1;
+    step_rows = min(p.height, ceil_div(kPixels, band_width));
+    ring_rows = min(p.height, step_rows + p.kernel_h - 1);
+    const int64_t fitting = kScratchBytes / (ring_rows * pitch * CMF_VECTOR_BYTES);
+    vectors = max(1, min(kChannels / kLanes<Real>, min(fitting, ceil_div(p.channels, kLanes<Real>))));
+    blocks = ceil_div(p.channels, vectors * kLanes<Real>);
+    const int64_t wanted = ceil_div(kTasks, p.batch * blocks * width_bands);
+    band_height = max(min(p.height, step_rows), ceil_div(p.height, wanted));
+    height_bands = ceil_div(p.height, band_height);
+    images = min(p.batch, ceil_div(kGroupPixels, p.height * p.width));
+    tasks = p.batch * blocks * height_bands * width_bands;
+  }
+};
+
+// f(row, column, n) for up to kGroup successive pixels (row, column), ..., row by row; `joined`: across rows' ends.
+template <int kGroup, class F>
+CMF_INLINE void for_pixel_groups(int64_t rows, int64_t columns, bool joined, F f) {
+  const int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
+  for (int64_t run = 0; run < runs; ++run)
+    for (int64_t i = 0; i < length; i += kGroup) f(run + i / columns, i % columns, min(kGroup, length - i));
+}
+
+template <class S>
+class Depthwise {
+  using Real = typename S::Real;
+  using V = Vec<Real>;
+  static constexpr int kLanes = cpu::kLanes<Real>;
+
+ public:
+  Depthwise(const DepthwiseParams& p, Scratch& scratch) : p_(p), plan_(p) {
+    const int64_t weights = plan_.vectors * p_.kernel_h * p_.kernel_w;
+    const int64_t tile = plan_.vectors * plan_.ring_rows * plan_.pitch;
+    const int64_t sums = plan_.step_rows * plan_.band_width;
+    const int64_t vectors = weights + tile + sums + plan_.vectors;
+    constexpr int64_t kPointwise = sizeof(Pointwise<Real>);
+    void* memory = scratch.reserve(vectors * sizeof(V) + 2 * plan_.vectors * kPointwise);
+    weight_ = static_cast<V*>(memory);
+    tile_ = weight_ + weights;
+    sum_ = tile_ + tile;
+    start_ = sum_ + sums;
+    prologue_ = reinterpret_cast<Pointwise<Real>*>(start_ + plan_.vectors);
+    epilogue_ = prologue_ + plan_.vectors;
+  }
+
+  void run(int64_t begin, int64_t end) {
+    int64_t loaded = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      // (group of images, block, image of the group, band of rows, band of columns), the last one fastest
+      const int64_t bands = plan_.height_bands * plan_.width_bands;
+      const int64_t group = task / (plan_.images * plan_.blocks * bands) * plan_.images;
+      const int64_t images = min(plan_.images, p_.batch - group);
+      const int64_t rest = task - group * plan_.blocks * bands;
+      const int64_t block = rest / (images * bands);
+      image_ = group + rest / bands % images;
+      if (block != loaded) load_block(block);
+      loaded = block;
+      const int64_t h = rest / plan_.width_bands % plan_.height_bands * plan_.band_height;
+      const int64_t w = rest % plan_.width_bands * plan_.band_width;
+      run_band(h, min(h + plan_.band_height, p_.height), w, min(w + plan_.band_width, p_.width));
+    }
+  }
+
+ private:
+  int64_t channels_of(int64_t vector) const { return max(0, min(kLanes, channels_ - vector * kLanes)); }
+  V* tile_row(int64_t vector, int64_t row) const {
+    return tile_ + (vector * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch;
+  }
+
+  void load_block(int64_t block) {
+    channel_ = block * plan_.vectors * kLanes;
+    channels_ = min(plan_.vectors * kLanes, p_.channels - channel_);
+    const int64_t taps = p_.kernel_h * p_.kernel_w;
+    for (int64_t v = 0; v * kLanes < channels_; ++v) {
+      const int64_t channel = channel_ + v * kLanes;
+      const S* weight = static_cast<const S*>(p_.weight) + channel * taps;
+      for (int64_t t = 0; t < taps; t += kLanes)
+        load_pixels(weight + t, taps, 1, channels_of(v), min(kLanes, taps - t), weight_ + v * taps + t);
+      prologue_[v] = load_pointwise<S>(p_.prologue, p_.dtype, channel, channels_of(v));
+      epilogue_[v] = load_pointwise<S>(p_.epilogue, p_.dtype, channel, channels_of(v));
+      // Few taps: the sums start from the bias, which saves a rounding. Many: it would enlarge every partial sum.
+      const bool few = min(p_.kernel_h, p_.height) * min(plan_.taps, p_.width) <= 4;
+      start_[v] = few ? epilogue_[v].bias : V{};
+      if (few) epilogue_[v].bias = V{};
+    }
+  }
+
+  // Outputs [h_begin, h_end) x [w_begin, w_end) of the image and the block.
+  void run_band(int64_t h_begin, int64_t h_end, int64_t w_begin, int64_t w_end) {
+    w_begin_ = w_begin;
+    columns_ = w_end - w_begin;
+    origin_ = w_begin + plan_.first_tap - p_.pad_left;
+    int64_t packed = max(0, h_begin - p_.pad_top);
+    for (int64_t h = h_begin; h < h_end; h += plan_.step_rows) {
+      const int64_t rows = min(plan_.step_rows, h_end - h);
+      const int64_t needed = min(p_.height, h + rows - 1 + p_.kernel_h - p_.pad_top);
+      pack(packed, needed);
+      packed = max(packed, needed);
+      for (int64_t v = 0; v * kLanes < channels_; ++v) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const Lines read = lines(p_.x, p_.x_stride, v, packed + r), write = lines(p_.y, p_.y_stride, v, h + r);
+          convolve(v, h + r, sum_ + r * columns_, read, write);
+        }
+        emit(v, h, rows);
+      }
+    }
+  }
+
+  // Input rows [begin, end) into the ring, with zeros left and right of the map.
+  void pack(int64_t begin, int64_t end) {
+    const int64_t first = max(0, origin_), last = min(p_.width, origin_ + columns_ + plan_.taps - 1);
+    const Strides& stride = p_.x_stride;
+    const bool joined = last - first == p_.width && stride.h == p_.width * stride.w;
+    for (int64_t v = 0; v * kLanes < channels_; ++v) {
+      for (int64_t row = begin; row < end; ++row) {
+        V* to = tile_row(v, row);
+        for (int64_t i = 0; i < first - origin_; ++i) to[i] = V{};
+        for (int64_t i = last - origin_; i < plan_.pitch; ++i) to[i] = V{};
+      }
+    }
+    const S* x = static_cast<const S*>(p_.x) + image_ * stride.n + channel_ * stride.c;
+    for_pixel_groups<kLanes>(end - begin, last - first, joined, [&](int64_t row, int64_t column, int64_t n) {
+      const S* from = x + (begin + row) * stride.h + (first + column) * stride.w;
+      for (int64_t v = 0; v * kLanes < channels_; ++v) {
+        V* to = tile_row(v, begin + row) + first - origin_ + column;
+        V buffer[kLanes];
+        V* z = column + n <= last - first ? to : buffer;  // one row, or the end of one and the start of the next
+        load_pixels(from + v * kLanes * stride.c, stride.c, stride.w, channels_of(v), n, z);
+        if (p_.has_prologue) {
+          prologue_[v].apply(z, n);
+          for (int64_t i = 0; i < n; ++i) z[i] = S::round(z[i]);
+        }
+        if (z == buffer) {
+          int64_t r = row, c = column;
+          for (int64_t i = 0; i < n; ++i) {
+            *to++ = z[i];
+            if (++c == last - first) c = 0, to = tile_row(v, begin + ++r) + first - origin_;
+          }
+        }
+      }
+    });
+  }
+
+  // Those of a row that one channel vector's strip will touch; of the map's rows only.
+  Lines lines(const void* tensor, const Strides& stride, int64_t v, int64_t h) const {
+    const int64_t offset = image_ * stride.n + (channel_ + v * kLanes) * stride.c + h * stride.h + w_begin_ * stride.w;
+    const char* first = reinterpret_cast<const char*>(static_cast<const S*>(tensor) + offset);
+    constexpr int64_t kSize = sizeof(S);
+    if (h >= p_.height) return {first, 0, 0, 0};
+    if (stride.c == 1) return {first, stride.w * kSize, v * kLanes * kSize % 64 ? 0 : kMaxColumns, stride.w * kSize};
+    return {first, stride.c * kSize, kLanes, stride.w * kSize};
+  }
+
+  // The sums of row h; tap rows outside the map are left out.
+  void convolve(int64_t v, int64_t h, V* out, const Lines& read, const Lines& write) const {
+    const int64_t top = h - p_.pad_top, first = max(0, top), last = min(p_.height, top + p_.kernel_h);
+    Strip<Real> strip;
+    strip.first = tile_row(v, first);
+    strip.ring_begin = tile_row(v, 0);
+    strip.ring_end = strip.ring_begin + plan_.ring_rows * plan_.pitch;
+    strip.pitch = plan_.pitch;
+    strip.weight = weight_ + (v * p_.kernel_h + first - top) * p_.kernel_w + plan_.first_tap;
+    strip.weight_pitch = p_.kernel_w;
+    strip.tap_rows = last - first;
+    strip.taps = plan_.taps;
+    strip.start = start_[v];
+    strip.read = read;
+    strip.write = write;
+    convolve_row(strip, columns_, out, std::make_integer_sequence<int, kMaxColumns>());
+  }
+
+  // The epilogue and the residual of rows [h, h + rows), to memory.
+  void emit(int64_t v, int64_t h, int64_t rows) const {
+    const Strides& stride = p_.y_stride;
+    const bool joined = columns_ == p_.width && stride.h == p_.width * stride.w;
+    S* y = static_cast<S*>(p_.y) + image_ * stride.n + (channel_ + v * kLanes) * stride.c;
+    for_pixel_groups<kLanes>(rows, columns_, joined, [&](int64_t row, int64_t column, int64_t n) {
+      V* sum = sum_ + row * columns_ + column;
+      epilogue_[v].apply(sum, n);
+      if (p_.residual) {
+        int64_t r = row, c = column;
+        const V* z = tile_row(v, h + r) + w_begin_ - origin_;
+        for (int64_t i = 0; i < n; ++i) {
+          sum[i] += z[c];
+          if (++c == columns_) c = 0, z = tile_row(v, h + ++r) + w_begin_ - origin_;
+        }
+      }
+      S* to = y + (h + row) * stride.h + (w_begin_ + column) * stride.w;
+      store_pixels(to, stride.c, stride.w, channels_of(v), n, sum);
+    });
+  }
+
+  const DepthwiseParams& p_;
+  const Plan<Real> plan_;
+  V *weight_, *tile_, *sum_, *start_;
+  Pointwise<Real> *prologue_, *epilogue_;
+  int64_t channel_, channels_;  // of the block
+  int64_t image_;
+  int64_t w_begin_, columns_;  // of the band
+  int64_t origin_;             // the map's column in the tile's column 0
+};
+
+// ---------------------------------------------------------------------------------------------------- pooling
+
+template <class Real>
+int64_t pool_tasks(const PoolParams& p) {
+  return p.batch * ceil_div(p.channels, kLanes<Real>);
+}
+
+template <class S, class Real = typename S::Real>
+void pool(const PoolParams& p, int64_t begin, int64_t end) {
+  constexpr int n = kLanes<Real>;
+  const Strides& stride = p.x_stride;
+  const int64_t blocks = ceil_div(p.channels, n);
+  const bool joined = stride.h == p.width * stride.w;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / blocks, channel = task % blocks * n, channels = min(n, p.channels - channel);
+    const S* x = static_cast<const S*>(p.x) + image * stride.n + channel * stride.c;
+    const Pointwise<Real> prologue = load_pointwise<S>(p.prologue, p.dtype, channel, channels);
+    Vec<Real> sum = {}, lost = {};  // lost: what the additions to `sum` rounded away; NaN once `sum` is infinite
+    if (p.height * p.width > 0)
+      for_pixel_groups<n>(p.height, p.width, joined, [&](int64_t row, int64_t column, int64_t pixels) {
+        Vec<Real> z[n];
+        load_pixels(x + row * stride.h + column * stride.w, stride.c, stride.w, channels, pixels, z);
+        prologue.apply(z, pixels);
+        for (int64_t i = pixels; i < n; ++i) z[i] = Vec<Real>{};
+        for (int half = n / 2; half > 0; half /= 2)
+          for (int i = 0; i < half; ++i) z[i] += z[i + half];
+        const Vec<Real> total = sum + z[0], kept = total - sum;
+        lost += (sum - (total - kept)) + (z[0] - kept);
+        sum = total;
+      });
+    const Vec<Real> mean = (lost == lost ? sum + lost : sum) / Real(p.height * p.width);
+    store_pixels(static_cast<S*>(p.y) + image * p.channels + channel, 1, 0, channels, 1, &mean);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+template <class F>
+CMF_INLINE auto with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(Native<double>());
+    case DType::kFloat32: return f(Native<float>());
+    case DType::kFloat16: return f(Float16());
+    case DType::kBFloat16: return f(BFloat16());
+  }
+  __builtin_unreachable();
+}
+
+int64_t depthwise_tasks(const DepthwiseParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return Plan<typename decltype(storage)::Real>(p).tasks; });
+}
+
+void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  thread_local Scratch scratch;
+  with_storage(p.dtype, [&](auto storage) { Depthwise<decltype(storage)>(p, scratch).run(begin, end); });
+}
+
+int64_t activate_pool_tasks(const PoolParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return pool_tasks<typename decltype(storage)::Real>(p); });
+}
+
+void activate_pool(const PoolParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, [&](auto storage) { pool<decltype(storage)>(p, begin, end); });
+}
+
+constexpr Kernels kKernels = {CMF_ISA, depthwise_tasks, depthwise, activate_pool_tasks, activate_pool};
+
+}  // namespace
+}  // namespace convmixer_fast::cpu

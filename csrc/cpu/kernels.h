@@ -1,0 +1,28 @@
+// The CPU kernels of one instruction set, and the choice among them.
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+
+namespace convmixer_fast::cpu {
+
+// Work is cut into independent tasks; any split of [0, tasks) over any number of threads gives the same bits.
+struct Kernels {
+  const char* isa;
+  int64_t (*depthwise_tasks)(const DepthwiseParams&);
+  void (*depthwise)(const DepthwiseParams&, int64_t begin, int64_t end);
+  int64_t (*activate_pool_tasks)(const PoolParams&);
+  void (*activate_pool)(const PoolParams&, int64_t begin, int64_t end);
+};
+
+const Kernels& generic_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+// The widest instruction set this CPU has, or the one that the environment variable CMF_CPU_ISA
+// (generic, avx2, avx512) names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
+const Kernels& kernels();
+
+}  // namespace convmixer_fast::cpu

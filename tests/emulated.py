@@ -1,0 +1,181 @@
+"""The CUDA operators on CPU tensors: the launchers and kernels that ship, run on an emulated GPU (ptxsim)."""
+
+import ctypes
+from ctypes import Structure, c_bool, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptxsim import Device, HostProgram, LaunchRecord
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+NVCC_FLAGS = ("-O3", "-std=c++17")  # as in setup.py
+CHECKS = {"memory", "race", "global"}  # all that ptxsim has
+SECONDS_A_LAUNCH = 120
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/params.h, enum class DType
+ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2}  # csrc/params.h, enum class Activation
+
+
+class Strides(Structure):
+    _fields_ = [(name, c_int64) for name in "nchw"]
+
+
+class PointwiseParams(Structure):
+    _fields_ = [
+        ("bias", c_void_p),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("vector_dtype", c_int32),
+        ("activation", c_int32),
+    ]
+
+
+class DepthwiseParams(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("batch", "channels", "height", "width")),
+        ("x_stride", Strides),
+        ("y_stride", Strides),
+        *((name, c_int64) for name in ("kernel_h", "kernel_w", "pad_top", "pad_left")),
+        ("dtype", c_int32),
+        ("has_prologue", c_bool),
+        ("residual", c_bool),
+        ("prologue", PointwiseParams),
+        ("epilogue", PointwiseParams),
+    ]
+
+
+class PoolParams(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("y", c_void_p),
+        *((name, c_int64) for name in ("batch", "channels", "height", "width")),
+        ("x_stride", Strides),
+        ("dtype", c_int32),
+        ("prologue", PointwiseParams),
+    ]
+
+
+class EmulatedOps:
+    """depthwise_conv2d, fused_depthwise and activate_pool with the signatures of :mod:`convmixer_fast.ops`.
+
+    They take CPU tensors of any strides and alignment, which the kernels see as they lie in memory. A call raises
+    ptxsim.DeviceError on an access that is out of bounds (of the elements of the tensor, not of its storage),
+    misaligned or uninitialised, on a write to an input, on a race in shared or global memory, on barrier misuse, on a
+    leak, and if an element of the output is not written exactly once; RuntimeError if the launcher returns an error.
+
+    Args:
+        arch: of the emulated GPU, such as "sm_80".
+        csrc: folder of the sources, the project's or a copy with other contents.
+        **device: further properties and options of the ptxsim.Device: sm_count, shared_per_block_optin, order
+            ("forward", "reverse" or a seed), profile.
+
+    Attributes:
+        device: the ptxsim.Device. Its options (order, profile) may be changed between calls.
+        launches: of the last call, with kernel, grid, block, shared_bytes, instructions, seconds and profile.
+    """
+
+    def __init__(self, arch: str = "sm_90a", csrc: Path = CSRC, **device):
+        self.device = Device(arch, checks=CHECKS, timeout=SECONDS_A_LAUNCH, **device)
+        sources = [*sorted((csrc / "cuda").glob("*.cu")), Path(__file__).with_name("emulated_launchers.cpp")]
+        self.program = HostProgram(sources, self.device, flags=NVCC_FLAGS, include_dirs=[csrc])
+        for struct, name in ((DepthwiseParams, "depthwise"), (PoolParams, "pool")):
+            size_of = getattr(self.program, f"size_of_{name}_params")
+            size_of.restype = ctypes.c_size_t
+            if size_of() != ctypes.sizeof(struct):
+                raise RuntimeError(
+                    f"{struct.__name__} has {size_of()} bytes in csrc/params.h, {ctypes.sizeof(struct)} in emulated.py"
+                )
+
+    @property
+    def launches(self) -> list[LaunchRecord]:
+        return self.device.launches
+
+    def close(self):
+        self.device.close()
+
+    def depthwise_conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._depthwise(x, weight, (bias, None, None), "none")
+
+    def fused_depthwise(self, x, weight, bias, scale, shift, activation="gelu", residual=True, prologue=None) -> Tensor:
+        return self._depthwise(x, weight, (bias, scale, shift), activation, residual, prologue)
+
+    def activate_pool(self, x, bias, scale, shift, activation="gelu") -> Tensor:
+        y = x.new_empty(x.shape[:2])
+        with self.device.scope():
+            params = PoolParams(
+                **self._map(x, y), prologue=self._pointwise("prologue", (bias, scale, shift), activation)
+            )
+            self._launch(self.program.activate_pool, params, y)
+        return y
+
+    def _depthwise(self, x, weight, epilogue, activation, residual=False, prologue=None):
+        y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+        with self.device.scope():
+            kernel_h, kernel_w = weight.shape[2:]
+            params = DepthwiseParams(
+                **self._map(x, y),
+                weight=self._upload("weight", weight.contiguous()),
+                y_stride=Strides(*y.stride()),
+                kernel_h=kernel_h,
+                kernel_w=kernel_w,
+                pad_top=(kernel_h - 1) // 2,
+                pad_left=(kernel_w - 1) // 2,
+                has_prologue=prologue is not None,
+                residual=residual,
+                prologue=self._pointwise("prologue", prologue or (None, None, None), activation),
+                epilogue=self._pointwise("epilogue", epilogue, activation),
+            )
+            self._launch(self.program.depthwise_direct, params, y)
+        return y
+
+    def _map(self, x, y) -> dict:
+        batch, channels, height, width = x.shape
+        y_array = _as_numpy(y)
+        return dict(
+            x=self._upload("x", x),
+            y=self.device.alloc(y_array.nbytes, "y", offset=y_array.ctypes.data % 16, once=True),
+            batch=batch,
+            channels=channels,
+            height=height,
+            width=width,
+            x_stride=Strides(*x.stride()),
+            dtype=DTYPES[x.dtype],
+        )
+
+    def _pointwise(self, step, vectors, activation) -> PointwiseParams:
+        addresses = [
+            None if vector is None else self._upload(f"{step}.{name}", vector.contiguous())
+            for name, vector in zip(("bias", "scale", "shift"), vectors)
+        ]
+        dtypes = {DTYPES[vector.dtype] for vector in vectors if vector is not None} or {0}
+        (dtype,) = dtypes
+        return PointwiseParams(*addresses, dtype, ACTIVATIONS[activation])
+
+    def _upload(self, name, tensor) -> int:
+        return self.device.upload_view(_as_numpy(tensor), name, readonly=True)
+
+    def _launch(self, launcher, params, y):
+        self.device.launches.clear()
+        self.device.errors.clear()
+        if y.numel() == 0:  # as csrc/bindings/operators.h
+            return
+        status = launcher(ctypes.byref(params), None)
+        if status:
+            reasons = "; ".join(f"{error.call}: {error.name}, {error.reason}" for error in self.device.errors)
+            raise RuntimeError(f"{launcher.__name__} returned CUDA error {status}: {reasons}")
+        if self.program.last_error:
+            raise RuntimeError(f"{launcher.__name__} returned success, but left CUDA error {self.program.last_error}")
+        array = _as_numpy(y)
+        array[...] = self.device.download(params.y, array, complete=True)
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory; bfloat16, which numpy lacks, as int16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

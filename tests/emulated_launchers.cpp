@@ -1,0 +1,15 @@
+// The launchers under C names, and the sizes of their parameters, for ctypes (emulated.py).
+#include "cuda/launch.h"
+
+using namespace convmixer_fast;
+
+extern "C" {
+
+size_t size_of_depthwise_params() { return sizeof(DepthwiseParams); }
+size_t size_of_pool_params() { return sizeof(PoolParams); }
+
+int depthwise_direct(const DepthwiseParams* params, cudaStream_t stream) {
+  return cuda::depthwise_direct(*params, stream);
+}
+int activate_pool(const PoolParams* params, cudaStream_t stream) { return cuda::activate_pool(*params, stream); }
+}
