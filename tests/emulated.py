@@ -73,6 +73,7 @@ class EmulatedOps:
     Args:
         arch: of the emulated GPU, such as "sm_80".
         csrc: folder of the sources, the project's or a copy with other contents.
+        launcher: of csrc/cuda/launch.h: "depthwise", which chooses the kernel, or "depthwise_direct".
         **device: further properties and options of the ptxsim.Device: sm_count, shared_per_block_optin, order
             ("forward", "reverse" or a seed), profile.
 
@@ -81,10 +82,11 @@ class EmulatedOps:
         launches: of the last call, with kernel, grid, block, shared_bytes, instructions, seconds and profile.
     """
 
-    def __init__(self, arch: str = "sm_90a", csrc: Path = CSRC, **device):
+    def __init__(self, arch: str = "sm_90a", csrc: Path = CSRC, launcher: str = "depthwise", **device):
         self.device = Device(arch, checks=CHECKS, timeout=SECONDS_A_LAUNCH, **device)
         sources = [*sorted((csrc / "cuda").glob("*.cu")), Path(__file__).with_name("emulated_launchers.cpp")]
         self.program = HostProgram(sources, self.device, flags=NVCC_FLAGS, include_dirs=[csrc])
+        self.launcher = getattr(self.program, launcher)
         for struct, name in ((DepthwiseParams, "depthwise"), (PoolParams, "pool")):
             size_of = getattr(self.program, f"size_of_{name}_params")
             size_of.restype = ctypes.c_size_t
@@ -132,7 +134,7 @@ class EmulatedOps:
                 prologue=self._pointwise("prologue", prologue or (None, None, None), activation),
                 epilogue=self._pointwise("epilogue", epilogue, activation),
             )
-            self._launch(self.program.depthwise_direct, params, y)
+            self._launch(self.launcher, params, y)
         return y
 
     def _map(self, x, y) -> dict:

@@ -8,6 +8,7 @@ extern "C" {
 size_t size_of_depthwise_params() { return sizeof(DepthwiseParams); }
 size_t size_of_pool_params() { return sizeof(PoolParams); }
 
+int depthwise(const DepthwiseParams* params, cudaStream_t stream) { return cuda::depthwise(*params, stream); }
 int depthwise_direct(const DepthwiseParams* params, cudaStream_t stream) {
   return cuda::depthwise_direct(*params, stream);
 }

@@ -12,7 +12,7 @@ namespace {
 
 struct Cuda {
   static void depthwise(const DepthwiseParams& params, const Tensor& x) {
-    launch(x, [&](cudaStream_t stream) { return cuda::depthwise_direct(params, stream); });
+    launch(x, [&](cudaStream_t stream) { return cuda::depthwise(params, stream); });
   }
   static void activate_pool(const PoolParams& params, const Tensor& x) {
     launch(x, [&](cudaStream_t stream) { return cuda::activate_pool(params, stream); });

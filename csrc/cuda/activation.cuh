@@ -1,12 +1,25 @@
 // The pointwise step activation(v + bias) * scale + shift of one channel.
 #pragma once
-#include "elements.cuh"
+#include "ptx.cuh"
 
 namespace convmixer_fast::cuda {
 
 // x * Phi(x). erfc rather than 1 + erf: no cancellation in the negative tail.
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(-0.70710678118654752f * x); }
 __device__ __forceinline__ double gelu(double x) { return 0.5 * x * erfc(-0.70710678118654752 * x); }
+
+// x * Phi(x) for results rounded to 16 bits: max(x, 0) - |x| Phi(-|x|), with Phi(-a) = exp2(a polynomial of degree 5).
+// Least-maximum fit on [0, 8]: off by at most 0.29 of half an ulp of float16, and by less than 2^-26 in the tail.
+// The leading coefficient is negative, so that far tails need no clamp. 6 FMA, 1 max, 1 MUFU; +-Inf gives NaN.
+__device__ __forceinline__ float gelu_16bit(float x) {
+  const float a = fabsf(x);
+  float p = fmaf(-3.32734472e-4f, a, 5.94480887e-3f);
+  p = fmaf(p, a, -4.86253877e-2f);
+  p = fmaf(p, a, -4.63612549e-1f);
+  p = fmaf(p, a, -1.14939543f);
+  p = fmaf(p, a, -1.00011034f);
+  return fmaf(-a, exp2_approx(p), max_nan(x, 0.f));
+}
 
 template <class Real>
 __device__ __forceinline__ Real relu(Real x) {

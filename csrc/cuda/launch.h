@@ -6,6 +6,9 @@
 
 namespace convmixer_fast::cuda {
 
+// The fastest kernel that takes these params: tensor cores where depthwise_tiles.h says so, else the direct kernel.
+cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream);
+
 // Any kernel size, map, strides and dtype, on CUDA cores.
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream);
 

@@ -1,0 +1,26 @@
+// The choice between the tensor-core and the direct kernel.
+#include "depthwise_tiles.h"
+#include "elements.cuh"
+#include "launch.h"
+
+namespace convmixer_fast::cuda {
+
+template <class T, bool kGelu>  // depthwise_mma.cuh
+cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream);
+
+cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream) {
+  int device = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+
+  MmaTile tile;
+  if (major < 8 || !choose_mma_tile(params, tile)) return depthwise_direct(params, stream);
+  const bool gelu = params.epilogue.activation == Activation::kGelu;
+  if (params.dtype == DType::kFloat16)
+    return gelu ? depthwise_mma<__half, true>(params, tile, stream) : depthwise_mma<__half, false>(params, tile, stream);
+  return gelu ? depthwise_mma<__nv_bfloat16, true>(params, tile, stream)
+              : depthwise_mma<__nv_bfloat16, false>(params, tile, stream);
+}
+
+}  // namespace convmixer_fast::cuda

@@ -1,0 +1,481 @@
+// Depthwise convolution on tensor cores: float16 and bfloat16 with contiguous rows, kernels up to 41 columns wide, sm_80
+// and up.
+//
+// Along a row the convolution is a product with a banded Toeplitz matrix, and the rows of the kernel add up:
+//
+//   out[unit, o, j] = sum over dy, i of  in[unit, o + dy, i] * taps[dy][i - j]     (i: stored columns of a window)
+//
+// One mma takes 16 units (M; depthwise_tiles.h) times 8 output columns (N) over 16 stored input columns (K). The Toeplitz
+// matrix of a tap row is the B operand: two registers a lane, built once a channel. A stored input row is the A operand:
+// loaded once by ldmatrix, it serves every output row of the unit that it reaches.
+//
+// A block keeps to consecutive items (a channel's images, then the next channel's), so the Toeplitz matrices, bias,
+// scale and shift stay in registers. Of an item it
+//   1. writes the inputs, through the prologue, into shared memory, whose zero border is the implicit padding,
+//   2. loads the next item into registers, in flight during all that follows,
+//   3. sums the taps; applies the epilogue in registers; the residual comes through the tensor cores as well, as a product
+//      with a shifted identity; lays the outputs down in shared memory,
+//   4. writes them to memory, 16 bytes a thread.
+//
+// A structural zero of the Toeplitz matrix times Inf is NaN: a pixel that is not finite makes NaN of every output whose
+// stored window holds it, up to 15 columns away for kernels up to 9 wide, not only of those its taps reach.
+#pragma once
+#include <climits>
+
+#include "activation.cuh"
+#include "depthwise_tiles.h"
+#include "launch.h"
+
+namespace convmixer_fast::cuda {
+
+template <class T_, int kKernelH_, int kKSteps_, bool kGelu_, bool kPrologue_>
+struct MmaTraits {
+  using T = T_;
+  static constexpr int kKernelH = kKernelH_;  // 0: any, the Toeplitz matrices pass through a ring of registers
+  static constexpr int kKSteps = kKSteps_;
+  static constexpr bool kGelu = kGelu_;  // else ReLU or none: both are a maximum
+  static constexpr bool kPrologue = kPrologue_;
+  static constexpr int kMaxThreads = 32 * kMaxWarps;
+  // 16 warps of 128 registers an SM: 32 KB of prefetched inputs in flight. Wide kernels need 168: they are not memory-bound.
+  static constexpr int kMinBlocks = kKSteps == 1 ? 4 : 3;
+  static_assert(kKernelH == 0 || (kKSteps == 1 && kKernelH <= 9), "all Toeplitz matrices stay in registers");
+  static_assert(kKSteps <= kMaxKSteps, "the ring is 16 registers a k-step");
+};
+
+template <class T>
+struct Pair;  // two values in one register
+template <>
+struct Pair<__half> {
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+  }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+  }
+};
+
+// kCount 16-bit values that one access moves; in shared memory they are aligned to 8 bytes at least, or to their size.
+template <int kCount>
+struct alignas(2 * kCount) Piece {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4 || kCount == 8);
+  uint16_t values[kCount];
+};
+
+template <int kCount>
+__device__ __forceinline__ Piece<kCount> load_global(const void* from) {  // read-only for the whole launch
+  Piece<kCount> piece;
+  if constexpr (kCount == 8) reinterpret_cast<uint4&>(piece) = __ldg(static_cast<const uint4*>(from));
+  else if constexpr (kCount == 4) reinterpret_cast<uint2&>(piece) = __ldg(static_cast<const uint2*>(from));
+  else if constexpr (kCount == 2) reinterpret_cast<uint32_t&>(piece) = __ldg(static_cast<const uint32_t*>(from));
+  else piece.values[0] = __ldg(static_cast<const unsigned short*>(from));
+  return piece;
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_inputs(void* to, const Piece<kCount>& piece) {
+  if constexpr (kCount == 8) {  // the border left of the map is 8 bytes wide
+    const uint4& bits = reinterpret_cast<const uint4&>(piece);
+    static_cast<uint2*>(to)[0] = make_uint2(bits.x, bits.y);
+    static_cast<uint2*>(to)[1] = make_uint2(bits.z, bits.w);
+  } else {
+    *static_cast<Piece<kCount>*>(to) = piece;
+  }
+}
+
+// Calls f with the compile-time constant that equals `vector`.
+template <class F>
+__device__ __forceinline__ void with_vector(int vector, const F& f) {
+  switch (vector) {
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    default: return f(std::integral_constant<int, 1>{});
+  }
+}
+
+// activation(v + bias) * scale + shift of one channel, for results rounded to 16 bits.
+template <class T, bool kGelu>
+struct alignas(16) FastPointwise {
+  float bias, scale, shift;
+  float floor;  // ReLU or none is the maximum with this
+
+  __device__ FastPointwise(const PointwiseParams& params, int channel) {
+    const Pointwise<T> exact(params, channel);
+    bias = exact.bias, scale = exact.scale, shift = exact.shift;
+    floor = params.activation == Activation::kRelu ? 0.f : -INFINITY;
+  }
+  __device__ __forceinline__ float activate(float v) const { return kGelu ? gelu_16bit(v) : max_nan(v, floor); }
+
+  template <int kCount>
+  __device__ __forceinline__ void apply(Piece<kCount>& piece) const {
+    const auto one = [&](float v) { return fmaf(activate(v + bias), scale, shift); };
+    if constexpr (kCount == 1) {
+      T& value = reinterpret_cast<T&>(piece.values[0]);
+      value = narrow<T>(one(widen(value)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; i++) {
+        uint32_t& bits = reinterpret_cast<uint32_t*>(piece.values)[i];
+        const float2 v = Pair<T>::unpack(bits);
+        bits = Pair<T>::pack(one(v.x), one(v.y));
+      }
+    }
+  }
+};
+
+// One of the pieces that blocks share out: channel by channel, and within a channel tile by tile, then image by image.
+struct MmaItem {
+  int channel;
+  int index;  // among the channel's items
+
+  __device__ MmaItem following(const MmaTile& tile) const {
+    const bool last = index + 1 == tile.items_a_channel;
+    return {channel + last, last ? 0 : index + 1};
+  }
+};
+
+// Where an item lies.
+struct MmaPlace {
+  int image;     // the first
+  int images;    // that exist
+  int row, col;  // of the tile in the map
+
+  __device__ MmaPlace(const DepthwiseParams& params, const MmaTile& tile, int index) : row(0), col(0) {
+    if (tile.tiled) {
+      const int tiles = tile.tiles_h * tile.tiles_w, rest = index % tiles;
+      image = index / tiles;
+      row = rest / tile.tiles_w * tile.bands * kUnit;
+      col = rest % tile.tiles_w * tile.windows * kUnit;
+    } else {
+      image = index * tile.images;
+    }
+    images = min(tile.images, static_cast<int>(params.batch) - image);
+  }
+};
+
+// What one lane has to do with the 16 units of a group.
+struct MmaUnits {
+  uint32_t inputs;  // shared address of the row that this lane hands to ldmatrix
+  int outputs[2];   // where the lane's sums of units g and g + 8 go; negative: the unit does not exist
+
+  __device__ MmaUnits(const MmaTile& tile, int group, uint32_t inputs_address) {
+    const int lane = threadIdx.x % 32, units_an_image = tile.bands * tile.windows;
+    const auto place = [&](int unit, int image_pitch, int pitch, int band_gap) {
+      const int image = unit / units_an_image, band = unit % units_an_image / tile.windows, window = unit % tile.windows;
+      return image * image_pitch + band * (kUnit * pitch + band_gap) + window * kUnit;
+    };
+    // ldmatrix: matrices (units 0-7, columns 0-7), (units 8-15, columns 0-7), then columns 8-15. A unit beyond the last
+    // repeats unit 0.
+    const int unit = group * kGroupUnits + lane % 16;
+    inputs = inputs_address +
+             2 * (place(unit < tile.units ? unit : 0, tile.image_pitch, tile.pitch, tile.band_gap) + lane / 16 * 8);
+    for (int half = 0; half < 2; half++) {
+      const int owned = group * kGroupUnits + lane / 4 + 8 * half;
+      outputs[half] = owned < tile.units
+                          ? place(owned, tile.out_image_pitch, tile.out_pitch, tile.out_band_gap) + lane % 4 * 2
+                          : -1;
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
+    depthwise_mma_kernel(const __grid_constant__ DepthwiseParams params, const __grid_constant__ MmaTile tile) {
+#if __CUDA_ARCH__ >= 800
+  using T = typename Traits::T;
+  constexpr int kKSteps = Traits::kKSteps, kKernelH = Traits::kKernelH;
+  extern __shared__ __align__(128) unsigned char smem[];
+  T* const inputs = reinterpret_cast<T*>(smem);
+  T* const outputs = inputs + tile.input_elements;
+  T* const taps = outputs + tile.output_elements;
+  using Fast = FastPointwise<T, Traits::kGelu>;
+  Fast* const pointwise = reinterpret_cast<Fast*>(taps + tile.tap_elements);  // the channel's prologue and epilogue
+  static_assert(2 * sizeof(Fast) == kPointwiseBytes);
+  const int threads = 32 * tile.warps, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int kernel_h = kKernelH ? kKernelH : static_cast<int>(params.kernel_h);
+  const int kernel_w = static_cast<int>(params.kernel_w);
+  const int pad_top = kKernelH ? (kKernelH - 1) / 2 : static_cast<int>(params.pad_top);
+  const int pitch = kKernelH ? kFixedPitch : tile.pitch, out_pitch = kKernelH ? kFixedOutPitch : tile.out_pitch;
+  const int left = kKSteps == 1 ? kFixedLeft : tile.left;
+  const int lead = left - static_cast<int>(params.pad_left);  // stored columns before the first tap of a window
+  const int height = static_cast<int>(params.height), width = static_cast<int>(params.width);
+
+  // Blocks share the items evenly.
+  const int64_t items = params.channels * tile.items_a_channel, first = items * blockIdx.x / gridDim.x;
+  const int count = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x - first);
+  MmaItem item{static_cast<int>(first / tile.items_a_channel), static_cast<int>(first % tile.items_a_channel)};
+
+  const auto input_offset = [&](int image, int row, int col) {
+    return image * tile.image_pitch + row * pitch + row / kUnit * tile.band_gap + col;
+  };
+  const auto output_offset = [&](int image, int row, int col) {
+    return image * tile.out_image_pitch + row * out_pitch + row / kUnit * tile.out_band_gap + col;
+  };
+
+  // What a thread moves of a prefetched item: pieces at equal distances from the first.
+  const int my_row = thread / tile.load_lanes, my_col = thread % tile.load_lanes * 8;
+  const int my_image = my_row / height, my_image_row = my_row % height;
+  const int my_load = static_cast<int>(my_image * params.x_stride.n + my_image_row * params.x_stride.h) + my_col;
+  const int my_store = static_cast<int>(my_image * params.y_stride.n + my_image_row * params.y_stride.h) + my_col;
+  T* const my_input = inputs + input_offset(my_image, my_image_row + pad_top, my_col + left);
+  const T* const my_output = outputs + output_offset(my_image, my_image_row, my_col);
+  const int my_first_row = my_col < width ? my_row : INT_MAX - kPrefetch * tile.rows_a_step;
+  const auto has_piece = [&](const MmaPlace& place, int j) {
+    return my_first_row + j * tile.rows_a_step < place.images * height;
+  };
+
+  Piece<8> next[kPrefetch];
+  const auto prefetch = [&](const MmaItem& item) {
+    const MmaPlace place(params, tile, item.index);
+    const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
+                       place.image * params.x_stride.n + my_load;
+#pragma unroll
+    for (int j = 0; j < kPrefetch; j++)
+      if (has_piece(place, j)) next[j] = load_global<8>(x + j * tile.load_step);
+  };
+
+  const auto write_prefetched_inputs = [&] {
+    const MmaPlace place(params, tile, item.index);
+    const Fast prologue = pointwise[0];
+#pragma unroll
+    for (int j = 0; j < kPrefetch; j++) {
+      if constexpr (Traits::kPrologue) prologue.apply(next[j]);
+      if (has_piece(place, j)) store_inputs(my_input + j * tile.input_step, next[j]);
+    }
+  };
+
+  // Any map: row by row; of a tile with its halo, zeros where that leaves the map.
+  const auto write_inputs = [&] {
+    const MmaPlace place(params, tile, item.index);
+    const Fast prologue = pointwise[0];
+    const int first_row = tile.tiled ? place.row - pad_top : 0, first_col = tile.tiled ? place.col - left : 0;
+    const int rows = tile.tiled ? kUnit * tile.bands + kernel_h - 1 : height;
+    const int cols = tile.tiled ? pitch : width;
+    const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c + place.image * params.x_stride.n;
+    with_vector(tile.load_vector, [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value;
+      for (int line = thread / tile.load_lanes; line < place.images * rows; line += tile.rows_a_step) {
+        const int image = line / rows, row = first_row + line % rows;
+        for (int i = thread % tile.load_lanes * kVector; i < cols; i += tile.load_lanes * kVector) {
+          const int col = first_col + i;
+          Piece<kVector> piece{};
+          if (row >= 0 && row < height && col >= 0 && col < width) {
+            piece = load_global<kVector>(x + image * params.x_stride.n + row * params.x_stride.h + col);
+            if constexpr (Traits::kPrologue) prologue.apply(piece);
+          }
+          store_inputs(inputs + input_offset(image, row - place.row + pad_top, col - place.col + left), piece);
+        }
+      }
+    });
+  };
+
+  // Tap rows between zeros, twice: the second copy one element further, so that each lane finds its pairs aligned.
+  const auto write_taps = [&] {
+    const T* const weight = static_cast<const T*>(params.weight) + static_cast<int64_t>(item.channel) * kernel_h * kernel_w;
+    for (int i = thread; i < kernel_h * kernel_w; i += threads) {
+      const int place = i / kernel_w * tile.tap_pitch + i % kernel_w + lead + kUnit - 1;
+      taps[place] = taps[kernel_h * tile.tap_pitch + place + 1] = weight[i];
+    }
+  };
+  // Lane (g, t) of the B operand holds taps[dy][i - g - lead] for stored columns i = 2t, 2t + 1, 2t + 8, 2t + 9.
+  const int odd = (lane / 4 + 1) % 2;
+  const T* const lane_taps = taps + odd * (kernel_h * tile.tap_pitch + 1) + lane % 4 * 2 + kUnit - 1 - lane / 4;
+  const auto load_toeplitz = [&](uint32_t(&b)[kKSteps][2], int dy) {
+#pragma unroll
+    for (int s = 0; s < kKSteps; s++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        b[s][half] = *reinterpret_cast<const uint32_t*>(lane_taps + dy * tile.tap_pitch + kMmaDepth * s + kUnit * half);
+  };
+  uint32_t toeplitz[kKernelH ? kKernelH : 1][kKSteps][2];
+  float sums[kUnit][4];
+  const auto accumulate = [&](const MmaUnits& units) {
+    const float bias = pointwise[1].bias;
+    const float start[4] = {bias, bias, bias, bias};
+    if constexpr (kKernelH > 0) {
+      const uint32_t next_band = units.inputs + 2 * tile.band_gap;
+#pragma unroll
+      for (int row = 0; row < kUnit + kKernelH - 1; row++) {
+        uint32_t a[4];
+        ldmatrix_x4(a, (row < kUnit ? units.inputs : next_band) + 2 * row * kFixedPitch);
+#pragma unroll
+        for (int o = 0; o < kUnit; o++)
+          if (row - o >= 0 && row - o < kKernelH)
+            mma_m16n8k16<T>(sums[o], a, toeplitz[row - o][0], row == o ? start : sums[o]);
+      }
+    } else {
+#pragma unroll
+      for (int o = 0; o < kUnit; o++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[o][i] = bias;
+      uint32_t ring[kUnit][kKSteps][2];  // of the last 8 tap rows
+      uint32_t row_address = units.inputs;
+      for (int row0 = 0; row0 < kernel_h + kUnit - 1; row0 += kUnit) {
+#pragma unroll
+        for (int i = 0; i < kUnit; i++) {
+          const int row = row0 + i;
+          if (row < kernel_h) load_toeplitz(ring[i], row);
+          if (row < kernel_h + kUnit - 1) {
+            uint32_t a[kKSteps][4];
+#pragma unroll
+            for (int s = 0; s < kKSteps; s++) ldmatrix_x4(a[s], row_address + 2 * kMmaDepth * s);
+#pragma unroll
+            for (int o = 0; o < kUnit; o++)
+              if (row - o >= 0 && row - o < kernel_h)
+#pragma unroll
+                for (int s = 0; s < kKSteps; s++)
+                  mma_m16n8k16<T>(sums[o], a[s], ring[(i - o + kUnit) % kUnit][s], sums[o]);
+          }
+          row_address += 2 * pitch;
+        }
+        row_address += 2 * tile.band_gap;
+      }
+    }
+  };
+
+  const auto finish = [&](const MmaUnits& units) {
+    const Fast epilogue = pointwise[1];
+    const float shift[4] = {epilogue.shift, epilogue.shift, epilogue.shift, epilogue.shift};
+    uint32_t identity[kKSteps][2];  // B[i][j] = 1 where stored column i is column j of the window
+#pragma unroll
+    for (int s = 0; s < kKSteps; s++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int d = kMmaDepth * s + kUnit * half + lane % 4 * 2 - left - lane / 4;
+        identity[s][half] = Pair<T>::pack(d == 0, d == -1);
+      }
+#pragma unroll
+    for (int o = 0; o < kUnit; o++) {
+      float rest[4] = {shift[0], shift[1], shift[2], shift[3]};
+      if (params.residual) {
+        const int row = o + pad_top;
+#pragma unroll
+        for (int s = 0; s < kKSteps; s++) {
+          uint32_t a[4];
+          ldmatrix_x4(a, units.inputs + 2 * (row * pitch + row / kUnit * tile.band_gap + kMmaDepth * s));
+          mma_m16n8k16<T>(rest, a, identity[s], s == 0 ? shift : rest);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const auto y = [&](int i) { return fmaf(epilogue.activate(sums[o][i]), epilogue.scale, rest[i]); };
+        const uint32_t bits = Pair<T>::pack(y(2 * half), y(2 * half + 1));
+        if (units.outputs[half] >= 0)
+          *reinterpret_cast<uint32_t*>(outputs + units.outputs[half] + o * out_pitch) = bits;
+      }
+    }
+  };
+
+  const auto store_outputs = [&] {
+    const MmaPlace place(params, tile, item.index);
+    T* const y = static_cast<T*>(params.y) + item.channel * params.y_stride.c + place.image * params.y_stride.n;
+    if (tile.prefetch) {
+#pragma unroll
+      for (int j = 0; j < kPrefetch; j++)
+        if (has_piece(place, j))
+          *reinterpret_cast<uint4*>(y + my_store + j * tile.store_step) =
+              *reinterpret_cast<const uint4*>(my_output + j * tile.output_step);
+      return;
+    }
+    const int rows = min(kUnit * tile.bands, height - place.row), cols = min(out_pitch, width - place.col);
+    with_vector(tile.store_vector, [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value;
+      for (int line = thread / tile.store_lanes; line < place.images * rows; line += threads / tile.store_lanes) {
+        const int image = line / rows, row = line % rows;
+        for (int col = thread % tile.store_lanes * kVector; col < cols; col += tile.store_lanes * kVector)
+          *reinterpret_cast<Piece<kVector>*>(y + image * params.y_stride.n + (place.row + row) * params.y_stride.h +
+                                             place.col + col) =
+              *reinterpret_cast<const Piece<kVector>*>(outputs + output_offset(image, row, col));
+      }
+    });
+  };
+
+  // The implicit padding, once: nothing below writes there, but for tiles, which bring their own zeros.
+  for (int i = thread; i < (tile.input_elements + tile.output_elements + tile.tap_elements) / 8; i += threads)
+    reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
+  if (tile.prefetch) prefetch(item);
+
+  MmaUnits units(tile, warp, shared_address(inputs));
+  bool new_channel = true;
+  __syncthreads();
+  for (int remaining = count; remaining > 0; remaining--) {
+    if (new_channel) {
+      write_taps();
+      if (thread == 0) pointwise[0] = Fast(params.prologue, item.channel), pointwise[1] = Fast(params.epilogue, item.channel);
+      __syncthreads();
+    }
+    if (tile.prefetch) write_prefetched_inputs();
+    else write_inputs();
+    __syncthreads();
+
+    if (tile.prefetch && remaining > 1) prefetch(item.following(tile));
+    if constexpr (kKernelH > 0)
+      if (new_channel)
+#pragma unroll
+        for (int dy = 0; dy < kKernelH; dy++) load_toeplitz(toeplitz[dy], dy);
+
+    for (int group = warp; group < tile.groups; group += tile.warps) {
+      if (tile.groups > tile.warps) units = MmaUnits(tile, group, shared_address(inputs));
+      accumulate(units);
+      finish(units);
+    }
+    __syncthreads();
+    store_outputs();
+    item = item.following(tile);
+    new_channel = item.index == 0;
+  }
+#else
+  __trap();  // compiled for an older GPU: depthwise.cu does not choose this kernel there
+#endif
+}
+
+template <class Traits>
+cudaError_t launch_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream) {
+  const auto kernel = depthwise_mma_kernel<Traits>;
+  const int smem = tile.smem_bytes(), threads = 32 * tile.warps;
+  int device = 0, multiprocessors = 0, blocks_each = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess && smem > 48 << 10)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+  if (status == cudaSuccess)
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, smem);
+  if (status != cudaSuccess) return status;
+  const int64_t items = params.channels * tile.items_a_channel;
+  const int blocks = static_cast<int>(std::min<int64_t>(items, static_cast<int64_t>(multiprocessors) * blocks_each));
+  kernel<<<blocks, threads, smem, stream>>>(params, tile);
+  return cudaGetLastError();
+}
+
+// Instantiated in depthwise_mma_<dtype>_<gelu>.cu, so that they compile side by side.
+template <class T, bool kGelu>
+cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream) {
+  const auto with_prologue = [&](auto has_prologue) {
+    constexpr bool kPrologue = decltype(has_prologue)::value;
+    if (tile.fixed && params.pad_top == (params.kernel_h - 1) / 2) switch (params.kernel_h) {
+        case 3: return launch_mma<MmaTraits<T, 3, 1, kGelu, kPrologue>>(params, tile, stream);
+        case 5: return launch_mma<MmaTraits<T, 5, 1, kGelu, kPrologue>>(params, tile, stream);
+        case 7: return launch_mma<MmaTraits<T, 7, 1, kGelu, kPrologue>>(params, tile, stream);
+        case 9: return launch_mma<MmaTraits<T, 9, 1, kGelu, kPrologue>>(params, tile, stream);
+        default: break;
+      }
+    if (tile.k_steps == 1) return launch_mma<MmaTraits<T, 0, 1, kGelu, kPrologue>>(params, tile, stream);
+    if (tile.k_steps == 2) return launch_mma<MmaTraits<T, 0, 2, kGelu, kPrologue>>(params, tile, stream);
+    return launch_mma<MmaTraits<T, 0, 3, kGelu, kPrologue>>(params, tile, stream);
+  };
+  return params.has_prologue ? with_prologue(std::true_type{}) : with_prologue(std::false_type{});
+}
+
+}  // namespace convmixer_fast::cuda
