@@ -16,11 +16,11 @@ cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream) {
 
   MmaTile tile;
   if (major < 8 || !choose_mma_tile(params, tile)) return depthwise_direct(params, stream);
-  const bool gelu = params.epilogue.activation == Activation::kGelu;
-  if (params.dtype == DType::kFloat16)
-    return gelu ? depthwise_mma<__half, true>(params, tile, stream) : depthwise_mma<__half, false>(params, tile, stream);
-  return gelu ? depthwise_mma<__nv_bfloat16, true>(params, tile, stream)
-              : depthwise_mma<__nv_bfloat16, false>(params, tile, stream);
+  const bool gelu = params.epilogue.activation == Activation::kGelu, half = params.dtype == DType::kFloat16;
+  if (half && gelu) return depthwise_mma<__half, true>(params, tile, stream);
+  if (!half && gelu) return depthwise_mma<__nv_bfloat16, true>(params, tile, stream);
+  if (!half && !gelu) return depthwise_mma<__nv_bfloat16, false>(params, tile, stream);
+  return depthwise_mma<__half, false>(params, tile, stream);
 }
 
 }  // namespace convmixer_fast::cuda

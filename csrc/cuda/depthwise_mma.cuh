@@ -347,25 +347,24 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const auto finish = [&](const MmaUnits& units) {
     const Fast epilogue = pointwise[1];
     const float shift[4] = {epilogue.shift, epilogue.shift, epilogue.shift, epilogue.shift};
-    uint32_t identity[kKSteps][2];  // B[i][j] = 1 where stored column i is column j of the window
+    // B[i][j] = 1 where stored column i is column j of the window; all zeros without a residual.
+    uint32_t identity[kKSteps][2];
 #pragma unroll
     for (int s = 0; s < kKSteps; s++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int d = kMmaDepth * s + kUnit * half + lane % 4 * 2 - left - lane / 4;
-        identity[s][half] = Pair<T>::pack(d == 0, d == -1);
+        identity[s][half] = params.residual ? Pair<T>::pack(d == 0, d == -1) : 0;
       }
 #pragma unroll
     for (int o = 0; o < kUnit; o++) {
-      float rest[4] = {shift[0], shift[1], shift[2], shift[3]};
-      if (params.residual) {
-        const int row = o + pad_top;
+      float rest[4];  // shift + residual
+      const int row = o + pad_top;
 #pragma unroll
-        for (int s = 0; s < kKSteps; s++) {
-          uint32_t a[4];
-          ldmatrix_x4(a, units.inputs + 2 * (row * pitch + row / kUnit * tile.band_gap + kMmaDepth * s));
-          mma_m16n8k16<T>(rest, a, identity[s], s == 0 ? shift : rest);
-        }
+      for (int s = 0; s < kKSteps; s++) {
+        uint32_t a[4];
+        ldmatrix_x4(a, units.inputs + 2 * (row * pitch + row / kUnit * tile.band_gap + kMmaDepth * s));
+        mma_m16n8k16<T>(rest, a, identity[s], s == 0 ? shift : rest);
       }
 #pragma unroll
       for (int half = 0; half < 2; half++) {

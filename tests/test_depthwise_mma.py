@@ -1,0 +1,220 @@
+"""The tensor-core kernel on an emulated GPU: every instantiation, its traffic, what it promises, and planted bugs."""
+
+import contextlib
+import os
+import random
+
+import cases
+import pytest
+import torch
+from emulated import EmulatedOps
+from exact import BATCHES, CHANNELS, LAYOUTS, MAPS, ORDERS, Case, first_finding, in_float64, plant, run_exact
+from numerics import assert_error_at_most_peer
+
+from convmixer_fast import reference
+
+HALVES = [torch.float16, torch.bfloat16]
+# One for each way through the kernel: 3 to 9 with all Toeplitz matrices in registers, then the ring of 1, 2 and 3 k-steps.
+KERNELS = [(3, 3), (5, 5), (7, 7), (9, 9), (8, 8), (11, 11), (31, 31), (51, 5), (4, 27)]
+
+dtype = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
+
+
+@pytest.fixture(scope="module")
+def ops():
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=3)) as emulated:
+        yield emulated
+
+
+@dtype
+@pytest.mark.parametrize("kernel_size", KERNELS, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
+@pytest.mark.parametrize("prologue", [True, False])
+def test_every_instantiation(ops, dtype, kernel_size, activation, prologue):
+    """As exact as eager PyTorch, which rounds after each step, on normally distributed data."""
+    case = cases.Case(5, 3, 32, 24, *kernel_size)
+    x, weight = cases.make_input(case, dtype), cases.make_weight(case, dtype)
+    vectors = cases.make_vectors(case, dtype, 6)
+    ops.device.order = "forward"
+
+    def arguments(vectors):
+        return x, weight, *vectors[:3], activation, True, tuple(vectors[3:]) if prologue else None
+
+    ours = ops.fused_depthwise(*arguments(vectors))
+    (launch,) = ops.launches
+    assert "depthwise_mma_kernel" in launch.kernel
+    exact = reference.fused_depthwise(*in_float64(arguments(vectors)))
+    peer = reference.fused_depthwise(*arguments([vector.to(dtype) for vector in vectors]))
+    assert_error_at_most_peer(ours, peer, exact, f"{kernel_size} {activation} prologue={prologue} {dtype}")
+
+
+def test_gelu_is_off_by_less_than_half_an_ulp_of_float16(ops):
+    """The result before rounding is closer than half an ulp: after it, every value is one of the two neighbours."""
+    x = torch.linspace(-12, 12, 4096).to(torch.float16).view(1, 1, 128, 32)
+    one = torch.ones(1)
+    y = ops.fused_depthwise(x, torch.ones(1, 1, 1, 1, dtype=x.dtype), 0 * one, one, 0 * one, "gelu", False)
+    exact = x.double() * torch.special.ndtr(x.double())
+    ulp = (exact.abs() * 2.0**-10).clamp_min(2.0**-24).log2().floor().exp2()
+    assert ((y.double() - exact).abs() <= ulp).all()
+    assert (y == exact.to(torch.float16)).double().mean() > 0.85, "most are the nearest"
+
+
+def test_same_bits_on_any_device(ops):
+    """However many blocks share the work, in whatever order their threads run."""
+    case = cases.Case(3, 5, 32, 32, 9, 9)
+    x, weight = cases.make_input(case, torch.float16), cases.make_weight(case, torch.float16)
+    vectors, results = cases.make_vectors(case, torch.float16, 3), []
+    for arch, sm_count, order in (("sm_80", 1, "forward"), ("sm_80", 7, "reverse"), ("sm_90a", 132, 5)):
+        with contextlib.closing(EmulatedOps(arch, sm_count=sm_count, order=order)) as other:
+            results.append(other.fused_depthwise(x, weight, *vectors))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("kernel_size, left, reach", [((9, 9), 4, 16), ((3, 3), 4, 16), ((11, 15), 8, 32)])
+def test_non_finite_pixels(ops, value, kernel_size, left, reach):
+    """A pixel that is not finite makes NaN of the outputs whose stored window holds it, in the rows its taps reach, and
+    leaves all others as they were."""
+    case = cases.Case(1, 1, 32, 32, *kernel_size)
+    x, weight = cases.make_input(case, torch.float16), cases.make_weight(case, torch.float16)
+    clean = ops.depthwise_conv2d(x, weight)
+    row, col = 13, 18
+    x[0, 0, row, col] = value
+    y = ops.depthwise_conv2d(x, weight)[0, 0]
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    top = (kernel_size[0] - 1) // 2
+    for window in range(4):  # stored columns 8 window .. 8 window + reach - 1 are columns 8 window - left ...
+        if 8 * window - left <= col < 8 * window - left + reach:
+            expected[max(0, row - (kernel_size[0] - 1 - top)) : row + top + 1, 8 * window : 8 * window + 8] = True
+    tapped = ~reference.depthwise_conv2d(x.double(), weight.double())[0, 0].isfinite()
+    assert (tapped <= expected).all(), "the reference's are among them"
+    assert torch.equal(~y.isfinite(), expected)
+    assert torch.equal(y[~expected], clean[0, 0][~expected])
+
+
+@dtype
+@pytest.mark.parametrize("size, batch", [((32, 32), 64), ((16, 16), 256)], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 9])
+def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
+    """Each byte of x and y moves once, 16 bytes a thread; shared memory feeds the tensor cores without conflicts."""
+    case = cases.Case(batch, 4, *size, kernel_size, kernel_size)
+    x, weight = cases.make_input(case, dtype), cases.make_weight(case, dtype)
+    vectors = cases.make_vectors(case, dtype, 6)
+    # On one multiprocessor a block keeps to its channel for 16 items, about as many as on a large GPU at C = 1536.
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=1, profile=True)) as ops:
+        y = ops.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
+        (launch,) = ops.launches
+    profile = launch.profile
+    print(profile.report())
+    necessary = sum(tensor.nbytes for tensor in (x, weight, y, *vectors))
+    assert 32 * (profile.loads.sectors + profile.stores.sectors) <= 1.02 * necessary
+    assert profile.loads.widths[16] == x.nbytes // 16
+    assert dict(profile.stores.widths) == {16: y.nbytes // 16}
+    assert profile.shared["ldmatrix"].conflict == 1
+
+
+# ------------------------------------------------------------------------------------------------ planted bugs
+
+KERNEL, TILES = "depthwise_mma.cuh", "depthwise_tiles.h"
+# What the suite must find: (file, correct text, text with the bug, what may be reported).
+PLANTED = {
+    "mma_halo_row": (
+        KERNEL,
+        "inputs + input_offset(my_image, my_image_row + pad_top, my_col + left)",
+        "inputs + input_offset(my_image, my_image_row + pad_top + 1, my_col + left)",
+        {"wrong result", "out-of-bounds", "uninitialised read"},
+    ),
+    "mma_no_barrier_before_the_sums": (
+        KERNEL,
+        "    __syncthreads();\n\n    if (tile.prefetch && remaining > 1)",
+        "    if (tile.prefetch && remaining > 1)",
+        {"race"},
+    ),
+    "mma_no_barrier_before_the_stores": (
+        KERNEL,
+        "    __syncthreads();\n    store_outputs();",
+        "    store_outputs();",
+        {"race"},
+    ),
+    "mma_toeplitz_of_even_kernels": (
+        KERNEL,
+        "const int lead = left - static_cast<int>(params.pad_left);",
+        "const int lead = left - static_cast<int>(params.kernel_w / 2);",
+        {"wrong result", "out-of-bounds"},
+    ),
+    "mma_no_zero_border": (
+        KERNEL,
+        "reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);",
+        "if (i % 2) reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);",
+        {"uninitialised read"},
+    ),
+    "mma_tile_without_zero_fill": (
+        KERNEL,
+        "if (row >= 0 && row < height && col >= 0 && col < width) {",
+        "if (row < height && col >= 0 && col < width) {",
+        {"out-of-bounds", "wrong result"},
+    ),
+    "mma_pitch": (
+        TILES,
+        "tile.fixed ? kFixedPitch : kUnit",
+        "tile.fixed ? kFixedPitch + kUnit : kUnit",
+        {"wrong result", "out-of-bounds", "uninitialised read"},
+    ),
+    "mma_unguarded_tail": (
+        KERNEL,
+        "return my_first_row + j * tile.rows_a_step < place.images * height;",
+        "return my_first_row + j * tile.rows_a_step < tile.images * height;",
+        {"out-of-bounds"},
+    ),
+    "mma_ring_slot": (
+        KERNEL,
+        "ring[(i - o + kUnit) % kUnit][s]",
+        "ring[(i + o) % kUnit][s]",
+        {"wrong result"},
+    ),
+    "mma_stale_taps": (KERNEL, "new_channel = item.index == 0;", "new_channel = false;", {"wrong result"}),
+}
+
+
+def random_cases(count, seed, kernel_sizes=KERNELS + [(1, 1), (2, 1), (15, 15), (6, 6), (3, 7), (9, 13)]):
+    """float16 and bfloat16 over every property that the kernel knows; more than one tile of a large map included."""
+    rng = random.Random(seed)
+    maps = (*MAPS, (24, 8), (28, 28), (40, 64), (9, 131), (150, 20), (264, 64), (270, 66))  # the last two in tiles
+    for _ in range(count):
+        kernel_size, size = rng.choice(kernel_sizes), rng.choice(maps)
+        flags = [rng.random() < probability for probability in (0.7, 0.5, 0.5, 0.5)]
+        layout = rng.choice([layout for layout in LAYOUTS if not layout.startswith("channels_last")])
+        case = Case(kernel_size, rng.choice(HALVES), layout, size, rng.choice(BATCHES), rng.choice(CHANNELS),
+                    rng.choice([*ORDERS, rng.randrange(100)]), *flags)  # fmt: skip
+        if case.products > 4_000_000:
+            case.batch, case.channels = rng.choice((1, 2)), rng.choice((1, 2))
+        yield case
+
+
+@pytest.mark.parametrize("case", list(random_cases(120, seed=0)), ids=str)
+def test_exactly(ops, case):
+    ops.device.order = case.order
+    torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug(name):
+    file, correct, planted, reports = PLANTED[name]
+    half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16]
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=3, csrc=plant(name, file, correct, planted))) as ops:
+        assert first_finding(ops, half) in reports
+
+
+@pytest.mark.fuzz
+def test_fuzz():
+    """CMF_FUZZ_CASES random cases from seed CMF_FUZZ_SEED, on devices of three sizes."""
+    count, seed = (int(os.environ.get(name, default)) for name, default in (("CMF_FUZZ_CASES", 2000), ("CMF_FUZZ_SEED", 1)))
+    with contextlib.ExitStack() as stack:
+        devices = [
+            stack.enter_context(contextlib.closing(EmulatedOps(arch, sm_count=sms)))
+            for arch, sms in (("sm_80", 1), ("sm_90a", 132), ("sm_89", 4))
+        ]
+        for i, case in enumerate(random_cases(count, seed)):
+            ours, expected = run_exact(devices[i % 3], case)
+            assert torch.equal(ours, expected), f"case {i} of seed {seed}: {case}"
+    print(f"{count} cases of seed {seed}: no finding")
