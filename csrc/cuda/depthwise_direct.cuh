@@ -281,6 +281,7 @@ DirectTile choose_tile(const DepthwiseParams& params) {
           tile.slots = Traits::kChannelsLast ? slots : std::min(slots, std::max(1, 128 / strips));
           if (tile.slots * strips > Traits::kMaxThreads) continue;
           tile.tap_cols = std::min(tile.taps_w, most_cols);
+          if (!Traits::kGuarded && tile.tap_cols != Traits::kTaps) continue;
           tile.in_cols = (tile.strips() - 1) * Traits::kStripW +
                          (ceil_div(tile.tap_cols, Traits::kTaps) - 1) * Traits::kTaps + Traits::kWindowPitch;
           for (tile.tap_rows = all_rows; tile.tap_rows >= least_rows; tile.tap_rows--) {
@@ -314,9 +315,23 @@ cudaError_t launch_direct(const DepthwiseParams& params, cudaStream_t stream) {
 // One dtype, both layouts; instantiated in depthwise_direct_<dtype>.cu, so that they compile side by side.
 template <class T>
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream) {
-  if (params.x_stride.c == 1 && params.channels > 1)
-    return launch_direct<DirectTraits<T, true, 0>>(params, stream);
-  return launch_direct<DirectTraits<T, false, 0>>(params, stream);
+  const auto with_taps = [&](auto taps) {
+    constexpr int kTaps = decltype(taps)::value;
+    if (params.x_stride.c == 1 && params.channels > 1) return launch_direct<DirectTraits<T, true, kTaps>>(params, stream);
+    return launch_direct<DirectTraits<T, false, kTaps>>(params, stream);
+  };
+  if constexpr (std::is_same_v<T, float>) {  // the usual widths of the type that has no other kernel
+    int first, taps;
+    clip_taps(params.width, params.kernel_w, params.pad_left, first, taps);
+    switch (taps) {
+      case 3: return with_taps(std::integral_constant<int, 3>{});
+      case 5: return with_taps(std::integral_constant<int, 5>{});
+      case 7: return with_taps(std::integral_constant<int, 7>{});
+      case 9: return with_taps(std::integral_constant<int, 9>{});
+      default: break;
+    }
+  }
+  return with_taps(std::integral_constant<int, 0>{});
 }
 
 }  // namespace convmixer_fast::cuda
