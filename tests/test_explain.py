@@ -8,6 +8,7 @@ import torch
 from emulated import EmulatedOps
 
 import convmixer_fast
+from convmixer_fast import cli
 from convmixer_fast.explain import GPUS, Gpu
 
 SM_COUNT, BLOCKS_PER_SM = 2, 2  # fewer than registers, which the emulator does not know, or shared memory would allow
@@ -48,11 +49,10 @@ def test_is_what_is_launched(ops, case, dtype, layout, fused):
     explained, record = explain(case, dtype, layout, fused=fused), launch(ops, case, dtype, layout, fused)
     name = record.kernel.replace("convmixer_fast::cuda::", "").replace("> >", ">>").removeprefix("void ")
     assert explained.name == name.partition("(")[0]
-    assert (explained.kernel == "tensor cores") == ("depthwise_mma_kernel" in record.kernel) == (not explained.reason)
-    if explained.kernel == "tensor cores":
-        assert (explained.grid, 1, 1) == record.grid
-        assert (explained.block, 1, 1) == record.block
-        assert explained.smem_bytes == record.shared_bytes
+    assert bool(explained.reason) == (explained.kernel == "direct")
+    assert (explained.grid, 1, 1) == record.grid
+    assert (explained.block, 1, 1) == record.block
+    assert explained.smem_bytes == record.shared_bytes
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_devices():
         assert explained.blocks_per_sm == min(16, gpu.smem_per_sm // (explained.smem_bytes + 1024))
         assert explained.grid == gpu.sm_count * explained.blocks_per_sm
     older = explain(case, torch.bfloat16, device=Gpu("T4", 75, 40, 64 << 10, 32, 16))
-    assert older.kernel == "direct" and "sm_80" in older.reason and older.grid is None
+    assert older.kernel == "direct" and "sm_80" in older.reason and older.grid == older.items
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,15 @@ def test_argument_that_does_not_fit(argument, value):
     with pytest.raises(ValueError, match=argument) as error:
         convmixer_fast.explain(**arguments)
     assert repr(value) in str(error.value)
+
+
+def test_command_line(capsys):
+    assert cli.main(["explain", "64", "1536", "32", "32", "--kernel-size", "9", "--prologue"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    explained = convmixer_fast.explain((64, 1536, 32, 32), 9, torch.float16, prologue=True)
+    assert shown["grid"] == str(explained.grid) and shown["name"] == explained.name and shown["tile"] == "1 x 32 x 32"
+    assert cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3", "5", "--dtype", "float64"]) == 0
+    assert "reason" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3", "5", "7"])
+    assert "kernel_size" in capsys.readouterr().err
