@@ -98,6 +98,12 @@ __device__ __forceinline__ void store_inputs(void* to, const Piece<kCount>& piec
   }
 }
 
+// The same value, but new to the compiler: what follows from it is computed again rather than kept in registers.
+__device__ __forceinline__ int renew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Channel i of two pixels, whose octets of channels are a and b.
 __device__ __forceinline__ Piece<2> pick(const Piece<8>& a, const Piece<8>& b, int i) { return {a.values[i], b.values[i]}; }
 
@@ -290,6 +296,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     if constexpr (kChannelsLast) {
+      const int channel_pitch = renew(tile.input_channel);
 #pragma unroll
       for (int i = 0; i < kOctet; i++) {
         const Fast prologue = pointwise[2 * (my_channel + i)];
@@ -297,7 +304,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         for (int step = 0; step < kSteps; step++) {
           Piece<2> pair = pick(next[2 * step], next[2 * step + 1], i);
           if constexpr (Traits::kPrologue) prologue.apply(pair);
-          if (has_piece(place, step)) store_inputs(my_input + i * tile.input_channel + step * tile.input_step, pair);
+          if (has_piece(place, step)) store_inputs(my_input + i * channel_pitch + step * tile.input_step, pair);
         }
       }
     } else {
@@ -461,7 +468,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         if (has_piece(place, step)) {
           Piece<8> pieces[kPieces];
           const T* const from = my_output + step * tile.output_step;
-          if constexpr (kChannelsLast) load_octets(pieces, from, tile.output_channel);
+          if constexpr (kChannelsLast) load_octets(pieces, from, renew(tile.output_channel));
           else pieces[0] = *reinterpret_cast<const Piece<8>*>(from);
 #pragma unroll
           for (int i = 0; i < kPieces; i++)
