@@ -104,16 +104,21 @@ __device__ __forceinline__ int renew(int value) {
   return value;
 }
 
-// Channel i of two pixels, whose octets of channels are a and b.
-__device__ __forceinline__ Piece<2> pick(const Piece<8>& a, const Piece<8>& b, int i) { return {a.values[i], b.values[i]}; }
+// Channel c of two neighbouring pixels, whose octets of channels are a and b.
+__device__ __forceinline__ Piece<2> pick(const Piece<8>& a, const Piece<8>& b, int c) {
+  const uint32_t bits = __byte_perm(reinterpret_cast<const uint32_t*>(a.values)[c / 2],
+                                    reinterpret_cast<const uint32_t*>(b.values)[c / 2], c % 2 ? 0x7632 : 0x5410);
+  return reinterpret_cast<const Piece<2>&>(bits);
+}
 
-// The octets of two neighbouring pixels, from where the first channel's pair lies and the others at `pitch` elements.
-template <class T>
-__device__ __forceinline__ void load_octets(Piece<8> (&pieces)[2], const T* from, int pitch) {
+// The octets of two neighbouring pixels, from where the first channel's pair lies and the others `pitch` bytes apart.
+__device__ __forceinline__ void load_octets(Piece<8> (&pieces)[2], const char* from, int pitch) {
 #pragma unroll
-  for (int i = 0; i < kOctet; i++) {
-    const Piece<2> pair = *reinterpret_cast<const Piece<2>*>(from + i * pitch);
-    pieces[0].values[i] = pair.values[0], pieces[1].values[i] = pair.values[1];
+  for (int c = 0; c < kOctet; c += 2) {
+    const uint32_t even = *reinterpret_cast<const uint32_t*>(from + c * pitch);
+    const uint32_t odd = *reinterpret_cast<const uint32_t*>(from + (c + 1) * pitch);
+    reinterpret_cast<uint32_t*>(pieces[0].values)[c / 2] = __byte_perm(even, odd, 0x5410);
+    reinterpret_cast<uint32_t*>(pieces[1].values)[c / 2] = __byte_perm(even, odd, 0x7632);
   }
 }
 
@@ -239,8 +244,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const int kernel_h = kKernelH ? kKernelH : static_cast<int>(params.kernel_h);
   const int kernel_w = static_cast<int>(params.kernel_w);
   const int pad_top = kKernelH ? (kKernelH - 1) / 2 : static_cast<int>(params.pad_top);
-  constexpr bool kFixed = kKernelH > 0 && !kChannelsLast;
-  const int pitch = kFixed ? kFixedPitch : tile.pitch, out_pitch = kFixed ? kFixedOutPitch : tile.out_pitch;
+  const int pitch = kKernelH ? kFixedPitch : tile.pitch, out_pitch = kKernelH ? kFixedOutPitch : tile.out_pitch;
   const int left = kKSteps == 1 ? kFixedLeft : tile.left;
   const int lead = left - static_cast<int>(params.pad_left);  // stored columns before the first tap of a window
   const int height = static_cast<int>(params.height), width = static_cast<int>(params.width);
@@ -249,8 +253,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const int64_t first = tile.items * blockIdx.x / gridDim.x;
   const int count = static_cast<int>(tile.items * (blockIdx.x + 1) / gridDim.x - first);
   MmaItem item{static_cast<int>(first / tile.items_a_channel) * channels, static_cast<int>(first % tile.items_a_channel)};
-  const auto has_channel = [&](const MmaItem& item, int i) { return !kChannelsLast || item.channel + i < params.channels; };
+  const auto has_channel = [&](const MmaItem& item, int i) { return !kChannelsLast || item.channel + i < static_cast<int>(params.channels); };
 
+  const auto anew = [](int value) { return kChannelsLast ? renew(value) : value; };
   const auto inputs_of = [&](int i) { return inputs + i * tile.input_channel + i / kOctet * kOctetGap; };
   const auto outputs_of = [&](int i) { return outputs + i * tile.output_channel + i / kOctet * kOctetGap; };
   const auto input_offset = [&](int image, int row, int col) {
@@ -262,7 +267,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
   // What a thread moves of a prefetched item: pieces, or in channels_last pairs of them, at equal distances from the first.
   constexpr int kPieces = kChannelsLast ? 2 : 1, kSteps = kPrefetch / kPieces;
-  const int mover = kChannelsLast ? thread / tile.channel_lanes : thread;
+  const auto mover_now = [&] { return kChannelsLast ? anew(thread) / tile.channel_lanes : thread; };
+  const int mover = mover_now();
   const int my_channel = kChannelsLast ? thread % tile.channel_lanes * tile.load_vector : 0;
   const int my_row = mover / tile.load_lanes, my_col = mover % tile.load_lanes * (kChannelsLast ? 2 : 8);
   const auto offset = [&](const Strides& stride, int image, int row, int col) {
@@ -289,14 +295,15 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       if (has_piece(place, step))
 #pragma unroll
         for (int i = 0; i < kPieces; i++)
-          next[kPieces * step + i] = load_global<8>(x + step * tile.load_step + i * params.x_stride.w);
+          next[kPieces * step + i] = load_global<8>(x + step * tile.load_step + i * static_cast<int>(params.x_stride.w));
   };
 
   const auto write_prefetched_inputs = [&] {
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     if constexpr (kChannelsLast) {
-      const int channel_pitch = renew(tile.input_channel);
+      const int channel_pitch = anew(2 * tile.input_channel);
+      char* const to = reinterpret_cast<char*>(my_input);
 #pragma unroll
       for (int i = 0; i < kOctet; i++) {
         const Fast prologue = pointwise[2 * (my_channel + i)];
@@ -304,7 +311,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         for (int step = 0; step < kSteps; step++) {
           Piece<2> pair = pick(next[2 * step], next[2 * step + 1], i);
           if constexpr (Traits::kPrologue) prologue.apply(pair);
-          if (has_piece(place, step)) store_inputs(my_input + i * channel_pitch + step * tile.input_step, pair);
+          if (has_piece(place, step)) store_inputs(to + i * channel_pitch + step * (2 * tile.input_step), pair);
         }
       }
     } else {
@@ -334,6 +341,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const auto write_inputs = [&] {
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
+    const int mover = mover_now();
     const int first_row = tile.tiled ? place.row - pad_top : 0, first_col = tile.tiled ? place.col - left : 0;
     const int rows = tile.tiled ? kUnit * tile.bands + kernel_h - 1 : height;
     const int cols = tile.tiled ? pitch : width;
@@ -429,6 +437,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const auto finish = [&](const MmaUnits& units) {
     const Fast epilogue = pointwise[2 * team + 1];
     const float shift[4] = {epilogue.shift, epilogue.shift, epilogue.shift, epilogue.shift};
+    T* const to = outputs_of(team);
     // B[i][j] = 1 where stored column i is column j of the window; all zeros without a residual.
     uint32_t identity[kKSteps][2];
 #pragma unroll
@@ -452,8 +461,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       for (int half = 0; half < 2; half++) {
         const auto y = [&](int i) { return fmaf(epilogue.activate(sums[o][i]), epilogue.scale, rest[i]); };
         const uint32_t bits = Pair<T>::pack(y(2 * half), y(2 * half + 1));
-        if (units.outputs[half] >= 0)
-          *reinterpret_cast<uint32_t*>(outputs_of(team) + units.outputs[half] + o * out_pitch) = bits;
+        if (units.outputs[half] >= 0) *reinterpret_cast<uint32_t*>(to + units.outputs[half] + o * out_pitch) = bits;
       }
     }
   };
@@ -468,16 +476,16 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         if (has_piece(place, step)) {
           Piece<8> pieces[kPieces];
           const T* const from = my_output + step * tile.output_step;
-          if constexpr (kChannelsLast) load_octets(pieces, from, renew(tile.output_channel));
+          if constexpr (kChannelsLast) load_octets(pieces, reinterpret_cast<const char*>(from), anew(2 * tile.output_channel));
           else pieces[0] = *reinterpret_cast<const Piece<8>*>(from);
 #pragma unroll
           for (int i = 0; i < kPieces; i++)
-            *reinterpret_cast<Piece<8>*>(y + my_store + step * tile.store_step + i * params.y_stride.w) = pieces[i];
+            *reinterpret_cast<Piece<8>*>(y + my_store + step * tile.store_step + i * static_cast<int>(params.y_stride.w)) = pieces[i];
         }
       return;
     }
     const int rows = min(kUnit * tile.bands, height - place.row), cols = min(out_pitch, width - place.col);
-    const int movers = kChannelsLast ? threads / tile.channel_lanes : threads;
+    const int mover = mover_now(), movers = kChannelsLast ? threads / tile.channel_lanes : threads;
     with_vector<kChannelsLast>(tile.store_vector, [&](auto vector) {
       constexpr int kVector = decltype(vector)::value, kCols = kChannelsLast ? 1 : kVector;
       for (int line = mover / tile.store_lanes; line < place.images * rows; line += movers / tile.store_lanes) {
@@ -571,8 +579,7 @@ cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cu
       return launch_mma<Traits>(params, tile, stream);
     };
     constexpr Int<1> one;
-    const bool any_pitch = kChannelsLast && tile.k_steps == 1;
-    if ((tile.fixed || any_pitch) && params.pad_top == (params.kernel_h - 1) / 2) {
+    if (tile.fixed && params.pad_top == (params.kernel_h - 1) / 2) {
       if constexpr (!kChannelsLast) {
         if (params.kernel_h == 3) return launch(Int<3>{}, one);
         if (params.kernel_h == 5) return launch(Int<5>{}, one);

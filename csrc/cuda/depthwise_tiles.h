@@ -110,7 +110,7 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   if (tile.channels_last && tile.k_steps > kMaxChannelsLastKSteps) return false;
   const int max_smem = tile.channels_last ? device_smem : kMaxSmem;
 
-  const auto set_units = [&](int64_t bands, int64_t windows, int64_t images) {
+  const auto set_units = [&](int64_t bands, int64_t windows, int64_t images, bool fixed) {
     tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows), tile.images = static_cast<int>(images);
     tile.tiles_h = static_cast<int>(ceil_div(params.height, bands * kUnit));
     tile.tiles_w = static_cast<int>(ceil_div(params.width, windows * kUnit));
@@ -118,7 +118,7 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
     tile.units = tile.images * tile.bands * tile.windows;
     tile.groups = static_cast<int>(ceil_div(tile.units, kGroupUnits));
     tile.warps = tile.channels_last ? tile.channels : std::min(tile.groups, kMaxWarps);
-    tile.fixed = !tile.channels_last && tile.k_steps == 1 && tile.windows <= kFixedWindows;
+    tile.fixed = fixed && tile.k_steps == 1 && tile.windows <= kFixedWindows;
     tile.pitch = tile.fixed ? kFixedPitch : kUnit * (tile.windows - 1) + kMmaDepth * tile.k_steps;
     tile.band_gap = gap_to_slot(kUnit * tile.pitch, tile.windows);
     const int rows = kUnit * tile.bands + kernel_h - 1;
@@ -137,17 +137,25 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
     return tile.smem_bytes() <= max_smem;
   };
 
-  // The whole map of as many images as fill a group; a large map in tiles of 64 x 64, or 32 x 32 for large kernels.
-  const int64_t bands = ceil_div(params.height, kUnit), windows = ceil_div(params.width, kUnit);
-  const int64_t images = std::min(params.batch, std::max<int64_t>(1, kGroupUnits / std::min<int64_t>(kGroupUnits, bands * windows)));
-  const bool small = bands * windows <= 16 * kGroupUnits;
-  const auto fits = [&](int channels) {
+  // In channels_last, where a block holds 16 channels, small maps may need the smaller pitch.
+  const auto fits = [&](int channels, int64_t bands, int64_t windows, int64_t images) {
     tile.channels = channels;
-    return (small && set_units(bands, windows, images)) || set_units(std::min<int64_t>(bands, 8), std::min<int64_t>(windows, 8), 1) ||
-           set_units(std::min<int64_t>(bands, 4), std::min<int64_t>(windows, 4), 1);
+    return set_units(bands, windows, images, true) || (tile.channels_last && set_units(bands, windows, images, false));
   };
-  if (!tile.channels_last ? !fits(1) : !(params.channels > kOctet && fits(max_channels(tile.k_steps))) && !fits(kOctet))
-    return false;
+  // The whole map of as many images as fill a group; a large map in tiles of 64 x 64, or 32 x 32 for large kernels. Of a
+  // map that fits one group rather fewer channels than fewer images or tiles: those leave the tensor cores half empty.
+  const int64_t bands = ceil_div(params.height, kUnit), windows = ceil_div(params.width, kUnit);
+  const int64_t images = std::max<int64_t>(1, kGroupUnits / std::min<int64_t>(kGroupUnits, bands * windows));
+  const int fewest = tile.channels_last ? kOctet : 1;
+  const int most = tile.channels_last && params.channels > kOctet ? max_channels(tile.k_steps) : fewest;
+  bool found = false;
+  for (int64_t some = std::min(params.batch, images); some > 0 && !found; some /= 2)
+    found = (bands * windows <= 16 * kGroupUnits && fits(most, bands, windows, some)) ||
+            (bands * windows <= kGroupUnits && fits(fewest, bands, windows, some));
+  for (const int channels : {most, fewest})
+    for (const int64_t side : {8, 4})
+      found = found || fits(channels, std::min(bands, side), std::min(windows, side), 1);
+  if (!found) return false;
 
   const int64_t extent = tile.channels_last ? params.channels : params.width;
   tile.load_vector = vector_width(params.x, extent, params.x_stride, tile.channels_last);
