@@ -15,8 +15,8 @@
 //   3. sums the taps; applies the epilogue in registers; the residual comes through the tensor cores as well, as a product
 //      with a shifted identity; lays the outputs down in shared memory,
 //   4. writes them to memory, 16 bytes a thread.
-// That is for contiguous rows. In channels_last an item is the same of 16 neighbouring channels, each computed by one warp;
-// steps 1 and 4 transpose in registers, 8 channels of two neighbouring pixels a thread.
+// That is for contiguous rows. In channels_last an item is the same of 16 neighbouring channels, each computed by one
+// warp; steps 1 and 4 transpose in registers, 8 channels of two neighbouring pixels a thread.
 //
 // A structural zero of the Toeplitz matrix times Inf is NaN: a pixel that is not finite makes NaN of every output whose
 // stored window holds it, up to 15 columns away for kernels up to 9 wide, not only of those its taps reach.
@@ -111,7 +111,7 @@ __device__ __forceinline__ Piece<2> pick(const Piece<8>& a, const Piece<8>& b, i
   return reinterpret_cast<const Piece<2>&>(bits);
 }
 
-// The octets of two neighbouring pixels, from where the first channel's pair lies and the others `pitch` bytes apart.
+// The octets of two neighbouring pixels: the first channel's pair lies at `from`, the others `pitch` bytes apart.
 __device__ __forceinline__ void load_octets(Piece<8> (&pieces)[2], const char* from, int pitch) {
 #pragma unroll
   for (int c = 0; c < kOctet; c += 2) {
@@ -252,8 +252,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   // Blocks share the items evenly.
   const int64_t first = tile.items * blockIdx.x / gridDim.x;
   const int count = static_cast<int>(tile.items * (blockIdx.x + 1) / gridDim.x - first);
-  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channels, static_cast<int>(first % tile.items_a_channel)};
-  const auto has_channel = [&](const MmaItem& item, int i) { return !kChannelsLast || item.channel + i < static_cast<int>(params.channels); };
+  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channels,
+               static_cast<int>(first % tile.items_a_channel)};
+  const auto has_channel = [&](const MmaItem& item, int i) {
+    return !kChannelsLast || item.channel + i < static_cast<int>(params.channels);
+  };
 
   const auto anew = [](int value) { return kChannelsLast ? renew(value) : value; };
   const auto inputs_of = [&](int i) { return inputs + i * tile.input_channel + i / kOctet * kOctetGap; };
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     return image * tile.out_image_pitch + row * out_pitch + row / kUnit * tile.out_band_gap + col;
   };
 
-  // What a thread moves of a prefetched item: pieces, or in channels_last pairs of them, at equal distances from the first.
+  // What a thread moves of a prefetched item, at equal distances: pieces, or in channels_last pairs of them.
   constexpr int kPieces = kChannelsLast ? 2 : 1, kSteps = kPrefetch / kPieces;
   const auto mover_now = [&] { return kChannelsLast ? anew(thread) / tile.channel_lanes : thread; };
   const int mover = mover_now();
@@ -275,6 +278,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     return image * stride.n + row * stride.h + (kChannelsLast ? col * stride.w + my_channel : col);
   };
   const int my_image = my_row / height, my_image_row = my_row % height;
+  const int x_next = static_cast<int>(params.x_stride.w), y_next = static_cast<int>(params.y_stride.w);
   const int my_load = static_cast<int>(offset(params.x_stride, my_image, my_image_row, my_col));
   const int my_store = static_cast<int>(offset(params.y_stride, my_image, my_image_row, my_col));
   T* const my_input = inputs_of(my_channel) + input_offset(my_image, my_image_row + pad_top, my_col + left);
@@ -295,7 +299,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       if (has_piece(place, step))
 #pragma unroll
         for (int i = 0; i < kPieces; i++)
-          next[kPieces * step + i] = load_global<8>(x + step * tile.load_step + i * static_cast<int>(params.x_stride.w));
+          next[kPieces * step + i] = load_global<8>(x + step * tile.load_step + i * x_next);
   };
 
   const auto write_prefetched_inputs = [&] {
@@ -324,24 +328,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     }
   };
 
-  const auto apply_prologue = [&](auto& piece) {  // to consecutive columns, in channels_last to consecutive channels
-    if constexpr (kChannelsLast) {
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(piece) / 2); i++) {
-        Piece<1> one{piece.values[i]};
-        pointwise[2 * (my_channel + i)].apply(one);
-        piece.values[i] = one.values[0];
-      }
-    } else {
-      pointwise[0].apply(piece);
-    }
-  };
-
   // Any map: row by row; of a tile with its halo, zeros where that leaves the map.
   const auto write_inputs = [&] {
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     const int mover = mover_now();
+    const Fast prologue = pointwise[0];  // of rows
     const int first_row = tile.tiled ? place.row - pad_top : 0, first_col = tile.tiled ? place.col - left : 0;
     const int rows = tile.tiled ? kUnit * tile.bands + kernel_h - 1 : height;
     const int cols = tile.tiled ? pitch : width;
@@ -353,14 +345,20 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         for (int i = mover % tile.load_lanes * kCols; i < cols; i += tile.load_lanes * kCols) {
           const int col = first_col + i;
           Piece<kVector> piece{};
-          if (row >= 0 && row < height && col >= 0 && col < width) {
+          const bool inside = row >= 0 && row < height && col >= 0 && col < width;
+          if (inside) {
             piece = load_global<kVector>(x + offset(params.x_stride, image, row, col));
-            if constexpr (Traits::kPrologue) apply_prologue(piece);
+            if constexpr (Traits::kPrologue && !kChannelsLast) prologue.apply(piece);
           }
           T* const to = inputs_of(my_channel) + input_offset(image, row - place.row + pad_top, col - place.col + left);
           if constexpr (kChannelsLast) {
 #pragma unroll
-            for (int c = 0; c < kVector; c++) store_inputs(to + c * tile.input_channel, Piece<1>{piece.values[c]});
+            for (int c = 0; c < kVector; c++) {
+              Piece<1> value{piece.values[c]};
+              if constexpr (Traits::kPrologue)
+                if (inside) pointwise[2 * (my_channel + c)].apply(value);
+              store_inputs(to + c * tile.input_channel, value);
+            }
           } else {
             store_inputs(to, piece);
           }
@@ -476,11 +474,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         if (has_piece(place, step)) {
           Piece<8> pieces[kPieces];
           const T* const from = my_output + step * tile.output_step;
-          if constexpr (kChannelsLast) load_octets(pieces, reinterpret_cast<const char*>(from), anew(2 * tile.output_channel));
-          else pieces[0] = *reinterpret_cast<const Piece<8>*>(from);
+          if constexpr (kChannelsLast)
+            load_octets(pieces, reinterpret_cast<const char*>(from), anew(2 * tile.output_channel));
+          else
+            pieces[0] = *reinterpret_cast<const Piece<8>*>(from);
 #pragma unroll
           for (int i = 0; i < kPieces; i++)
-            *reinterpret_cast<Piece<8>*>(y + my_store + step * tile.store_step + i * static_cast<int>(params.y_stride.w)) = pieces[i];
+            *reinterpret_cast<Piece<8>*>(y + my_store + step * tile.store_step + i * y_next) = pieces[i];
         }
       return;
     }

@@ -85,8 +85,8 @@ inline int lanes_for(int64_t pieces) {
 }  // namespace tiles
 
 // The geometry for these params; false where the tensor-core kernel does not apply, which leaves the direct kernel:
-// float32 and float64, neither rows nor the channels of a pixel contiguous, kernels wider than 41 (25 in channels_last), too
-// little shared memory. device_smem: bytes that a block of the device may have.
+// float32 and float64, neither rows nor the channels of a pixel contiguous, kernels wider than 41 (25 in channels_last),
+// too little shared memory. device_smem: bytes that a block of the device may have.
 inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaTile& tile) {
   using namespace tiles;
   constexpr int64_t kMaxOffset = int64_t{1} << 31;
@@ -97,7 +97,8 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   if (params.kernel_w > 41 || params.kernel_h > 255) return false;
   // Indices and the offsets inside one item are 32-bit.
   for (const Strides& stride : {params.x_stride, params.y_stride})
-    if (std::max({kGroupUnits * stride.n, params.height * stride.h, params.width * stride.w}) >= kMaxOffset) return false;
+    if (std::max({kGroupUnits * stride.n, params.height * stride.h, params.width * stride.w}) >= kMaxOffset)
+      return false;
   if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return false;
 
   const int kernel_h = static_cast<int>(params.kernel_h), kernel_w = static_cast<int>(params.kernel_w);
@@ -160,7 +161,8 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   const int64_t extent = tile.channels_last ? params.channels : params.width;
   tile.load_vector = vector_width(params.x, extent, params.x_stride, tile.channels_last);
   tile.store_vector = vector_width(params.y, extent, params.y_stride, tile.channels_last);
-  if (tile.channels_last) tile.load_vector = tile.store_vector = std::min(tile.load_vector, tile.store_vector) == 8 ? 8 : 1;
+  if (tile.channels_last && std::min(tile.load_vector, tile.store_vector) < kOctet)
+    tile.load_vector = tile.store_vector = 1;
   if (!tile.channels_last && tile.tiled) tile.load_vector = std::min(tile.load_vector, 4);  // as the halo is aligned
   tile.channel_lanes = tile.channels_last ? tile.channels / tile.load_vector : 1;
   const bool may_prefetch = !tile.tiled && tile.load_vector == 8 && tile.store_vector == 8 && params.width % 2 == 0;
