@@ -83,7 +83,7 @@ def sources(*patterns: str) -> list[str]:
 
 cxx_flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall"]
 x86_only = {"csrc/cpu/depthwise_avx2.cpp", "csrc/cpu/depthwise_avx512.cpp"}
-cpu_sources = sources("csrc/cpu/*.cpp", "csrc/bindings/library.cpp", "csrc/bindings/cpu_ops.cpp")
+cpu_sources = sources("csrc/cpu/*.cpp", *(f"csrc/bindings/{name}.cpp" for name in ("library", "cpu_ops", "explain")))
 if os.uname().machine != "x86_64":
     cpu_sources = [source for source in cpu_sources if source not in x86_only]
 
@@ -98,8 +98,9 @@ extensions = [
 if toolkit:
     libraries = next(folder for folder in (toolkit / "lib64", toolkit / "lib") if folder.is_dir())
     # torch's flags forbid half arithmetic; the kernels use the operators of cuda_fp16.h and cuda_bf16.h.
-    allow_half = [f"-U__CUDA_NO_{name}__" for name in
-                  ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")]
+    forbidden = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+    nvcc_flags = ["-O3", "-std=c++17", "--threads=2", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+    nvcc_flags += [f"-U__CUDA_NO_{name}__" for name in forbidden]
     extensions.append(
         CppExtension(
             "convmixer_fast._C_cuda",
@@ -109,10 +110,7 @@ if toolkit:
             # The CUDA runtime is linked statically: any driver of its major version will do, whatever torch brings.
             # libtorch is named so that the stream function, a weak symbol, is found through it.
             extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
-            extra_compile_args={
-                "cxx": cxx_flags,
-                "nvcc": ["-O3", "-std=c++17", "--threads=2", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *allow_half],
-            },
+            extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
             py_limited_api=True,
         )
     )

@@ -79,7 +79,7 @@ class FmaPeak:
     Raises FileNotFoundError where there is no g++.
     """
 
-    ITERATIONS = 2_000_000  # a few milliseconds: about what a convolution takes
+    ITERATIONS = 40_000_000  # a tenth of a second: torch's threads, which spin for a while after a call, are asleep by then
 
     def __init__(self):
         source = Path(__file__).parent / "fma_peak.cpp"

@@ -4,6 +4,7 @@ from . import ops, reference
 from ._library import build_info
 from ._version import __version__
 from .checkpoint import load_checkpoint
+from .explain import explain
 from .model import ConvMixer, create_model, list_models
 from .ops import activate_pool, depthwise_conv2d, fused_depthwise
 from .optimize import optimize
@@ -15,6 +16,7 @@ __all__ = [
     "build_info",
     "create_model",
     "depthwise_conv2d",
+    "explain",
     "fused_depthwise",
     "list_models",
     "load_checkpoint",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m convmixer_fast info`` and ``python -m convmixer_fast classify``."""
+"""The command line: ``python -m convmixer_fast info``, ``... classify`` and ``... explain``."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import ConvMixer, build_info, load_checkpoint, optimize
+from .explain import GPUS, explain
 
 
 class UsageError(Exception):
@@ -80,6 +81,26 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def explain_launch(args: argparse.Namespace) -> int:
+    """Prints which CUDA kernel a depthwise operator launches for a shape, how, and the bytes it moves."""
+    try:
+        explanation = explain(
+            args.shape,
+            args.kernel_size * 2 if len(args.kernel_size) == 1 else args.kernel_size,
+            getattr(torch, args.dtype),
+            args.layout,
+            activation=args.activation,
+            prologue=args.prologue,
+            device=args.device,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for name, value in explanation._asdict().items():
+        if value not in (None, ""):
+            print(f"{name.replace('_', ' '):15} {' x '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return 0
+
+
 def positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -111,6 +132,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
     argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     command.set_defaults(run=classify, parser=command)
+
+    command = commands.add_parser(
+        "explain", help="which CUDA kernel a shape gets, and how", description=explain_launch.__doc__
+    )
+    argument = command.add_argument
+    argument("shape", metavar="SIZE", nargs=4, type=positive, help="of the input: N C H W")
+    argument("--kernel-size", metavar="K", nargs="+", type=positive, required=True, help="k, or kh kw")
+    argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float16", help="(%(default)s)")
+    argument("--layout", choices=("contiguous", "channels_last"), default="contiguous", help="(%(default)s)")
+    argument("--activation", choices=("none", "gelu", "relu"), default="gelu", help="(%(default)s)")
+    argument("--prologue", action="store_true", help="with the prologue of fused_depthwise")
+    argument("--device", choices=tuple(GPUS), default="H200", help="(%(default)s)")
+    command.set_defaults(run=explain_launch, parser=command)
 
     return parser.parse_args(argv)
 

@@ -114,30 +114,36 @@ def test_traffic(ops, dtype, layout):
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-# What the suite must find: (correct text, text with the bug, what is reported).
+KERNEL, TILES = "depthwise_direct.cuh", "depthwise_direct_tiles.h"
+# What the suite must find: (file, correct text, text with the bug, what is reported).
 PLANTED = {
     "halo_one_row_short": (
-        "tile.in_rows = tile.strip_rows() * Traits::kStripH + tile.tap_rows - 1;",
-        "tile.in_rows = tile.strip_rows() * Traits::kStripH + tile.tap_rows - 2;",
+        TILES,
+        "tile.in_rows = tile.strip_rows() * kDirectStripH + tile.tap_rows - 1;",
+        "tile.in_rows = tile.strip_rows() * kDirectStripH + tile.tap_rows - 2;",
         {"wrong result", "uninitialised read", "out-of-bounds", "race"},
     ),
     "missing_barrier": (
+        KERNEL,
         "__syncthreads();\n      if (has_strip) accumulate();",
         "if (has_strip) accumulate();",
         {"race", "uninitialised read"},
     ),
-    "missing_zero_fill": ("h < 0 || h >= params_.height", "h >= params_.height", {"out-of-bounds"}),
+    "missing_zero_fill": (KERNEL, "h < 0 || h >= params_.height", "h >= params_.height", {"out-of-bounds"}),
     "padding_of_even_kernels": (
+        KERNEL,
         "origin_col = tile_col + tap_col0 - params.pad_left;",
         "origin_col = tile_col + tap_col0 - params.kernel_w / 2;",
         {"wrong result"},
     ),
     "unguarded_tail": (
+        KERNEL,
         "if (!has_strip || plane >= planes) return;",
         "if (!has_strip) return;",
         {"out-of-bounds", "second write"},
     ),
     "rows_written_twice": (
+        KERNEL,
         "if (strip_row + i >= tile.height || h >= params.height) return;",
         "if (h >= params.height) return;",
         {"second write", "global race", "wrong result"},
@@ -147,8 +153,8 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
-    correct, planted, reports = PLANTED[name]
-    csrc = plant(name, "depthwise_direct.cuh", correct, planted)
+    *bug, reports = PLANTED[name]
+    csrc = plant(name, *bug)
     half = [case for case in matrix() if case.dtype == torch.float16]
     with contextlib.closing(EmulatedOps(csrc=csrc, launcher="depthwise_direct")) as ops:
         assert first_finding(ops, half) in reports

@@ -316,5 +316,6 @@ def test_mixed_devices_are_refused():
 @dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
 def test_few_launches_for_the_sanitizer(dtype, layout):
-    for case in (cases.Case(3, 17, 14, 14, 7, 7), cases.Case(1, 5, 33, 29, 11, 11), cases.Case(2, 3, 7, 7, 15, 15)):
-        check_fused(case, dtype, layout, "cuda")
+    sizes = (3, 17, 14, 14, 7, 7), (1, 5, 33, 29, 11, 11), (2, 3, 7, 7, 15, 15), (2, 3, 32, 32, 9, 9), (1, 2, 270, 66, 8, 8)
+    for size in sizes:
+        check_fused(cases.Case(*size), dtype, layout, "cuda")

@@ -1,10 +1,10 @@
 // The operators' schemas, and what this build contains.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../cpu/kernels.h"
-#include "../cuda/depthwise_tiles.h"
 
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -15,86 +15,11 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
 }
 
 // For convmixer_fast._library, through ctypes.
-extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() { return convmixer_fast::cpu::kernels().isa; }
+extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
+  return convmixer_fast::cpu::kernels().isa;
+} catch (const std::runtime_error& error) {  // ctypes knows no exceptions
+  static const std::string message = error.what();
+  return message.c_str();
+}
 // CUDA targets such as "sm_80 sm_90a", or the reason why the CUDA kernels were not built.
 extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cuda_build() { return CMF_CUDA_BUILD; }
-
-// ---- For convmixer_fast.explain and the benchmarks' kernel report, through ctypes; explain.py mirrors both structs.
-
-namespace convmixer_fast {
-namespace {
-
-struct DepthwiseQuery {  // tensors at 16-byte aligned addresses
-  int64_t shape[4], x_stride[4], y_stride[4], kernel[2];
-  DType dtype;
-  Activation activation;
-  bool prologue, residual;
-};
-
-struct MmaChoice {
-  int64_t items, read_elements;  // pieces of work that blocks share out; of x, with the halo of tiles
-  int32_t images, tile_h, tile_w;  // of one item: images of a channel, outputs of each
-  int32_t unrolled_kernel_h, k_steps;  // template arguments of the kernel
-  int32_t threads, smem_bytes;  // of a block
-};
-
-DepthwiseParams params_of(const DepthwiseQuery& query) {
-  const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2], s[3]}; };
-  const void* const vector = reinterpret_cast<const void*>(16);  // any address but null, never followed
-  const PointwiseParams pointwise{vector, vector, vector, DType::kFloat32, query.activation};
-  DepthwiseParams params{};
-  params.batch = query.shape[0], params.channels = query.shape[1], params.height = query.shape[2], params.width = query.shape[3];
-  params.x_stride = strides(query.x_stride), params.y_stride = strides(query.y_stride);
-  params.kernel_h = query.kernel[0], params.kernel_w = query.kernel[1];
-  params.pad_top = (params.kernel_h - 1) / 2, params.pad_left = (params.kernel_w - 1) / 2;
-  params.dtype = query.dtype, params.has_prologue = query.prologue, params.residual = query.residual;
-  params.epilogue = params.prologue = pointwise;
-  return params;
-}
-
-// Along one dimension: elements that the tiles read, each with its halo clipped to the map.
-int64_t read_along(int64_t size, int64_t tiles, int64_t tile, int64_t before, int64_t window) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < tiles; i++)
-    sum += std::min(size, i * tile - before + window) - std::max<int64_t>(0, i * tile - before);
-  return sum;
-}
-
-}  // namespace
-}  // namespace convmixer_fast
-
-using convmixer_fast::DepthwiseQuery;
-using convmixer_fast::MmaChoice;
-
-// What the tensor-core kernel would do; 0 where it does not apply.
-extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(const DepthwiseQuery* query, MmaChoice* choice) {
-  using namespace convmixer_fast;
-  const DepthwiseParams params = params_of(*query);
-  cuda::MmaTile tile;
-  if (!cuda::choose_mma_tile(params, tile)) return 0;
-  const int tile_h = tile.bands * cuda::kUnit, tile_w = tile.windows * cuda::kUnit;
-  int64_t read = params.height * params.width;
-  if (tile.tiled)
-    read = read_along(params.height, tile.tiles_h, tile_h, params.pad_top, tile_h + params.kernel_h - 1) *
-           read_along(params.width, tile.tiles_w, tile_w, tile.left, tile.pitch);
-  const bool unrolled = tile.fixed && params.kernel_h % 2 == 1 && params.kernel_h >= 3 && params.kernel_h <= 9;
-  *choice = {params.channels * tile.items_a_channel, params.batch * params.channels * read,
-             tile.images, tile_h, tile_w, unrolled ? static_cast<int32_t>(params.kernel_h) : 0, tile.k_steps,
-             32 * tile.warps, tile.smem_bytes()};
-  return 1;
-}
-
-// The parameters of that kernel as they lie in its constant memory; returns their size, 0 where it does not apply or the
-// capacity does not suffice.
-extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_arguments(const DepthwiseQuery* query,
-                                                                                   unsigned char* bytes, int capacity) {
-  using namespace convmixer_fast;
-  const DepthwiseParams params = params_of(*query);
-  cuda::MmaTile tile;
-  constexpr int kSize = sizeof(params) + sizeof(tile);
-  static_assert(sizeof(params) % alignof(cuda::MmaTile) == 0, "no gap between the two");
-  if (!cuda::choose_mma_tile(params, tile) || capacity < kSize) return 0;
-  std::memcpy(bytes, &params, sizeof(params));
-  std::memcpy(bytes + sizeof(params), &tile, sizeof(tile));
-  return kSize;
-}

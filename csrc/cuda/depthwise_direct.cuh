@@ -6,9 +6,8 @@
 // Large kernels go tap block by tap block, so that shared memory stays bounded; the block that holds the central tap
 // comes last and leaves z in shared memory for the residual.
 #pragma once
-#include <algorithm>
-
 #include "activation.cuh"
+#include "depthwise_direct_tiles.h"
 #include "launch.h"
 
 namespace convmixer_fast::cuda {
@@ -19,32 +18,13 @@ struct DirectTraits {
   using Real = arithmetic_t<T>;
   static constexpr bool kChannelsLast = kChannelsLast_;  // lanes run over channels, not along a row
   static constexpr bool kGuarded = kTaps_ == 0;          // any kernel width, in blocks of 8 tap columns
-  static constexpr int kTaps = kGuarded ? 8 : kTaps_;    // tap columns held in registers; else the kernel's width
-  static constexpr int kStripH = 2, kStripW = 8;
+  static constexpr int kTaps = kGuarded ? kDirectTapBlock : kTaps_;  // tap columns held in registers
+  static constexpr int kStripH = kDirectStripH, kStripW = kDirectStripW;
   static constexpr int kWindow = kStripW + kTaps - 1;
   static constexpr int kWindowPitch = (kWindow + 7) / 8 * 8;  // read 8 at a time along rows
   static_assert(!kGuarded || kTaps % 8 == 0, "windows of later tap columns start on 16 bytes, too");
-  static constexpr int kMaxThreads = 256;
+  static constexpr int kMaxThreads = kDirectMaxThreads;
   static constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : 2;  // 128 registers a thread hold strip, window and taps
-};
-
-// How the work is cut: chosen on the host, the same for all blocks.
-struct DirectTile {
-  int64_t groups;           // of `slots` planes
-  int tiles_h, tiles_w;     // a plane
-  int slots;                // planes a block
-  int height, width;        // outputs of one tile
-  int tap_rows, tap_cols;   // of one tap block
-  int in_rows, in_cols;     // of one plane's shared tile, columns padded to whole windows
-  int slot_stride, row_stride, col_stride;  // of the shared tile, in elements
-  int fill_lanes;           // threads that fill one row together
-  int threads;
-  int first_tap_row, taps_h, first_tap_col, taps_w;  // the taps that can reach the map
-
-  __host__ __device__ int strips() const { return (width + 7) / 8; }
-  __host__ __device__ int strip_rows() const { return (height + 1) / 2; }
-  __host__ __device__ int input_bytes(int element) const { return (slots * in_rows * in_cols * element + 15) / 16 * 16; }
-  int smem_bytes(int element, int real) const { return input_bytes(element) + slots * tap_rows * tap_cols * real; }
 };
 
 // z of one plane: x, or the prologue of x; zero outside the map, and for a plane beyond the last.
@@ -245,68 +225,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   }
 }
 
-// The taps that can reach the map: for maps smaller than the kernel the others only ever meet padding.
-inline void clip_taps(int64_t size, int64_t taps, int64_t pad, int& first, int& count) {
-  const int64_t begin = pad - (size - 1) > 0 ? pad - (size - 1) : 0;
-  const int64_t end = pad + size < taps ? pad + size : taps;
-  first = static_cast<int>(begin);
-  count = static_cast<int>(end - begin);
-}
-
-// The first of these that fits shared memory: all tap rows at once, or 8, or 1; then wide before narrow tap blocks, high
-// before low tiles, many before few planes.
 template <class Traits>
-DirectTile choose_tile(const DepthwiseParams& params) {
-  constexpr int kElement = sizeof(typename Traits::T), kReal = sizeof(typename Traits::Real);
-  constexpr int kSmem = 48 << 10;  // what every architecture gives without asking
-  constexpr int kWidth = Traits::kChannelsLast ? 8 : 64;
-  constexpr int kHeights[] = {Traits::kChannelsLast ? 16 : 32, 8, 4};
-  constexpr int kSlots[] = {Traits::kChannelsLast ? 32 : 128, Traits::kChannelsLast ? 16 : 32, 8, 1};
-  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  const auto split_evenly = [&](int64_t size, int most) { return ceil_div(size, ceil_div(size, most)); };
-
-  DirectTile tile{};
-  clip_taps(params.height, params.kernel_h, params.pad_top, tile.first_tap_row, tile.taps_h);
-  clip_taps(params.width, params.kernel_w, params.pad_left, tile.first_tap_col, tile.taps_w);
-  tile.width = split_evenly(params.width, kWidth);
-  tile.tiles_w = ceil_div(params.width, tile.width);
-  const int all_rows = std::min(tile.taps_h, 32);
-
-  for (int least_rows : {all_rows, std::min(all_rows, 8), 1})
-    for (int most_cols : {32, 8})
-      for (int most_height : kHeights)
-        for (int slots : kSlots) {
-          tile.height = split_evenly(params.height, most_height);
-          const int strips = tile.strips() * tile.strip_rows();
-          tile.slots = Traits::kChannelsLast ? slots : std::min(slots, std::max(1, 128 / strips));
-          if (tile.slots * strips > Traits::kMaxThreads) continue;
-          tile.tap_cols = std::min(tile.taps_w, most_cols);
-          tile.in_cols = (tile.strips() - 1) * Traits::kStripW +
-                         (ceil_div(tile.tap_cols, Traits::kTaps) - 1) * Traits::kTaps + Traits::kWindowPitch;
-          for (tile.tap_rows = all_rows; tile.tap_rows >= least_rows; tile.tap_rows--) {
-            tile.in_rows = tile.strip_rows() * Traits::kStripH + tile.tap_rows - 1;
-            if (tile.smem_bytes(kElement, kReal) > kSmem) continue;
-            tile.tiles_h = ceil_div(params.height, tile.height);
-            tile.groups = (params.batch * params.channels + tile.slots - 1) / tile.slots;
-            tile.slot_stride = Traits::kChannelsLast ? 1 : tile.in_rows * tile.in_cols;
-            tile.row_stride = Traits::kChannelsLast ? tile.in_cols * tile.slots : tile.in_cols;
-            tile.col_stride = Traits::kChannelsLast ? tile.slots : 1;
-            tile.fill_lanes = tile.in_cols <= 8 ? 8 : tile.in_cols <= 16 ? 16 : 32;
-            tile.threads = ceil_div(tile.slots * strips, 32) * 32;
-            return tile;
-          }
-        }
-  tile.threads = 0;  // not reached: one plane, 4 x 8 outputs and one tap row fit
-  return tile;
-}
-
-template <class Traits>
-cudaError_t launch_direct(const DepthwiseParams& params, cudaStream_t stream) {
-  const DirectTile tile = choose_tile<Traits>(params);
-  if (tile.threads == 0) return cudaErrorInvalidConfiguration;
+cudaError_t launch_direct(const DepthwiseParams& params, const DirectTile& tile, cudaStream_t stream) {
   const int64_t tiles = tile.groups * tile.tiles_h * tile.tiles_w;
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, 1 << 30));
-  const int smem = static_cast<int>(tile.smem_bytes(sizeof(typename Traits::T), sizeof(typename Traits::Real)));
+  const int smem = tile.smem_bytes(sizeof(typename Traits::T), sizeof(typename Traits::Real));
   depthwise_direct_kernel<Traits><<<blocks, tile.threads, smem, stream>>>(params, tile);
   return cudaGetLastError();
 }
@@ -314,9 +237,21 @@ cudaError_t launch_direct(const DepthwiseParams& params, cudaStream_t stream) {
 // One dtype, both layouts; instantiated in depthwise_direct_<dtype>.cu, so that they compile side by side.
 template <class T>
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream) {
-  if (params.x_stride.c == 1 && params.channels > 1)
-    return launch_direct<DirectTraits<T, true, 0>>(params, stream);
-  return launch_direct<DirectTraits<T, false, 0>>(params, stream);
+  const DirectTile tile = choose_direct_tile(params);
+  if (tile.threads == 0) return cudaErrorInvalidConfiguration;
+  const auto with_taps = [&](auto taps) {
+    constexpr int kTaps = decltype(taps)::value;
+    if (direct_is_channels_last(params)) return launch_direct<DirectTraits<T, true, kTaps>>(params, tile, stream);
+    return launch_direct<DirectTraits<T, false, kTaps>>(params, tile, stream);
+  };
+  if constexpr (std::is_same_v<T, float>) switch (direct_exact_taps(params)) {
+      case 3: return with_taps(std::integral_constant<int, 3>{});
+      case 5: return with_taps(std::integral_constant<int, 5>{});
+      case 7: return with_taps(std::integral_constant<int, 7>{});
+      case 9: return with_taps(std::integral_constant<int, 9>{});
+      default: break;
+    }
+  return with_taps(std::integral_constant<int, 0>{});
 }
 
 }  // namespace convmixer_fast::cuda

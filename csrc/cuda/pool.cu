@@ -8,6 +8,7 @@ namespace convmixer_fast::cuda {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 8;
+constexpr int kBlock = 8;  // pixels whose sum is added at once: less rounding than one by one
 
 // A block owns 32 consecutive planes (n, c). channels_last: a lane a plane, the warps share the pixels. Else: a warp a
 // plane at a time, its lanes share the pixels.
@@ -21,13 +22,18 @@ __global__ void __launch_bounds__(kLanes* kWarps) activate_pool_kernel(const __g
     const int64_t n = plane / params.channels, c = plane % params.channels;
     const T* const x = static_cast<const T*>(params.x) + n * params.x_stride.n + c * params.x_stride.c;
     const Pointwise<T> prologue(params.prologue, c);
-    Real sum = 0;
+    Real total = 0;
+    if (pixels == 0) return total;
     int64_t h = first / params.width, w = first % params.width;
-    for (int64_t pixel = first; pixel < pixels; pixel += step, w += step) {
-      while (w >= params.width) w -= params.width, h++;
-      sum += prologue(widen(x[h * params.x_stride.h + w * params.x_stride.w]));
+    while (h < params.height) {
+      Real sum = 0;
+      for (int i = 0; i < kBlock && h < params.height; i++) {
+        sum += prologue(widen(x[h * params.x_stride.h + w * params.x_stride.w]));
+        for (w += step; w >= params.width; w -= params.width) h++;
+      }
+      total += sum;
     }
-    return sum;
+    return total;
   };
   const auto write_mean = [&](int64_t plane, Real sum) {
     static_cast<T*>(params.y)[plane] = narrow<T>(sum / static_cast<Real>(pixels));

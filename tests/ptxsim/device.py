@@ -448,7 +448,8 @@ class Device:
         per_block = align_up(shared + unit.static_shared + (1024 if self.capability >= 80 else 0), 128)
         n = min(self.blocks_per_sm, self.threads_per_sm // (32 * warps), self.shared_per_sm // max(per_block, 1))
         if self.registers:
-            n = min(n, 65536 // (align_up(self.registers * 32, 256) * align_up(warps, 4)))
+            # Each quarter of an SM has registers of its own; a warp takes them 256 at a time.
+            n = min(n, 4 * (16384 // align_up(self.registers * 32, 256)) // warps)
         return n
 
     # -- errors

@@ -1,0 +1,103 @@
+// The choice of kernel and tile, for convmixer_fast.explain and the kernel report, through ctypes; explain.py mirrors the
+// structs.
+#include <cstring>
+
+#include "../cuda/depthwise_direct_tiles.h"
+#include "../cuda/depthwise_tiles.h"
+
+namespace convmixer_fast {
+namespace {
+
+struct DepthwiseQuery {  // tensors at 16-byte aligned addresses
+  int64_t shape[4], x_stride[4], y_stride[4], kernel[2];
+  DType dtype;
+  Activation activation;
+  bool prologue, residual;
+};
+
+struct Choice {
+  int64_t items, read_elements;  // pieces of work that blocks share out; of x, with the halo of tiles
+  int32_t planes, tile_h, tile_w;  // of one item: maps of one image and channel, outputs of each
+  int32_t unrolled, k_steps;  // template arguments: kernel rows (tensor cores) or tap columns (direct); mma depths
+  int32_t threads, smem_bytes;  // of a block
+};
+
+DepthwiseParams params_of(const DepthwiseQuery& query) {
+  const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2], s[3]}; };
+  const void* const vector = reinterpret_cast<const void*>(16);  // any address but null, never followed
+  const PointwiseParams pointwise{vector, vector, vector, DType::kFloat32, query.activation};
+  DepthwiseParams params{};
+  params.batch = query.shape[0], params.channels = query.shape[1];
+  params.height = query.shape[2], params.width = query.shape[3];
+  params.x_stride = strides(query.x_stride), params.y_stride = strides(query.y_stride);
+  params.kernel_h = query.kernel[0], params.kernel_w = query.kernel[1];
+  params.pad_top = (params.kernel_h - 1) / 2, params.pad_left = (params.kernel_w - 1) / 2;
+  params.dtype = query.dtype, params.has_prologue = query.prologue, params.residual = query.residual;
+  params.epilogue = params.prologue = pointwise;
+  return params;
+}
+
+// Along one dimension: elements that the tiles read, each with its halo clipped to the map.
+int64_t read_along(int64_t size, int64_t tiles, int64_t tile, int64_t before, int64_t window) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < tiles; i++)
+    sum += std::max<int64_t>(0, std::min(size, i * tile - before + window) - std::max<int64_t>(0, i * tile - before));
+  return sum;
+}
+
+}  // namespace
+}  // namespace convmixer_fast
+
+using convmixer_fast::DepthwiseQuery;
+using convmixer_fast::Choice;
+
+// What the tensor-core kernel would do; 0 where it does not apply.
+extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(const DepthwiseQuery* query,
+                                                                                Choice* choice) {
+  using namespace convmixer_fast;
+  const DepthwiseParams params = params_of(*query);
+  cuda::MmaTile tile;
+  if (!cuda::choose_mma_tile(params, tile)) return 0;
+  const int tile_h = tile.bands * cuda::kUnit, tile_w = tile.windows * cuda::kUnit;
+  int64_t read = params.height * params.width;
+  if (tile.tiled)
+    read = read_along(params.height, tile.tiles_h, tile_h, params.pad_top, tile_h + params.kernel_h - 1) *
+           read_along(params.width, tile.tiles_w, tile_w, tile.left, tile.pitch);
+  const bool unrolled = tile.fixed && params.kernel_h % 2 == 1 && params.kernel_h >= 3 && params.kernel_h <= 9;
+  *choice = {params.channels * tile.items_a_channel, params.batch * params.channels * read,
+             tile.images, tile_h, tile_w, unrolled ? static_cast<int32_t>(params.kernel_h) : 0, tile.k_steps,
+             32 * tile.warps, tile.smem_bytes()};
+  return 1;
+}
+
+// What the direct kernel would do.
+extern "C" __attribute__((visibility("default"))) void convmixer_fast_choose_direct(const DepthwiseQuery* query,
+                                                                                    Choice* choice) {
+  using namespace convmixer_fast;
+  const DepthwiseParams params = params_of(*query);
+  const cuda::DirectTile tile = cuda::choose_direct_tile(params);
+  int64_t rows = 0, cols = 0;  // read of one map: once for each block of taps
+  for (int tap = 0; tap < tile.taps_h; tap += tile.tap_rows)
+    rows += read_along(params.height, tile.tiles_h, tile.height, params.pad_top - tile.first_tap_row - tap, tile.in_rows);
+  for (int tap = 0; tap < tile.taps_w; tap += tile.tap_cols)
+    cols += read_along(params.width, tile.tiles_w, tile.width, params.pad_left - tile.first_tap_col - tap, tile.in_cols);
+  const int element = cuda::bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
+  *choice = {tile.groups * tile.tiles_h * tile.tiles_w, params.batch * params.channels * rows * cols,
+             tile.slots, tile.height, tile.width, cuda::direct_exact_taps(params), 0,
+             tile.threads, tile.smem_bytes(element, real)};
+}
+
+// The parameters of that kernel as they lie in its constant memory; returns their size, 0 where it does not apply or
+// the capacity does not suffice.
+extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_arguments(const DepthwiseQuery* query,
+                                                                                   unsigned char* bytes, int capacity) {
+  using namespace convmixer_fast;
+  const DepthwiseParams params = params_of(*query);
+  cuda::MmaTile tile;
+  constexpr int kSize = sizeof(params) + sizeof(tile);
+  static_assert(sizeof(params) % alignof(cuda::MmaTile) == 0, "no gap between the two");
+  if (!cuda::choose_mma_tile(params, tile) || capacity < kSize) return 0;
+  std::memcpy(bytes, &params, sizeof(params));
+  std::memcpy(bytes + sizeof(params), &tile, sizeof(tile));
+  return kSize;
+}

@@ -1,0 +1,131 @@
+"""explain() against what the launchers do on an emulated GPU."""
+
+import contextlib
+
+import cases
+import pytest
+import torch
+from emulated import EmulatedOps
+
+import convmixer_fast
+from convmixer_fast import cli
+from convmixer_fast.explain import GPUS, Gpu
+
+SM_COUNT, BLOCKS_PER_SM = 2, 2  # fewer than registers, which the emulator does not know, or shared memory would allow
+EMULATED = Gpu("emulated", 90, SM_COUNT, 228 << 10, 64, BLOCKS_PER_SM)
+
+dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
+
+
+@pytest.fixture(scope="module")
+def ops():
+    with contextlib.closing(EmulatedOps("sm_90a", sm_count=SM_COUNT, blocks_per_sm=BLOCKS_PER_SM)) as emulated:
+        yield emulated
+
+
+def launch(ops, case, dtype, layout, fused):
+    """The record of an emulated launch: fused_depthwise with GELU and a prologue, or depthwise_conv2d."""
+    x, weight = cases.make_input(case, dtype, layout), cases.make_weight(case, dtype)
+    if fused:
+        vectors = cases.make_vectors(case, dtype, 6)
+        ops.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
+    else:
+        ops.depthwise_conv2d(x, weight)
+    (record,) = ops.launches
+    return record
+
+
+def explain(case, dtype, layout="contiguous", device=EMULATED, fused=False):
+    steps = {"activation": "gelu", "prologue": True} if fused else {"activation": "none"}
+    shape, kernel_size = (case.n, case.c, case.h, case.w), (case.kh, case.kw)
+    return convmixer_fast.explain(shape, kernel_size, dtype, layout, device=device, **steps)
+
+
+@dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_is_what_is_launched(ops, case, dtype, layout, fused):
+    explained, record = explain(case, dtype, layout, fused=fused), launch(ops, case, dtype, layout, fused)
+    name = record.kernel.replace("convmixer_fast::cuda::", "").replace("> >", ">>").removeprefix("void ")
+    assert explained.name == name.partition("(")[0]
+    assert bool(explained.reason) == (explained.kernel == "direct")
+    assert (explained.grid, 1, 1) == record.grid
+    assert (explained.block, 1, 1) == record.block
+    assert explained.smem_bytes == record.shared_bytes
+
+
+@pytest.mark.parametrize(
+    "case",
+    [cases.Case(2, 3, 32, 32, 9, 9), cases.Case(1, 2, 136, 140, 9, 9), cases.Case(1, 1, 150, 136, 31, 8)],
+    ids=str,
+)
+def test_bytes_are_those_moved(case):
+    """By one block, which reads the weights of a channel once."""
+    device = Gpu("one block", 90, 1, 228 << 10, 64, 1)
+    with contextlib.closing(EmulatedOps("sm_90a", sm_count=1, blocks_per_sm=1, profile=True)) as ops:
+        record = launch(ops, case, torch.float16, "contiguous", fused=False)
+    explained = explain(case, torch.float16, device=device)
+    assert explained.grid == 1
+    print(explained)
+    assert record.profile.loads.bytes + record.profile.stores.bytes == explained.predicted_bytes
+    assert record.profile.loads.unique_bytes + record.profile.stores.unique_bytes == explained.necessary_bytes
+
+
+def test_devices():
+    """The paper's layer: registers, of 16 warps at 128, or shared memory decide how many blocks an SM holds."""
+    case = cases.Case(64, 1536, 32, 32, 9, 9)
+    for name, gpu in GPUS.items():
+        explained = explain(case, torch.bfloat16, device=name, fused=True)
+        assert explained.block == 32 and explained.items == 64 * 1536
+        assert explained.blocks_per_sm == min(16, gpu.smem_per_sm // (explained.smem_bytes + 1024))
+        assert explained.grid == gpu.sm_count * explained.blocks_per_sm
+    older = explain(case, torch.bfloat16, device=Gpu("T4", 75, 40, 64 << 10, 32, 16))
+    assert older.kernel == "direct" and "sm_80" in older.reason and older.grid == older.items
+
+
+@pytest.mark.parametrize(
+    "dtype, layout, kernel_size, reason",
+    [
+        (torch.float32, "contiguous", 9, "float32"),
+        (torch.float16, "channels_last", 9, "channels_last"),
+        (torch.float16, "contiguous", (3, 42), "42"),
+        (torch.bfloat16, "contiguous", (256, 3), "256"),
+    ],
+)
+def test_says_why_it_is_the_direct_kernel(dtype, layout, kernel_size, reason):
+    explained = convmixer_fast.explain((2, 8, 32, 32), kernel_size, dtype, layout)
+    assert explained.kernel == "direct" and reason in explained.reason
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("x_shape", (1, 2, 3)),
+        ("x_shape", (1, 0, 3, 3)),
+        ("x_shape", (1, 2, 3.5, 3)),
+        ("kernel_size", 0),
+        ("kernel_size", (3, 3, 3)),
+        ("dtype", torch.int8),
+        ("layout", "nhwc"),
+        ("activation", "silu"),
+        ("device", "H300"),
+    ],
+)
+def test_argument_that_does_not_fit(argument, value):
+    arguments = {"x_shape": (1, 2, 3, 3), "kernel_size": 3, "dtype": torch.float16} | {argument: value}
+    with pytest.raises(ValueError, match=argument) as error:
+        convmixer_fast.explain(**arguments)
+    assert repr(value) in str(error.value)
+
+
+def test_command_line(capsys):
+    assert cli.main(["explain", "64", "1536", "32", "32", "--kernel-size", "9", "--prologue"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    explained = convmixer_fast.explain((64, 1536, 32, 32), 9, torch.float16, prologue=True)
+    assert shown["grid"] == str(explained.grid) and shown["name"] == explained.name and shown["tile"] == "1 x 32 x 32"
+    assert cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3", "5", "--dtype", "float64"]) == 0
+    assert "reason" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3", "5", "7"])
+    assert "kernel_size" in capsys.readouterr().err
