@@ -172,9 +172,9 @@ struct MmaItem {
   int channel;  // the first
   int index;    // among the channel's items
 
-  __device__ MmaItem following(const MmaTile& tile, int channels) const {
+  __device__ MmaItem following(const MmaTile& tile, int channel_step) const {
     const bool last = index + 1 == tile.items_a_channel;
-    return {channel + last * channels, last ? 0 : index + 1};
+    return {channel + last * channel_step, last ? 0 : index + 1};
   }
 };
 
@@ -249,10 +249,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const int lead = left - static_cast<int>(params.pad_left);  // stored columns before the first tap of a window
   const int height = static_cast<int>(params.height), width = static_cast<int>(params.width);
 
-  // Blocks share the items evenly.
-  const int64_t first = tile.items * blockIdx.x / gridDim.x;
-  const int count = static_cast<int>(tile.items * (blockIdx.x + 1) / gridDim.x - first);
-  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channels,
+  // Blocks share the items evenly. Two that work on the octets of the same sectors do so at the same time.
+  const int partners = kChannelsLast ? tile.partners : 1, channel_step = channels * partners;
+  const int block = blockIdx.x / partners, blocks = gridDim.x / partners;
+  const int64_t first = tile.items / partners * block / blocks;
+  const int count = static_cast<int>(tile.items / partners * (block + 1) / blocks - first);
+  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channel_step + blockIdx.x % partners * channels,
                static_cast<int>(first % tile.items_a_channel)};
   const auto has_channel = [&](const MmaItem& item, int i) {
     return !kChannelsLast || item.channel + i < static_cast<int>(params.channels);
@@ -529,7 +531,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     else write_inputs();
     __syncthreads();
 
-    if (tile.prefetch && remaining > 1) prefetch(item.following(tile, channels));
+    if (tile.prefetch && remaining > 1) prefetch(item.following(tile, channel_step));
     if constexpr (kKernelH > 0)
       if (new_channel)
 #pragma unroll
@@ -543,7 +545,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       }
     __syncthreads();
     store_outputs();
-    item = item.following(tile, channels);
+    item = item.following(tile, channel_step);
     new_channel = item.index == 0;
   }
 #else
@@ -564,7 +566,8 @@ cudaError_t launch_mma(const DepthwiseParams& params, const MmaTile& tile, cudaS
   if (status == cudaSuccess)
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, smem);
   if (status != cudaSuccess) return status;
-  const int blocks = static_cast<int>(std::min<int64_t>(tile.items, static_cast<int64_t>(multiprocessors) * blocks_each));
+  const int64_t most = std::max(multiprocessors * blocks_each / tile.partners * tile.partners, tile.partners);
+  const int blocks = static_cast<int>(std::min(tile.items, most));
   kernel<<<blocks, threads, smem, stream>>>(params, tile);
   return cudaGetLastError();
 }
@@ -579,14 +582,13 @@ cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cu
       return launch_mma<Traits>(params, tile, stream);
     };
     constexpr Int<1> one;
-    if (tile.fixed && params.pad_top == (params.kernel_h - 1) / 2) {
-      if constexpr (!kChannelsLast) {
-        if (params.kernel_h == 3) return launch(Int<3>{}, one);
-        if (params.kernel_h == 5) return launch(Int<5>{}, one);
-      }
-      if (params.kernel_h == 7) return launch(Int<7>{}, one);
-      if (params.kernel_h == 9) return launch(Int<9>{}, one);
+    const int rows = unrolled_rows(params, tile);
+    if constexpr (!kChannelsLast) {
+      if (rows == 3) return launch(Int<3>{}, one);
+      if (rows == 5) return launch(Int<5>{}, one);
     }
+    if (rows == 7) return launch(Int<7>{}, one);
+    if (rows == 9) return launch(Int<9>{}, one);
     if (tile.k_steps == 1) return launch(Int<0>{}, one);
     if constexpr (!kChannelsLast)
       if (tile.k_steps == 3) return launch(Int<0>{}, Int<3>{});

@@ -32,6 +32,7 @@ constexpr int kOctetGap = 32;    // elements after each octet in shared memory, 
 struct MmaTile {
   bool channels_last;      // x and y
   int channels;            // of one item
+  int partners;            // blocks that work on the same sectors at the same time, each on its octet of channels; else 1
   int images;              // of one item, all of these channels
   int bands, windows;      // of one image's tile
   int tiles_h, tiles_w;    // of a map
@@ -186,8 +187,16 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
 
   const int64_t items = ceil_div(params.batch, tile.images) * tile.tiles_h * tile.tiles_w;
   tile.items_a_channel = static_cast<int>(items);
-  tile.items = ceil_div(params.channels, tile.channels) * items;
+  tile.partners = tile.channels == kOctet && params.channels > kOctet ? 2 : 1;
+  tile.items = ceil_div(params.channels, tile.channels * tile.partners) * tile.partners * items;
   return items < kMaxOffset;
+}
+
+// Kernel rows for which there is an instantiation with all Toeplitz matrices in registers; 0 where it is the ring of any.
+inline int unrolled_rows(const DepthwiseParams& params, const MmaTile& tile) {
+  const int rows = static_cast<int>(params.kernel_h);
+  const bool exists = rows % 2 == 1 && rows >= (tile.channels_last ? 7 : 3) && rows <= 9;
+  return tile.fixed && exists && params.pad_top == (rows - 1) / 2 ? rows : 0;
 }
 
 }  // namespace convmixer_fast::cuda
