@@ -11,7 +11,7 @@ import convmixer_fast
 from convmixer_fast import cli
 from convmixer_fast.explain import GPUS, Gpu
 
-SM_COUNT, BLOCKS_PER_SM = 2, 2  # fewer than registers, which the emulator does not know, or shared memory would allow
+SM_COUNT, BLOCKS_PER_SM = 4, 1  # fewer than registers, which the emulator does not know, or shared memory would allow
 EMULATED = Gpu("emulated", 90, SM_COUNT, 228 << 10, 64, BLOCKS_PER_SM)
 
 dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
