@@ -13,10 +13,11 @@ from .ops import _activation
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/params.h, enum class DType
 _ELEMENTS = {torch.float64: "double", torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _LAYOUTS = ("contiguous", "channels_last")
+SYSTEM_SMEM = 1024  # bytes of an SM's shared memory that the system takes of each block
 
 
 class Gpu(NamedTuple):
-    """What the launch depends on. The memory of an SM includes the KB that the system takes of each block."""
+    """What the launch depends on. The memory of an SM includes what the system takes of each block."""
 
     name: str
     capability: int  # 80 for sm_80
@@ -30,7 +31,7 @@ class Gpu(NamedTuple):
         warps = -(-threads // 32)
         # Registers are allocated by the warp, 256 at a time, and each quarter of an SM has 16,384 of them.
         warps_by_registers = 4 * (16384 // (-(-32 * registers // 256) * 256))
-        per_block = -(-(smem + 1024) // 128) * 128
+        per_block = -(-(smem + SYSTEM_SMEM) // 128) * 128
         by_warps = min(self.warps_per_sm, warps_by_registers) // warps
         return min(self.smem_per_sm // per_block, by_warps, self.blocks_per_sm)
 
@@ -53,7 +54,7 @@ class Explanation(NamedTuple):
         reason: why it is the direct kernel; empty for tensor cores.
         name: of the kernel in C++, without namespaces.
         tile: (planes, height, width): outputs that a block computes at a time, of maps of one image and channel each;
-            of one channel for tensor cores.
+            for tensor cores of one channel, or in channels_last of 8 or 16.
         items: such tiles in all, which the blocks share.
         block: threads.
         smem_bytes: dynamic shared memory of a block.
@@ -89,6 +90,7 @@ class _Query(Structure):  # csrc/bindings/explain.cpp, DepthwiseQuery
         ("activation", c_int32),
         ("prologue", c_bool),
         ("residual", c_bool),
+        ("device_smem", c_int32),
     ]
 
 
@@ -99,7 +101,7 @@ class _Choice(Structure):  # csrc/bindings/explain.cpp, Choice
     ]
 
 
-def _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual) -> _Query:
+def _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, gpu) -> _Query:
     shape = tuple(x_shape)
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"x_shape must be four positive sizes (N, C, H, W), got {x_shape!r}")
@@ -115,7 +117,8 @@ def _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual) 
         x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
     activation = _activation(activation)
-    return _Query(shape, x.stride(), y.stride(), kernel, _DTYPES[dtype], activation, prologue, residual)
+    flags = activation, prologue, residual
+    return _Query(shape, x.stride(), y.stride(), kernel, _DTYPES[dtype], *flags, gpu.smem_per_sm - SYSTEM_SMEM)
 
 
 def explain(
@@ -148,7 +151,7 @@ def explain(
     gpu = GPUS.get(device) if isinstance(device, str) else device
     if not isinstance(gpu, Gpu):
         raise ValueError(f"device must be a Gpu or one of {', '.join(map(repr, GPUS))}, got {device!r}")
-    query, choice = _query(x_shape, kernel_size, dtype, layout, activation, prologue, True), _Choice()
+    query, choice = _query(x_shape, kernel_size, dtype, layout, activation, prologue, True, gpu), _Choice()
     elements, weights = math.prod(query.shape), query.shape[1] * query.kernel[0] * query.kernel[1]
     necessary = (2 * elements + weights) * dtype.itemsize
     reason = ""
@@ -162,9 +165,11 @@ def explain(
         name = f"depthwise_direct_kernel<DirectTraits<{_ELEMENTS[dtype]}, {lanes_over_channels}, {choice.unrolled}>>"
         registers = 255 if dtype == torch.float64 else 128  # depthwise_direct.cuh, DirectTraits::kMinBlocks
     else:
-        flags = ", ".join(str(flag).lower() for flag in (activation == "gelu", bool(prologue)))
+        channels_last = query.shape[3] > 1 and query.x_stride[3] != 1
+        flags = ", ".join(str(flag).lower() for flag in (activation == "gelu", bool(prologue), channels_last))
         name = f"depthwise_mma_kernel<MmaTraits<{_ELEMENTS[dtype]}, {choice.unrolled}, {choice.k_steps}, {flags}>>"
-        registers = 128 if choice.k_steps == 1 else 168  # depthwise_mma.cuh, MmaTraits::kMinBlocks
+        # depthwise_mma.cuh, MmaTraits::kMaxThreads and kMinBlocks
+        registers = 128 if choice.k_steps == 1 else 255 if channels_last else 168
     blocks_per_sm = gpu.occupancy(choice.threads, choice.smem_bytes, registers)
     return Explanation(
         kernel="direct" if reason else "tensor cores",
@@ -186,22 +191,22 @@ def _why_direct(query: _Query, dtype: torch.dtype) -> str:
     """The first condition of choose_mma_tile (csrc/cuda/depthwise_tiles.h) that does not hold."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the tensor-core kernel takes float16 and bfloat16, dtype is {str(dtype)[6:]}"
-    if query.shape[3] > 1 and query.x_stride[3] != 1:
-        return "the tensor-core kernel needs rows without gaps; in channels_last neighbours are C elements apart"
     if query.kernel[1] > 41:
         return f"the tensor-core kernel takes kernels up to 41 columns wide, kernel_size has {query.kernel[1]}"
+    if query.kernel[1] > 25 and query.shape[3] > 1 and query.x_stride[3] != 1:
+        return f"in channels_last the tensor-core kernel takes kernels up to 25 wide, kernel_size has {query.kernel[1]}"
     if query.kernel[0] > 255:
         return f"the tensor-core kernel takes kernels up to 255 rows high, kernel_size has {query.kernel[0]}"
     return "no tile of the tensor-core kernel fits its shared memory, or its offsets 32 bits"
 
 
 def mma_arguments(x_shape, kernel_size, dtype, *, activation="gelu", prologue=False, residual=True) -> bytes:
-    """The parameters of the tensor-core kernel as they lie in its constant memory, with made-up addresses.
+    """The parameters of the tensor-core kernel as they lie in its constant memory, with made-up addresses; NCHW.
 
     Raises:
         ValueError: an argument does not fit, or the shape leaves the direct kernel.
     """
-    query = _query(x_shape, kernel_size, dtype, "contiguous", activation, prologue, residual)
+    query = _query(x_shape, kernel_size, dtype, "contiguous", activation, prologue, residual, GPUS["H200"])
     buffer = ctypes.create_string_buffer(4096)
     size = _cpu_library.convmixer_fast_mma_arguments(ctypes.byref(query), buffer, len(buffer))
     if not size:

@@ -113,9 +113,9 @@ def plant(name, file, correct, planted):
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)
     for path in (csrc / "cuda").glob("depthwise_*_*.cu"):
-        if path.stem not in ("depthwise_direct_f16", "depthwise_mma_f16_plain"):
+        if path.stem not in ("depthwise_direct_f16", "depthwise_mma_f16_plain", "depthwise_mma_f16_plain_nhwc"):
             path.unlink()
-    for dispatch, marks in (("elements.cuh", ("Float64:", "Float32:", "BFloat16:")), ("depthwise.cu", ("bfloat16,", "true>"))):
+    for dispatch, marks in (("elements.cuh", ("Float64:", "Float32:", "BFloat16:")), ("depthwise.cu", ("bfloat16,", "half, true>"))):
         path = csrc / "cuda" / dispatch
         lines = path.read_text().splitlines(keepends=True)
         others = [line for line in lines if "return" in line and any(mark in line for mark in marks)]

@@ -13,6 +13,7 @@ struct DepthwiseQuery {  // tensors at 16-byte aligned addresses
   DType dtype;
   Activation activation;
   bool prologue, residual;
+  int32_t device_smem;  // bytes that a block may have
 };
 
 struct Choice {
@@ -57,15 +58,14 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(
   using namespace convmixer_fast;
   const DepthwiseParams params = params_of(*query);
   cuda::MmaTile tile;
-  if (!cuda::choose_mma_tile(params, tile)) return 0;
+  if (!cuda::choose_mma_tile(params, query->device_smem, tile)) return 0;
   const int tile_h = tile.bands * cuda::kUnit, tile_w = tile.windows * cuda::kUnit;
   int64_t read = params.height * params.width;
   if (tile.tiled)
     read = read_along(params.height, tile.tiles_h, tile_h, params.pad_top, tile_h + params.kernel_h - 1) *
            read_along(params.width, tile.tiles_w, tile_w, tile.left, tile.pitch);
-  const bool unrolled = tile.fixed && params.kernel_h % 2 == 1 && params.kernel_h >= 3 && params.kernel_h <= 9;
-  *choice = {params.channels * tile.items_a_channel, params.batch * params.channels * read,
-             tile.images, tile_h, tile_w, unrolled ? static_cast<int32_t>(params.kernel_h) : 0, tile.k_steps,
+  *choice = {tile.items, params.batch * params.channels * read,
+             tile.images * tile.channels, tile_h, tile_w, cuda::unrolled_rows(params, tile), tile.k_steps,
              32 * tile.warps, tile.smem_bytes()};
   return 1;
 }
@@ -96,7 +96,7 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_argumen
   cuda::MmaTile tile;
   constexpr int kSize = sizeof(params) + sizeof(tile);
   static_assert(sizeof(params) % alignof(cuda::MmaTile) == 0, "no gap between the two");
-  if (!cuda::choose_mma_tile(params, tile) || capacity < kSize) return 0;
+  if (!cuda::choose_mma_tile(params, query->device_smem, tile) || capacity < kSize) return 0;
   std::memcpy(bytes, &params, sizeof(params));
   std::memcpy(bytes + sizeof(params), &tile, sizeof(tile));
   return kSize;

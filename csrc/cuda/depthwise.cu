@@ -5,22 +5,29 @@
 
 namespace convmixer_fast::cuda {
 
-template <class T, bool kGelu>  // depthwise_mma.cuh
+template <class T, bool kGelu, bool kChannelsLast>  // depthwise_mma.cuh
 cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream);
 
+template <class T, bool kGelu>
+static cudaError_t launch(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream) {
+  return (tile.channels_last ? depthwise_mma<T, kGelu, true> : depthwise_mma<T, kGelu, false>)(params, tile, stream);
+}
+
 cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream) {
-  int device = 0, major = 0;
+  int device = 0, major = 0, smem = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
 
   MmaTile tile;
-  if (major < 8 || !choose_mma_tile(params, tile)) return depthwise_direct(params, stream);
+  if (major < 8 || !choose_mma_tile(params, smem, tile)) return depthwise_direct(params, stream);
   const bool gelu = params.epilogue.activation == Activation::kGelu, half = params.dtype == DType::kFloat16;
-  if (half && gelu) return depthwise_mma<__half, true>(params, tile, stream);
-  if (!half && gelu) return depthwise_mma<__nv_bfloat16, true>(params, tile, stream);
-  if (!half && !gelu) return depthwise_mma<__nv_bfloat16, false>(params, tile, stream);
-  return depthwise_mma<__half, false>(params, tile, stream);
+  if (half && gelu) return launch<__half, true>(params, tile, stream);
+  if (!half && gelu) return launch<__nv_bfloat16, true>(params, tile, stream);
+  if (!half && !gelu) return launch<__nv_bfloat16, false>(params, tile, stream);
+  return launch<__half, false>(params, tile, stream);
 }
 
 }  // namespace convmixer_fast::cuda

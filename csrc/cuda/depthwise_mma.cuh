@@ -1,5 +1,4 @@
-// Depthwise convolution on tensor cores: float16 and bfloat16 with contiguous rows, kernels up to 41 columns wide, sm_80
-// and up.
+// Depthwise convolution on tensor cores: float16 and bfloat16, kernels up to 41 columns wide, sm_80 and up.
 //
 // Along a row the convolution is a product with a banded Toeplitz matrix, and the rows of the kernel add up:
 //
@@ -16,6 +15,8 @@
 //   3. sums the taps; applies the epilogue in registers; the residual comes through the tensor cores as well, as a product
 //      with a shifted identity; lays the outputs down in shared memory,
 //   4. writes them to memory, 16 bytes a thread.
+// That is for contiguous rows. In channels_last an item is the same of 16 neighbouring channels, each computed by one
+// warp; steps 1 and 4 transpose in registers, 8 channels of two neighbouring pixels a thread.
 //
 // A structural zero of the Toeplitz matrix times Inf is NaN: a pixel that is not finite makes NaN of every output whose
 // stored window holds it, up to 15 columns away for kernels up to 9 wide, not only of those its taps reach.
@@ -28,19 +29,23 @@
 
 namespace convmixer_fast::cuda {
 
-template <class T_, int kKernelH_, int kKSteps_, bool kGelu_, bool kPrologue_>
+template <class T_, int kKernelH_, int kKSteps_, bool kGelu_, bool kPrologue_, bool kChannelsLast_>
 struct MmaTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_;  // 0: any, the Toeplitz matrices pass through a ring of registers
   static constexpr int kKSteps = kKSteps_;
   static constexpr bool kGelu = kGelu_;  // else ReLU or none: both are a maximum
   static constexpr bool kPrologue = kPrologue_;
-  static constexpr int kMaxThreads = 32 * kMaxWarps;
+  static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr int kMaxThreads = 32 * (kChannelsLast ? max_channels(kKSteps) : kMaxWarps);
   // 16 warps of 128 registers an SM: 32 KB of prefetched inputs in flight. Wide kernels need 168: they are not memory-bound.
-  static constexpr int kMinBlocks = kKSteps == 1 ? 4 : 3;
+  static constexpr int kMinBlocks = kChannelsLast ? 1 : kKSteps == 1 ? 4 : 3;
   static_assert(kKernelH == 0 || (kKSteps == 1 && kKernelH <= 9), "all Toeplitz matrices stay in registers");
   static_assert(kKSteps <= kMaxKSteps, "the ring is 16 registers a k-step");
 };
+
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
 
 template <class T>
 struct Pair;  // two values in one register
@@ -93,14 +98,41 @@ __device__ __forceinline__ void store_inputs(void* to, const Piece<kCount>& piec
   }
 }
 
-// Calls f with the compile-time constant that equals `vector`.
-template <class F>
+// The same value, but new to the compiler: what follows from it is computed again rather than kept in registers.
+__device__ __forceinline__ int renew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Channel c of two neighbouring pixels, whose octets of channels are a and b.
+__device__ __forceinline__ Piece<2> pick(const Piece<8>& a, const Piece<8>& b, int c) {
+  const uint32_t bits = __byte_perm(reinterpret_cast<const uint32_t*>(a.values)[c / 2],
+                                    reinterpret_cast<const uint32_t*>(b.values)[c / 2], c % 2 ? 0x7632 : 0x5410);
+  return reinterpret_cast<const Piece<2>&>(bits);
+}
+
+// The octets of two neighbouring pixels: the first channel's pair lies at `from`, the others `pitch` bytes apart.
+__device__ __forceinline__ void load_octets(Piece<8> (&pieces)[2], const char* from, int pitch) {
+#pragma unroll
+  for (int c = 0; c < kOctet; c += 2) {
+    const uint32_t even = *reinterpret_cast<const uint32_t*>(from + c * pitch);
+    const uint32_t odd = *reinterpret_cast<const uint32_t*>(from + (c + 1) * pitch);
+    reinterpret_cast<uint32_t*>(pieces[0].values)[c / 2] = __byte_perm(even, odd, 0x5410);
+    reinterpret_cast<uint32_t*>(pieces[1].values)[c / 2] = __byte_perm(even, odd, 0x7632);
+  }
+}
+
+// Calls f with the compile-time constant that equals `vector`: a power of two up to 8; of channels, 8 or 1.
+template <bool kChannels, class F>
 __device__ __forceinline__ void with_vector(int vector, const F& f) {
-  switch (vector) {
-    case 8: return f(std::integral_constant<int, 8>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    default: return f(std::integral_constant<int, 1>{});
+  if constexpr (kChannels) {
+    if (vector == 8) f(Int<8>{});
+    else f(Int<1>{});
+  } else switch (vector) {
+    case 8: return f(Int<8>{});
+    case 4: return f(Int<4>{});
+    case 2: return f(Int<2>{});
+    default: return f(Int<1>{});
   }
 }
 
@@ -134,14 +166,15 @@ struct alignas(16) FastPointwise {
   }
 };
 
-// One of the pieces that blocks share out: channel by channel, and within a channel tile by tile, then image by image.
+// One of the pieces that blocks share out: channel by channel (in channels_last, 16 by 16), and within a channel tile by
+// tile, then image by image.
 struct MmaItem {
-  int channel;
-  int index;  // among the channel's items
+  int channel;  // the first
+  int index;    // among the channel's items
 
-  __device__ MmaItem following(const MmaTile& tile) const {
+  __device__ MmaItem following(const MmaTile& tile, int channel_step) const {
     const bool last = index + 1 == tile.items_a_channel;
-    return {channel + last, last ? 0 : index + 1};
+    return {channel + last * channel_step, last ? 0 : index + 1};
   }
 };
 
@@ -200,9 +233,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   T* const outputs = inputs + tile.input_elements;
   T* const taps = outputs + tile.output_elements;
   using Fast = FastPointwise<T, Traits::kGelu>;
-  Fast* const pointwise = reinterpret_cast<Fast*>(taps + tile.tap_elements);  // the channel's prologue and epilogue
+  Fast* const pointwise = reinterpret_cast<Fast*>(taps + tile.tap_elements);  // each channel's prologue and epilogue
   static_assert(2 * sizeof(Fast) == kPointwiseBytes);
   const int threads = 32 * tile.warps, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  // A team computes a channel: a warp in channels_last, else the block.
+  constexpr bool kChannelsLast = Traits::kChannelsLast;
+  const int channels = kChannelsLast ? tile.channels : 1, team = kChannelsLast ? warp : 0;
+  const int team_thread = kChannelsLast ? lane : thread, team_threads = kChannelsLast ? 32 : threads;
+  const int team_warp = kChannelsLast ? 0 : warp, team_warps = kChannelsLast ? 1 : tile.warps;
   const int kernel_h = kKernelH ? kKernelH : static_cast<int>(params.kernel_h);
   const int kernel_w = static_cast<int>(params.kernel_w);
   const int pad_top = kKernelH ? (kKernelH - 1) / 2 : static_cast<int>(params.pad_top);
@@ -211,11 +249,20 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const int lead = left - static_cast<int>(params.pad_left);  // stored columns before the first tap of a window
   const int height = static_cast<int>(params.height), width = static_cast<int>(params.width);
 
-  // Blocks share the items evenly.
-  const int64_t items = params.channels * tile.items_a_channel, first = items * blockIdx.x / gridDim.x;
-  const int count = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x - first);
-  MmaItem item{static_cast<int>(first / tile.items_a_channel), static_cast<int>(first % tile.items_a_channel)};
+  // Blocks share the items evenly. Two that work on the octets of the same sectors do so at the same time.
+  const int partners = kChannelsLast ? tile.partners : 1, channel_step = channels * partners;
+  const int block = blockIdx.x / partners, blocks = gridDim.x / partners;
+  const int64_t first = tile.items / partners * block / blocks;
+  const int count = static_cast<int>(tile.items / partners * (block + 1) / blocks - first);
+  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channel_step + blockIdx.x % partners * channels,
+               static_cast<int>(first % tile.items_a_channel)};
+  const auto has_channel = [&](const MmaItem& item, int i) {
+    return !kChannelsLast || item.channel + i < static_cast<int>(params.channels);
+  };
 
+  const auto anew = [](int value) { return kChannelsLast ? renew(value) : value; };
+  const auto inputs_of = [&](int i) { return inputs + i * tile.input_channel + i / kOctet * kOctetGap; };
+  const auto outputs_of = [&](int i) { return outputs + i * tile.output_channel + i / kOctet * kOctetGap; };
   const auto input_offset = [&](int image, int row, int col) {
     return image * tile.image_pitch + row * pitch + row / kUnit * tile.band_gap + col;
   };
@@ -223,74 +270,117 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     return image * tile.out_image_pitch + row * out_pitch + row / kUnit * tile.out_band_gap + col;
   };
 
-  // What a thread moves of a prefetched item: pieces at equal distances from the first.
-  const int my_row = thread / tile.load_lanes, my_col = thread % tile.load_lanes * 8;
+  // What a thread moves of a prefetched item, at equal distances: pieces, or in channels_last pairs of them.
+  constexpr int kPieces = kChannelsLast ? 2 : 1, kSteps = kPrefetch / kPieces;
+  const auto mover_now = [&] { return kChannelsLast ? anew(thread) / tile.channel_lanes : thread; };
+  const int mover = mover_now();
+  const int my_channel = kChannelsLast ? thread % tile.channel_lanes * tile.load_vector : 0;
+  const int my_row = mover / tile.load_lanes, my_col = mover % tile.load_lanes * (kChannelsLast ? 2 : 8);
+  const auto offset = [&](const Strides& stride, int image, int row, int col) {
+    return image * stride.n + row * stride.h + (kChannelsLast ? col * stride.w + my_channel : col);
+  };
   const int my_image = my_row / height, my_image_row = my_row % height;
-  const int my_load = static_cast<int>(my_image * params.x_stride.n + my_image_row * params.x_stride.h) + my_col;
-  const int my_store = static_cast<int>(my_image * params.y_stride.n + my_image_row * params.y_stride.h) + my_col;
-  T* const my_input = inputs + input_offset(my_image, my_image_row + pad_top, my_col + left);
-  const T* const my_output = outputs + output_offset(my_image, my_image_row, my_col);
+  const int x_next = static_cast<int>(params.x_stride.w), y_next = static_cast<int>(params.y_stride.w);
+  const int my_load = static_cast<int>(offset(params.x_stride, my_image, my_image_row, my_col));
+  const int my_store = static_cast<int>(offset(params.y_stride, my_image, my_image_row, my_col));
+  T* const my_input = inputs_of(my_channel) + input_offset(my_image, my_image_row + pad_top, my_col + left);
+  const T* const my_output = outputs_of(my_channel) + output_offset(my_image, my_image_row, my_col);
   const int my_first_row = my_col < width ? my_row : INT_MAX - kPrefetch * tile.rows_a_step;
-  const auto has_piece = [&](const MmaPlace& place, int j) {
-    return my_first_row + j * tile.rows_a_step < place.images * height;
+  const auto has_piece = [&](const MmaPlace& place, int step) {
+    return my_first_row + step * tile.rows_a_step < place.images * height;
   };
 
   Piece<8> next[kPrefetch];
   const auto prefetch = [&](const MmaItem& item) {
+    if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
                        place.image * params.x_stride.n + my_load;
 #pragma unroll
-    for (int j = 0; j < kPrefetch; j++)
-      if (has_piece(place, j)) next[j] = load_global<8>(x + j * tile.load_step);
+    for (int step = 0; step < kSteps; step++)
+      if (has_piece(place, step))
+#pragma unroll
+        for (int i = 0; i < kPieces; i++)
+          next[kPieces * step + i] = load_global<8>(x + step * tile.load_step + i * x_next);
   };
 
   const auto write_prefetched_inputs = [&] {
+    if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
-    const Fast prologue = pointwise[0];
+    if constexpr (kChannelsLast) {
+      const int channel_pitch = anew(2 * tile.input_channel);
+      char* const to = reinterpret_cast<char*>(my_input);
 #pragma unroll
-    for (int j = 0; j < kPrefetch; j++) {
-      if constexpr (Traits::kPrologue) prologue.apply(next[j]);
-      if (has_piece(place, j)) store_inputs(my_input + j * tile.input_step, next[j]);
+      for (int i = 0; i < kOctet; i++) {
+        const Fast prologue = pointwise[2 * (my_channel + i)];
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          Piece<2> pair = pick(next[2 * step], next[2 * step + 1], i);
+          if constexpr (Traits::kPrologue) prologue.apply(pair);
+          if (has_piece(place, step)) store_inputs(to + i * channel_pitch + step * (2 * tile.input_step), pair);
+        }
+      }
+    } else {
+      const Fast prologue = pointwise[0];
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        if constexpr (Traits::kPrologue) prologue.apply(next[step]);
+        if (has_piece(place, step)) store_inputs(my_input + step * tile.input_step, next[step]);
+      }
     }
   };
 
   // Any map: row by row; of a tile with its halo, zeros where that leaves the map.
   const auto write_inputs = [&] {
+    if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
-    const Fast prologue = pointwise[0];
+    const int mover = mover_now();
+    const Fast prologue = pointwise[0];  // of rows
     const int first_row = tile.tiled ? place.row - pad_top : 0, first_col = tile.tiled ? place.col - left : 0;
     const int rows = tile.tiled ? kUnit * tile.bands + kernel_h - 1 : height;
     const int cols = tile.tiled ? pitch : width;
     const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c + place.image * params.x_stride.n;
-    with_vector(tile.load_vector, [&](auto vector) {
-      constexpr int kVector = decltype(vector)::value;
-      for (int line = thread / tile.load_lanes; line < place.images * rows; line += tile.rows_a_step) {
+    with_vector<kChannelsLast>(tile.load_vector, [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value, kCols = kChannelsLast ? 1 : kVector;
+      for (int line = mover / tile.load_lanes; line < place.images * rows; line += tile.rows_a_step) {
         const int image = line / rows, row = first_row + line % rows;
-        for (int i = thread % tile.load_lanes * kVector; i < cols; i += tile.load_lanes * kVector) {
+        for (int i = mover % tile.load_lanes * kCols; i < cols; i += tile.load_lanes * kCols) {
           const int col = first_col + i;
           Piece<kVector> piece{};
-          if (row >= 0 && row < height && col >= 0 && col < width) {
-            piece = load_global<kVector>(x + image * params.x_stride.n + row * params.x_stride.h + col);
-            if constexpr (Traits::kPrologue) prologue.apply(piece);
+          const bool inside = row >= 0 && row < height && col >= 0 && col < width;
+          if (inside) {
+            piece = load_global<kVector>(x + offset(params.x_stride, image, row, col));
+            if constexpr (Traits::kPrologue && !kChannelsLast) prologue.apply(piece);
           }
-          store_inputs(inputs + input_offset(image, row - place.row + pad_top, col - place.col + left), piece);
+          T* const to = inputs_of(my_channel) + input_offset(image, row - place.row + pad_top, col - place.col + left);
+          if constexpr (kChannelsLast) {
+#pragma unroll
+            for (int c = 0; c < kVector; c++) {
+              Piece<1> value{piece.values[c]};
+              if constexpr (Traits::kPrologue)
+                if (inside) pointwise[2 * (my_channel + c)].apply(value);
+              store_inputs(to + c * tile.input_channel, value);
+            }
+          } else {
+            store_inputs(to, piece);
+          }
         }
       }
     });
   };
 
   // Tap rows between zeros, twice: the second copy one element further, so that each lane finds its pairs aligned.
+  T* const team_taps = taps + team * 2 * kernel_h * tile.tap_pitch;
   const auto write_taps = [&] {
-    const T* const weight = static_cast<const T*>(params.weight) + static_cast<int64_t>(item.channel) * kernel_h * kernel_w;
-    for (int i = thread; i < kernel_h * kernel_w; i += threads) {
+    const T* const weight = static_cast<const T*>(params.weight) + int64_t{item.channel + team} * kernel_h * kernel_w;
+    for (int i = team_thread; i < kernel_h * kernel_w; i += team_threads) {
       const int place = i / kernel_w * tile.tap_pitch + i % kernel_w + lead + kUnit - 1;
-      taps[place] = taps[kernel_h * tile.tap_pitch + place + 1] = weight[i];
+      team_taps[place] = team_taps[kernel_h * tile.tap_pitch + place + 1] = weight[i];
     }
   };
   // Lane (g, t) of the B operand holds taps[dy][i - g - lead] for stored columns i = 2t, 2t + 1, 2t + 8, 2t + 9.
   const int odd = (lane / 4 + 1) % 2;
-  const T* const lane_taps = taps + odd * (kernel_h * tile.tap_pitch + 1) + lane % 4 * 2 + kUnit - 1 - lane / 4;
+  const T* const lane_taps = team_taps + odd * (kernel_h * tile.tap_pitch + 1) + lane % 4 * 2 + kUnit - 1 - lane / 4;
   const auto load_toeplitz = [&](uint32_t(&b)[kKSteps][2], int dy) {
 #pragma unroll
     for (int s = 0; s < kKSteps; s++)
@@ -301,14 +391,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   uint32_t toeplitz[kKernelH ? kKernelH : 1][kKSteps][2];
   float sums[kUnit][4];
   const auto accumulate = [&](const MmaUnits& units) {
-    const float bias = pointwise[1].bias;
+    const float bias = pointwise[2 * team + 1].bias;
     const float start[4] = {bias, bias, bias, bias};
     if constexpr (kKernelH > 0) {
       const uint32_t next_band = units.inputs + 2 * tile.band_gap;
 #pragma unroll
       for (int row = 0; row < kUnit + kKernelH - 1; row++) {
         uint32_t a[4];
-        ldmatrix_x4(a, (row < kUnit ? units.inputs : next_band) + 2 * row * kFixedPitch);
+        ldmatrix_x4(a, (row < kUnit ? units.inputs : next_band) + 2 * row * pitch);
 #pragma unroll
         for (int o = 0; o < kUnit; o++)
           if (row - o >= 0 && row - o < kKernelH)
@@ -345,8 +435,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   };
 
   const auto finish = [&](const MmaUnits& units) {
-    const Fast epilogue = pointwise[1];
+    const Fast epilogue = pointwise[2 * team + 1];
     const float shift[4] = {epilogue.shift, epilogue.shift, epilogue.shift, epilogue.shift};
+    T* const to = outputs_of(team);
     // B[i][j] = 1 where stored column i is column j of the window; all zeros without a residual.
     uint32_t identity[kKSteps][2];
 #pragma unroll
@@ -370,32 +461,49 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       for (int half = 0; half < 2; half++) {
         const auto y = [&](int i) { return fmaf(epilogue.activate(sums[o][i]), epilogue.scale, rest[i]); };
         const uint32_t bits = Pair<T>::pack(y(2 * half), y(2 * half + 1));
-        if (units.outputs[half] >= 0)
-          *reinterpret_cast<uint32_t*>(outputs + units.outputs[half] + o * out_pitch) = bits;
+        if (units.outputs[half] >= 0) *reinterpret_cast<uint32_t*>(to + units.outputs[half] + o * out_pitch) = bits;
       }
     }
   };
 
   const auto store_outputs = [&] {
+    if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     T* const y = static_cast<T*>(params.y) + item.channel * params.y_stride.c + place.image * params.y_stride.n;
     if (tile.prefetch) {
 #pragma unroll
-      for (int j = 0; j < kPrefetch; j++)
-        if (has_piece(place, j))
-          *reinterpret_cast<uint4*>(y + my_store + j * tile.store_step) =
-              *reinterpret_cast<const uint4*>(my_output + j * tile.output_step);
+      for (int step = 0; step < kSteps; step++)
+        if (has_piece(place, step)) {
+          Piece<8> pieces[kPieces];
+          const T* const from = my_output + step * tile.output_step;
+          if constexpr (kChannelsLast)
+            load_octets(pieces, reinterpret_cast<const char*>(from), anew(2 * tile.output_channel));
+          else
+            pieces[0] = *reinterpret_cast<const Piece<8>*>(from);
+#pragma unroll
+          for (int i = 0; i < kPieces; i++)
+            *reinterpret_cast<Piece<8>*>(y + my_store + step * tile.store_step + i * y_next) = pieces[i];
+        }
       return;
     }
     const int rows = min(kUnit * tile.bands, height - place.row), cols = min(out_pitch, width - place.col);
-    with_vector(tile.store_vector, [&](auto vector) {
-      constexpr int kVector = decltype(vector)::value;
-      for (int line = thread / tile.store_lanes; line < place.images * rows; line += threads / tile.store_lanes) {
+    const int mover = mover_now(), movers = kChannelsLast ? threads / tile.channel_lanes : threads;
+    with_vector<kChannelsLast>(tile.store_vector, [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value, kCols = kChannelsLast ? 1 : kVector;
+      for (int line = mover / tile.store_lanes; line < place.images * rows; line += movers / tile.store_lanes) {
         const int image = line / rows, row = line % rows;
-        for (int col = thread % tile.store_lanes * kVector; col < cols; col += tile.store_lanes * kVector)
-          *reinterpret_cast<Piece<kVector>*>(y + image * params.y_stride.n + (place.row + row) * params.y_stride.h +
-                                             place.col + col) =
-              *reinterpret_cast<const Piece<kVector>*>(outputs + output_offset(image, row, col));
+        for (int col = mover % tile.store_lanes * kCols; col < cols; col += tile.store_lanes * kCols) {
+          const T* const from = outputs_of(my_channel) + output_offset(image, row, col);
+          Piece<kVector> piece;
+          if constexpr (kChannelsLast) {
+#pragma unroll
+            for (int c = 0; c < kVector; c++)
+              piece.values[c] = *reinterpret_cast<const uint16_t*>(from + c * tile.output_channel);
+          } else {
+            piece = *reinterpret_cast<const Piece<kVector>*>(from);
+          }
+          *reinterpret_cast<Piece<kVector>*>(y + offset(params.y_stride, image, place.row + row, place.col + col)) = piece;
+        }
       }
     });
   };
@@ -405,33 +513,39 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
   if (tile.prefetch) prefetch(item);
 
-  MmaUnits units(tile, warp, shared_address(inputs));
+  MmaUnits units(tile, team_warp, shared_address(inputs_of(team)));
   bool new_channel = true;
   __syncthreads();
   for (int remaining = count; remaining > 0; remaining--) {
     if (new_channel) {
-      write_taps();
-      if (thread == 0) pointwise[0] = Fast(params.prologue, item.channel), pointwise[1] = Fast(params.epilogue, item.channel);
+      if (has_channel(item, team)) {
+        write_taps();
+        if (team_thread == 0) {
+          pointwise[2 * team] = Fast(params.prologue, item.channel + team);
+          pointwise[2 * team + 1] = Fast(params.epilogue, item.channel + team);
+        }
+      }
       __syncthreads();
     }
     if (tile.prefetch) write_prefetched_inputs();
     else write_inputs();
     __syncthreads();
 
-    if (tile.prefetch && remaining > 1) prefetch(item.following(tile));
+    if (tile.prefetch && remaining > 1) prefetch(item.following(tile, channel_step));
     if constexpr (kKernelH > 0)
       if (new_channel)
 #pragma unroll
         for (int dy = 0; dy < kKernelH; dy++) load_toeplitz(toeplitz[dy], dy);
 
-    for (int group = warp; group < tile.groups; group += tile.warps) {
-      if (tile.groups > tile.warps) units = MmaUnits(tile, group, shared_address(inputs));
-      accumulate(units);
-      finish(units);
-    }
+    if (has_channel(item, team))
+      for (int group = team_warp; group < tile.groups; group += team_warps) {
+        if (tile.groups > team_warps) units = MmaUnits(tile, group, shared_address(inputs_of(team)));
+        accumulate(units);
+        finish(units);
+      }
     __syncthreads();
     store_outputs();
-    item = item.following(tile);
+    item = item.following(tile, channel_step);
     new_channel = item.index == 0;
   }
 #else
@@ -452,27 +566,33 @@ cudaError_t launch_mma(const DepthwiseParams& params, const MmaTile& tile, cudaS
   if (status == cudaSuccess)
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, smem);
   if (status != cudaSuccess) return status;
-  const int64_t items = params.channels * tile.items_a_channel;
-  const int blocks = static_cast<int>(std::min<int64_t>(items, static_cast<int64_t>(multiprocessors) * blocks_each));
+  const int64_t most = std::max(multiprocessors * blocks_each / tile.partners * tile.partners, tile.partners);
+  const int blocks = static_cast<int>(std::min(tile.items, most));
   kernel<<<blocks, threads, smem, stream>>>(params, tile);
   return cudaGetLastError();
 }
 
-// Instantiated in depthwise_mma_<dtype>_<gelu>.cu, so that they compile side by side.
-template <class T, bool kGelu>
+// Instantiated in depthwise_mma_<dtype>_<activation>[_nhwc].cu, so that they compile side by side.
+template <class T, bool kGelu, bool kChannelsLast>
 cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream) {
   const auto with_prologue = [&](auto has_prologue) {
     constexpr bool kPrologue = decltype(has_prologue)::value;
-    if (tile.fixed && params.pad_top == (params.kernel_h - 1) / 2) switch (params.kernel_h) {
-        case 3: return launch_mma<MmaTraits<T, 3, 1, kGelu, kPrologue>>(params, tile, stream);
-        case 5: return launch_mma<MmaTraits<T, 5, 1, kGelu, kPrologue>>(params, tile, stream);
-        case 7: return launch_mma<MmaTraits<T, 7, 1, kGelu, kPrologue>>(params, tile, stream);
-        case 9: return launch_mma<MmaTraits<T, 9, 1, kGelu, kPrologue>>(params, tile, stream);
-        default: break;
-      }
-    if (tile.k_steps == 1) return launch_mma<MmaTraits<T, 0, 1, kGelu, kPrologue>>(params, tile, stream);
-    if (tile.k_steps == 2) return launch_mma<MmaTraits<T, 0, 2, kGelu, kPrologue>>(params, tile, stream);
-    return launch_mma<MmaTraits<T, 0, 3, kGelu, kPrologue>>(params, tile, stream);
+    const auto launch = [&](auto kernel_h, auto k_steps) {
+      using Traits = MmaTraits<T, decltype(kernel_h)::value, decltype(k_steps)::value, kGelu, kPrologue, kChannelsLast>;
+      return launch_mma<Traits>(params, tile, stream);
+    };
+    constexpr Int<1> one;
+    const int rows = unrolled_rows(params, tile);
+    if constexpr (!kChannelsLast) {
+      if (rows == 3) return launch(Int<3>{}, one);
+      if (rows == 5) return launch(Int<5>{}, one);
+    }
+    if (rows == 7) return launch(Int<7>{}, one);
+    if (rows == 9) return launch(Int<9>{}, one);
+    if (tile.k_steps == 1) return launch(Int<0>{}, one);
+    if constexpr (!kChannelsLast)
+      if (tile.k_steps == 3) return launch(Int<0>{}, Int<3>{});
+    return launch(Int<0>{}, Int<2>{});
   };
   return params.has_prologue ? with_prologue(std::true_type{}) : with_prologue(std::false_type{});
 }
