@@ -57,7 +57,12 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
         ),
         layer,
     ),
+    "compile": (
+        torch.compile(lambda x, weight, vectors: layer(x, weight, vectors.to(x.dtype)), dynamic=False),
+        layer,
+    ),
 }
+OPERATORS_BY_DEFAULT = ["aten", "ours", "fused"]  # torch.compile takes seconds for each shape and layout
 PEER = "aten"
 COPY, FMA = "copy", "fma"  # the yardsticks
 
@@ -79,7 +84,7 @@ class FmaPeak:
     Raises FileNotFoundError where there is no g++.
     """
 
-    ITERATIONS = 40_000_000  # a tenth of a second: torch's threads, which spin for a while after a call, are asleep by then
+    ITERATIONS = 40_000_000  # a tenth of a second: torch's threads, which spin after a call, are asleep by then
 
     def __init__(self):
         source = Path(__file__).parent / "fma_peak.cpp"
@@ -227,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help=f"timed calls of each {both('rounds')}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS_BY_DEFAULT)
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,7 +21,7 @@ from pathlib import Path
 import report
 import torch
 
-BENCHMARKS = ("throughput", "peers", "depthwise")  # the steps that write a table
+BENCHMARKS = ("throughput", "peers", "depthwise", "compiled")  # the steps that write a table
 GRACE = 10  # seconds between asking a step to end and killing it
 
 
@@ -48,6 +48,8 @@ def plan(out: Path, capability: tuple[int, int]) -> list[Step]:
     convmixers = [name for name in table1 if name.startswith("convmixer")]
     peers = [name for name in table1 if name not in convmixers]
 
+    operators = ["--operators", "aten", "fused", "compile"]
+
     def benchmark(name: str, script: str, seconds: float, *options: str) -> Step:
         output = ["--device", "cuda", "--json", f"{results}/{name}.json"]
         return Step(name, [sys.executable, f"benchmarks/{script}.py", *output, *options], seconds)
@@ -67,13 +69,14 @@ def plan(out: Path, capability: tuple[int, int]) -> list[Step]:
         Step(
             "build",
             [sys.executable, "setup.py", "build_ext", "--inplace"],
-            150,
+            110,
             {"TORCH_CUDA_ARCH_LIST": target, "MAX_JOBS": str(os.cpu_count())},
             needed=True,
         ),
         Step("tests", [*pytest, "cuda"], 90),
         benchmark("throughput", "throughput", 130, "--plot", f"{results}/throughput.png", "--models", *convmixers),
         benchmark("depthwise", "depthwise", 50),
+        benchmark("compiled", "depthwise", 40, "--maps", "1536x32x32", "--kernels", "3", "9", *operators),
         benchmark("peers", "throughput", 30, "--models", *peers, "--backends", "eager", "channels_last"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
