@@ -25,7 +25,8 @@ struct PointwiseParams {
 
 // y = epilogue(conv(z)) (+ z if residual), where z is x, or prologue(x) rounded to `dtype`.
 // The padding is implicit and zero; with a prologue it is z, not x, that is zero there.
-// Output (h, w) sees z at (h + i - pad_top, w + j - pad_left), i < kernel_h, j < kernel_w.
+// Output (h, w) sees z at (h + i - pad_top, w + j - pad_left), i < kernel_h, j < kernel_w, through weight[i][j], or with
+// flip_taps (the gradient of the input) through weight[kernel_h - 1 - i][kernel_w - 1 - j].
 struct DepthwiseParams {
   const void* x;
   const void* weight;  // contiguous (channels, kernel_h, kernel_w), of type `dtype`
@@ -37,8 +38,27 @@ struct DepthwiseParams {
   DType dtype;  // of x, weight and y; sums are float32 (float64 for float64)
   bool has_prologue;
   bool residual;
+  bool flip_taps;
   PointwiseParams prologue;
   PointwiseParams epilogue;
+};
+
+// The gradients of a plain depthwise convolution's weight and bias, given that of its output:
+//   gweight[c][i][j] = sum over n, h, w of x[n, c, h + i - pad_top, w + j - pad_left] * gy[n, c, h, w]
+//   gbias[c] = sum over n, h, w of gy[n, c, h, w]
+// with x zero outside its map. Sums are float32 (float64 for float64), in an order that depends on nothing but the
+// params and the device, and are rounded once.
+struct WgradParams {
+  const void* x;
+  const void* gy;
+  void* gweight;  // contiguous (channels, kernel_h, kernel_w), of type `dtype`; null: not wanted
+  void* gbias;    // (channels), of type `dtype`; null: not wanted
+  void* workspace;  // for partial sums, of as many bytes as the backend asks for
+  int64_t batch, channels, height, width;
+  Strides x_stride, gy_stride;
+  int64_t kernel_h, kernel_w;
+  int64_t pad_top, pad_left;
+  DType dtype;
 };
 
 // y[n, c] = mean over h, w of prologue(x).

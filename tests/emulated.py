@@ -46,6 +46,7 @@ class DepthwiseParams(Structure):
         ("dtype", c_int32),
         ("has_prologue", c_bool),
         ("residual", c_bool),
+        ("flip_taps", c_bool),
         ("prologue", PointwiseParams),
         ("epilogue", PointwiseParams),
     ]

@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+
 #include "../params.h"
 
 namespace convmixer_fast::cuda {
@@ -11,6 +13,11 @@ cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream);
 
 // Any kernel size, map, strides and dtype, on CUDA cores.
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream);
+
+// Bytes of device memory, not initialised, that depthwise_wgrad needs as its workspace; 0: none.
+cudaError_t depthwise_wgrad_workspace(const WgradParams& params, size_t* bytes);
+
+cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream);
 
 cudaError_t activate_pool(const PoolParams& params, cudaStream_t stream);
 
