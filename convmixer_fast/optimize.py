@@ -20,7 +20,9 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedConvMixer:
+def optimize(
+    model: nn.Module, dtype: torch.dtype | None = None, *, chunk: int | str = "auto", cuda_graphs: bool = False
+) -> OptimizedConvMixer:
     """A module for inference with the forward pass of a trained ConvMixer, on the fused operators.
 
     BatchNorm becomes a scale and a shift, computed in float64. The given model stays as it is and shares no memory
@@ -33,15 +35,25 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedCon
             depthwise ones have one size and padding "same", or (k - 1) // 2 if it is odd, and are in a module with
             one child fn (of any name) whose forward is fn(x) + x.
         dtype: torch.float64, float32, float16 or bfloat16, to convert the weights to; None: theirs.
+        chunk: on a GPU, how many images go through all layers before the next ones start, which bounds the memory of
+            the activations. "auto": as many as keep a layer's input, output and matrix in the L2 cache, or all, if
+            those would leave multiprocessors idle.
+        cuda_graphs: on a GPU, record the kernels of a forward pass once for each shape of images (the 8 used last are
+            kept) and replay them: no launch gaps, which matter for few images and small maps.
 
     Raises:
-        TypeError: model is not a module.
-        ValueError: dtype is another one; or the first module that is in training mode or does not match, by its path.
+        TypeError: model is not a module, or cuda_graphs not a bool.
+        ValueError: dtype or chunk is another one; or the first module that is in training mode or does not match, by
+            its path.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if isinstance(chunk, bool) or not (chunk == "auto" or isinstance(chunk, int) and chunk >= 1):
+        raise ValueError(f"chunk must be 'auto' or an int from 1 up, got {chunk!r}")
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs must be a bool, got {cuda_graphs!r}")
     if not _is_chain(model):
         raise ValueError(
             f"model is {type(model).__name__}, accepted: convmixer_fast.ConvMixer, timm's ConvMixer, nn.Sequential"
@@ -50,10 +62,10 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedCon
         if module.training:
             raise ValueError(f"{path} ({type(module).__name__}) is in training mode, accepted: eval mode, model.eval()")
     with torch.no_grad():
-        return _convert(model, dtype)
+        return _convert(model, dtype, chunk, cuda_graphs)
 
 
-def _convert(model: nn.Module, dtype: torch.dtype | None) -> OptimizedConvMixer:
+def _convert(model: nn.Module, dtype: torch.dtype | None, chunk: int | str, cuda_graphs: bool) -> OptimizedConvMixer:
     leaves = _Leaves(model)
     patch = leaves.take(nn.Conv2d)
     dim = patch.out_channels
@@ -92,6 +104,8 @@ def _convert(model: nn.Module, dtype: torch.dtype | None) -> OptimizedConvMixer:
         head_weight=converted(head.weight),
         head_bias=converted(head.bias),
         activation=leaves.activation,
+        chunk=chunk,
+        cuda_graphs=cuda_graphs,
     )
 
 

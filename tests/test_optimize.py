@@ -188,9 +188,18 @@ def test_input_that_does_not_fit(model):
     optimized = optimize(model, torch.float16)
     with pytest.raises(TypeError, match="x must be torch.float16 as the weights, got torch.float32"):
         optimized(images())
+    with pytest.raises(ValueError, match="x must be on cpu as the weights, got meta"):
+        optimized(images(torch.float16).to("meta"))
     for shape in ((1, 3, 3, 4), (1, 3, 4, 3), (1, 4, 8, 8), (3, 8, 8)):
         with pytest.raises(ValueError, match=r"x must be of shape \(N, 3, H, W\) .* H >= 4 and W >= 4, got \("):
             optimized(images(torch.float16, shape=shape))
+
+
+def test_autocast_changes_nothing(model):
+    optimized, x = optimize(model), images()
+    logits = optimized(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(optimized(x), logits)
 
 
 def test_arguments_that_do_not_fit(model):
@@ -198,6 +207,11 @@ def test_arguments_that_do_not_fit(model):
         optimize(model.state_dict())
     with pytest.raises(ValueError, match="dtype must be None or one of torch.float64, .*, got torch.int8"):
         optimize(model, torch.int8)
+    for chunk in (0, -1, 1.5, True, "all"):
+        with pytest.raises(ValueError, match=f"chunk must be 'auto' or an int from 1 up, got {chunk!r}"):
+            optimize(model, chunk=chunk)
+    with pytest.raises(TypeError, match="cuda_graphs must be a bool, got 1"):
+        optimize(model, cuda_graphs=1)
     with pytest.raises(ValueError, match="model is Linear, accepted: convmixer_fast.ConvMixer, timm's"):
         optimize(nn.Linear(2, 2).eval())
 

@@ -11,7 +11,12 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def(
       "fused_depthwise(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, bool residual, "
       "Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift) -> Tensor");
+  m.def(
+      "fused_depthwise.out(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, "
+      "bool residual, Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift, *, Tensor(a!) out) -> ()");
   m.def("activate_pool(Tensor x, Tensor bias, Tensor scale, Tensor shift, int activation) -> Tensor");
+  m.def(
+      "activate_pool.out(Tensor x, Tensor bias, Tensor scale, Tensor shift, int activation, *, Tensor(a!) out) -> ()");
 }
 
 // For convmixer_fast._library, through ctypes.

@@ -12,6 +12,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "../params.h"
 
@@ -158,6 +159,29 @@ struct Pointwise {
   }
 };
 
+// The caller's own output. Kernels read x while others write y, so that they must not overlap; of strided tensors the
+// extents are compared.
+template <size_t kDims>
+void check_output(const Tensor& out, const Tensor& x, std::array<int64_t, kDims> sizes) {
+  check_beside("out", out, x);
+  check(out.scalar_type() == x.scalar_type(), "out must have x's dtype ", name_of(x.scalar_type()), ", got ",
+        name_of(out.scalar_type()));
+  bool fits = out.dim() == static_cast<int64_t>(kDims);
+  for (size_t d = 0; d < kDims && fits; d++) fits = out.size(d) == sizes[d];
+  std::ostringstream shape;
+  for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
+  check(fits, "out must be ", shape.str(), "), got ", ShapeOf{out});
+  const auto range = [](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); d++) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+    return std::pair(begin, begin + (tensor.numel() > 0 ? (last + 1) * tensor.element_size() : 0));
+  };
+  const auto [begin, end] = range(out);
+  const auto [x_begin, x_end] = range(x);
+  check(end <= x_begin || x_end <= begin, "out must not share memory with x");
+}
+
 inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
   DepthwiseParams params{};
   params.x = x.const_data_ptr();
@@ -187,10 +211,10 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
 }
 
 template <class Backend>
-Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
-                       const Tensor& shift, int64_t activation, bool residual,
-                       const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
-                       const std::optional<Tensor>& prologue_shift) {
+Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                            const Tensor& scale, const Tensor& shift, int64_t activation, bool residual,
+                            const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                            const std::optional<Tensor>& prologue_shift) {
   check_map("x", x);
   dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
@@ -202,7 +226,8 @@ Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias
   if (prologue_bias)
     prologue.emplace(x, *prologue_bias, "prologue[0] (bias)", *prologue_scale, "prologue[1] (scale)", *prologue_shift,
                      "prologue[2] (shift)", activation_of(activation));
-  Tensor y = empty_output(x);
+  if (out) check_output<4>(*out, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  Tensor y = out ? *out : empty_output(x);
   DepthwiseParams params = depthwise_params(x, taps, y);
   params.residual = residual;
   params.epilogue = epilogue.params;
@@ -213,17 +238,51 @@ Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias
 }
 
 template <class Backend>
-Tensor activate_pool(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
-                     int64_t activation) {
+Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
+                       const Tensor& shift, int64_t activation, bool residual,
+                       const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                       const std::optional<Tensor>& prologue_shift) {
+  return fused_depthwise_into<Backend>(nullptr, x, weight, bias, scale, shift, activation, residual, prologue_bias,
+                                       prologue_scale, prologue_shift);
+}
+
+template <class Backend>
+void fused_depthwise_out(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
+                         const Tensor& shift, int64_t activation, bool residual,
+                         const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                         const std::optional<Tensor>& prologue_shift, const Tensor& out) {
+  fused_depthwise_into<Backend>(&out, x, weight, bias, scale, shift, activation, residual, prologue_bias,
+                                prologue_scale, prologue_shift);
+}
+
+template <class Backend>
+Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias, const Tensor& scale,
+                          const Tensor& shift, int64_t activation) {
   check_map("x", x);
   const DType dtype = dtype_of("x", x);
   const Pointwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   const int64_t channels = x.size(1);
-  Tensor y = empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
+  if (out) {
+    check_output<2>(*out, x, {x.size(0), channels});
+    check(out->is_contiguous(), "out must be contiguous");
+  }
+  Tensor y = out ? *out : empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
   PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0),     channels, x.size(2), x.size(3),
                     strides_of(x),      dtype,                prologue.params};
   if (y.numel() > 0) Backend::activate_pool(params, x);
   return y;
+}
+
+template <class Backend>
+Tensor activate_pool(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
+                     int64_t activation) {
+  return activate_pool_into<Backend>(nullptr, x, bias, scale, shift, activation);
+}
+
+template <class Backend>
+void activate_pool_out(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
+                       int64_t activation, const Tensor& out) {
+  activate_pool_into<Backend>(&out, x, bias, scale, shift, activation);
 }
 
 }  // namespace convmixer_fast
@@ -232,5 +291,7 @@ Tensor activate_pool(const Tensor& x, const Tensor& bias, const Tensor& scale, c
   STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                                       \
     m.impl("depthwise_conv2d", TORCH_BOX(&convmixer_fast::depthwise_conv2d<convmixer_fast::BACKEND>)); \
     m.impl("fused_depthwise", TORCH_BOX(&convmixer_fast::fused_depthwise<convmixer_fast::BACKEND>));   \
+    m.impl("fused_depthwise.out", TORCH_BOX(&convmixer_fast::fused_depthwise_out<convmixer_fast::BACKEND>)); \
     m.impl("activate_pool", TORCH_BOX(&convmixer_fast::activate_pool<convmixer_fast::BACKEND>));       \
+    m.impl("activate_pool.out", TORCH_BOX(&convmixer_fast::activate_pool_out<convmixer_fast::BACKEND>)); \
   }
