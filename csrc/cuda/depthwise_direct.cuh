@@ -53,20 +53,6 @@ class PlaneReader {
   Pointwise<T> prologue_;
 };
 
-// kPitch values from shared memory, 16 bytes at a time.
-template <class T, int kPitch>
-__device__ __forceinline__ void load_window(arithmetic_t<T> (&window)[kPitch], const T* line) {
-  constexpr int kVector = 16 / sizeof(T);
-  static_assert(kPitch % kVector == 0, "whole vectors");
-#pragma unroll
-  for (int i = 0; i < kPitch; i += kVector) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(line + i);
-    const T* const values = reinterpret_cast<const T*>(&bits);
-#pragma unroll
-    for (int j = 0; j < kVector; j++) window[i + j] = widen(values[j]);
-  }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     depthwise_direct_kernel(const __grid_constant__ DepthwiseParams params, const __grid_constant__ DirectTile tile) {
@@ -135,8 +121,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         const int64_t plane = plane_of(group, s);
         const int tap_row = tap_row0 + row, tap_col = tap_col0 + col;
         Real tap = 0;
-        if (plane < planes && tap_row < params.kernel_h && tap_col < params.kernel_w)
-          tap = widen(w[(plane % params.channels * params.kernel_h + tap_row) * params.kernel_w + tap_col]);
+        if (plane < planes && tap_row < params.kernel_h && tap_col < params.kernel_w) {
+          const int64_t kernel = params.kernel_h * params.kernel_w, index = tap_row * params.kernel_w + tap_col;
+          tap = widen(w[plane % params.channels * kernel + (params.flip_taps ? kernel - 1 - index : index)]);
+        }
         weight_at(s, row, col) = tap;
       }
     };

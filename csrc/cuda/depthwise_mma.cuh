@@ -24,8 +24,8 @@
 #include <climits>
 
 #include "activation.cuh"
-#include "depthwise_tiles.h"
 #include "launch.h"
+#include "mma_items.cuh"
 
 namespace convmixer_fast::cuda {
 
@@ -43,9 +43,6 @@ struct MmaTraits {
   static_assert(kKernelH == 0 || (kKSteps == 1 && kKernelH <= 9), "all Toeplitz matrices stay in registers");
   static_assert(kKSteps <= kMaxKSteps, "the ring is 16 registers a k-step");
 };
-
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
 
 template <class T>
 struct Pair;  // two values in one register
@@ -70,34 +67,6 @@ struct Pair<__nv_bfloat16> {
   }
 };
 
-// kCount 16-bit values that one access moves; in shared memory they are aligned to 8 bytes at least, or to their size.
-template <int kCount>
-struct alignas(2 * kCount) Piece {
-  static_assert(kCount == 1 || kCount == 2 || kCount == 4 || kCount == 8);
-  uint16_t values[kCount];
-};
-
-template <int kCount>
-__device__ __forceinline__ Piece<kCount> load_global(const void* from) {  // read-only for the whole launch
-  Piece<kCount> piece;
-  if constexpr (kCount == 8) reinterpret_cast<uint4&>(piece) = __ldg(static_cast<const uint4*>(from));
-  else if constexpr (kCount == 4) reinterpret_cast<uint2&>(piece) = __ldg(static_cast<const uint2*>(from));
-  else if constexpr (kCount == 2) reinterpret_cast<uint32_t&>(piece) = __ldg(static_cast<const uint32_t*>(from));
-  else piece.values[0] = __ldg(static_cast<const unsigned short*>(from));
-  return piece;
-}
-
-template <int kCount>
-__device__ __forceinline__ void store_inputs(void* to, const Piece<kCount>& piece) {
-  if constexpr (kCount == 8) {  // the border left of the map is 8 bytes wide
-    const uint4& bits = reinterpret_cast<const uint4&>(piece);
-    static_cast<uint2*>(to)[0] = make_uint2(bits.x, bits.y);
-    static_cast<uint2*>(to)[1] = make_uint2(bits.z, bits.w);
-  } else {
-    *static_cast<Piece<kCount>*>(to) = piece;
-  }
-}
-
 // The same value, but new to the compiler: what follows from it is computed again rather than kept in registers.
 __device__ __forceinline__ int renew(int value) {
   asm volatile("" : "+r"(value));
@@ -119,20 +88,6 @@ __device__ __forceinline__ void load_octets(Piece<8> (&pieces)[2], const char* f
     const uint32_t odd = *reinterpret_cast<const uint32_t*>(from + (c + 1) * pitch);
     reinterpret_cast<uint32_t*>(pieces[0].values)[c / 2] = __byte_perm(even, odd, 0x5410);
     reinterpret_cast<uint32_t*>(pieces[1].values)[c / 2] = __byte_perm(even, odd, 0x7632);
-  }
-}
-
-// Calls f with the compile-time constant that equals `vector`: a power of two up to 8; of channels, 8 or 1.
-template <bool kChannels, class F>
-__device__ __forceinline__ void with_vector(int vector, const F& f) {
-  if constexpr (kChannels) {
-    if (vector == 8) f(Int<8>{});
-    else f(Int<1>{});
-  } else switch (vector) {
-    case 8: return f(Int<8>{});
-    case 4: return f(Int<4>{});
-    case 2: return f(Int<2>{});
-    default: return f(Int<1>{});
   }
 }
 
@@ -163,37 +118,6 @@ struct alignas(16) FastPointwise {
         bits = Pair<T>::pack(one(v.x), one(v.y));
       }
     }
-  }
-};
-
-// One of the pieces that blocks share out: channel by channel (in channels_last, 16 by 16), and within a channel tile by
-// tile, then image by image.
-struct MmaItem {
-  int channel;  // the first
-  int index;    // among the channel's items
-
-  __device__ MmaItem following(const MmaTile& tile, int channel_step) const {
-    const bool last = index + 1 == tile.items_a_channel;
-    return {channel + last * channel_step, last ? 0 : index + 1};
-  }
-};
-
-// Where an item lies.
-struct MmaPlace {
-  int image;     // the first
-  int images;    // that exist
-  int row, col;  // of the tile in the map
-
-  __device__ MmaPlace(const DepthwiseParams& params, const MmaTile& tile, int index) : row(0), col(0) {
-    if (tile.tiled) {
-      const int tiles = tile.tiles_h * tile.tiles_w, rest = index % tiles;
-      image = index / tiles;
-      row = rest / tile.tiles_w * tile.bands * kUnit;
-      col = rest % tile.tiles_w * tile.windows * kUnit;
-    } else {
-      image = index * tile.images;
-    }
-    images = min(tile.images, static_cast<int>(params.batch) - image);
   }
 };
 
@@ -373,9 +297,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   T* const team_taps = taps + team * 2 * kernel_h * tile.tap_pitch;
   const auto write_taps = [&] {
     const T* const weight = static_cast<const T*>(params.weight) + int64_t{item.channel + team} * kernel_h * kernel_w;
-    for (int i = team_thread; i < kernel_h * kernel_w; i += team_threads) {
+    const int kernel = kernel_h * kernel_w;
+    for (int i = team_thread; i < kernel; i += team_threads) {
       const int place = i / kernel_w * tile.tap_pitch + i % kernel_w + lead + kUnit - 1;
-      team_taps[place] = team_taps[kernel_h * tile.tap_pitch + place + 1] = weight[i];
+      team_taps[place] = team_taps[kernel_h * tile.tap_pitch + place + 1] = weight[params.flip_taps ? kernel - 1 - i : i];
     }
   };
   // Lane (g, t) of the B operand holds taps[dy][i - g - lead] for stored columns i = 2t, 2t + 1, 2t + 8, 2t + 9.

@@ -31,6 +31,20 @@ __device__ __forceinline__ T narrow(arithmetic_t<T> value) {  // rounds to neare
   else return value;
 }
 
+// kPitch values from shared memory, 16 bytes at a time.
+template <class T, int kPitch>
+__device__ __forceinline__ void load_window(arithmetic_t<T> (&window)[kPitch], const T* line) {
+  constexpr int kVector = 16 / sizeof(T);
+  static_assert(kPitch % kVector == 0, "whole vectors");
+#pragma unroll
+  for (int i = 0; i < kPitch; i += kVector) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(line + i);
+    const T* const values = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+    for (int j = 0; j < kVector; j++) window[i + j] = widen(values[j]);
+  }
+}
+
 // Calls f with a value of the storage type; false if there is no such type.
 template <class F>
 cudaError_t dispatch_dtype(DType dtype, const F& f) {
