@@ -126,7 +126,7 @@ class OnlyInto(TorchDispatchMode):
         name = op.name()
         assert name in self.ASYNCHRONOUS | self.VIEWS, f"{name} may allocate or wait"
         result = op(*args, **kwargs or {})
-        for tensor in torch.utils._pytree.tree_leaves(result):
+        for tensor in filter(torch.is_tensor, torch.utils._pytree.tree_leaves(result)):
             assert tensor.untyped_storage().data_ptr() in self.memory, f"{name} allocates {tuple(tensor.shape)}"
         self.writes += name in self.ASYNCHRONOUS
         return result
