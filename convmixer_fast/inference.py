@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .model import check_images
+from .reference import _pointwise as activate_and_normalize
 
 
 class OptimizedConvMixer(nn.Module):
@@ -30,6 +31,7 @@ class OptimizedConvMixer(nn.Module):
         head_weight: Tensor,
         head_bias: Tensor,
         activation: str,
+        residual: bool = True,
     ):
         """
         Args:
@@ -40,6 +42,7 @@ class OptimizedConvMixer(nn.Module):
             head_weight: (n_classes, dim).
             head_bias: (n_classes,).
             activation: "gelu" or "relu".
+            residual: whether the spatial half of a layer adds its input.
         """
         super().__init__()
         self.register_buffer("patch", patch)
@@ -49,6 +52,7 @@ class OptimizedConvMixer(nn.Module):
         self.register_buffer("head_weight", head_weight)
         self.register_buffer("head_bias", head_bias)
         self.activation = activation
+        self.residual = residual
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +62,16 @@ class OptimizedConvMixer(nn.Module):
             TypeError: x is of another dtype.
             ValueError: x is not of that shape, or smaller than a patch.
         """
+        x, epilogue = self._last_product(x)
+        return F.linear(ops.activate_pool(x, *epilogue, self.activation), self.head_weight, self.head_bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map (N, dim, H // ph, W // pw) before pooling, of the weights' dtype; x and errors as in forward."""
+        x, epilogue = self._last_product(x)
+        return activate_and_normalize(x, *epilogue, self.activation).to(x.dtype)
+
+    def _last_product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The raw output of the last layer's 1x1 convolution, and its bias, scale and shift, still to be applied."""
         if x.dtype != self.patch.dtype:
             raise TypeError(f"x must be {self.patch.dtype} as the weights, got {x.dtype}")
         check_images(x, *self.patch.shape[1:])
@@ -70,10 +84,10 @@ class OptimizedConvMixer(nn.Module):
         prologue = after_patch
         layers = zip(self.depthwise.unbind(), after[::2], self.pointwise.unbind(), after[1::2])
         for depthwise, after_depthwise, pointwise, after_pointwise in layers:
-            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, residual=True, prologue=prologue)
+            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, self.residual, prologue)
             x = _pointwise_conv2d(x, pointwise)
             prologue = after_pointwise
-        return F.linear(ops.activate_pool(x, *prologue, self.activation), self.head_weight, self.head_bias)
+        return x, prologue
 
     def train(self, mode: bool = True) -> "OptimizedConvMixer":
         if mode:
@@ -94,7 +108,7 @@ class OptimizedConvMixer(nn.Module):
         return (
             f"dim={dim}, depth={depth}, kernel_size={tuple(kernel_size)}, patch_size={tuple(self.patch.shape[2:])}, "
             f"n_classes={len(self.head_bias)}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
-            f"dtype={self.patch.dtype}"
+            f"residual={self.residual}, dtype={self.patch.dtype}"
         )
 
 
