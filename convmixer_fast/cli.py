@@ -1,4 +1,4 @@
-"""The command line: ``python -m convmixer_fast info``, ``... classify`` and ``... explain``."""
+"""The command line: ``python -m convmixer_fast info``, ``... classify``, ``... weights`` and ``... explain``."""
 
 import argparse
 import os
@@ -92,6 +92,24 @@ def describe_outcome(
     return True, "\n".join(lines)
 
 
+def draw(args: argparse.Namespace) -> int:
+    """Draws the patch embedding and the depthwise kernels of each layer as PNG files, and prints their paths."""
+    try:
+        from .weights import draw_weights  # here, for Pillow is optional
+    except ImportError as error:
+        raise UsageError(f"weights needs Pillow (pip install pillow): {error}") from None
+    try:
+        model = load_checkpoint(args.checkpoint, activation="gelu")  # whichever: it has no weights
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument CHECKPOINT: {error}") from None
+    try:
+        paths = draw_weights(model, args.output)
+    except OSError as error:
+        raise UsageError(f"argument -o/--output: {error}") from None
+    print(*map(printable, paths), sep="\n")
+    return 0
+
+
 def info(args: argparse.Namespace) -> int:
     """Prints what was built and what is in use."""
     for name, value in build_info().items():
@@ -152,6 +170,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
     argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     command.set_defaults(run=classify, parser=command)
+
+    command = commands.add_parser("weights", help="draw a checkpoint's filters", description=draw.__doc__)
+    argument = command.add_argument
+    argument("checkpoint", metavar="CHECKPOINT", type=Path, help="the model's weights")
+    argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the pictures")
+    command.set_defaults(run=draw, parser=command)
 
     command = commands.add_parser(
         "explain", help="which CUDA kernel a shape gets, and how", description=explain_launch.__doc__
