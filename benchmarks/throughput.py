@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accuracy
+import peers
 import report
 import timing
 import torch
@@ -79,7 +80,7 @@ def select_models(patterns: list[str]) -> list[str]:
             names = [name for name in paper if name in ours]
         else:
             name = ALIASES.get(pattern, pattern)
-            names = convmixer_fast.list_models(name)
+            names = convmixer_fast.list_models(name) or [peer for peer in peers.MODELS if peer == name]
             if not names and has_timm:
                 names = _timm().list_models(name)
             if not names and not has_timm and name.isidentifier():
@@ -101,6 +102,8 @@ def build(name: str) -> nn.Module:
     """The model with random weights, of ours or timm's. Raises ImportError where timm is needed and missing."""
     if name in convmixer_fast.list_models():
         return convmixer_fast.create_model(name)
+    if name in peers.MODELS:
+        return peers.MODELS[name]()
     return _timm().create_model(name)
 
 
@@ -145,13 +148,15 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 @torch.no_grad()
-def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]:
-    """A row for every backend: checked, then timed in rounds with the others."""
+def run_model(
+    name: str, args: argparse.Namespace, progress: tqdm, make: Callable[[], nn.Module] | None = None
+) -> list[dict]:
+    """A row for every backend: checked, then timed in rounds with the others. make: makes the model, in place of build."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows = {backend: dict(model=name, backend=backend, batch=args.batch) for backend in args.backends}
     try:
         torch.manual_seed(0)
-        model = build(name).to(device)
+        model = (make() if make else build(name)).to(device)
         size = args.image_size or default_image_size(model)
         calibrate(model, torch.randn(CALIBRATION, 3, size, size, device=device))
         model = model.to(dtype)
@@ -213,8 +218,8 @@ def merge(rows_of_ranks: list[list[dict]]) -> list[dict]:
 
 
 def summarise(rows: list[dict]) -> None:
-    """Derives the figures of the timed rows: images_per_second (of the median batch; the sum over ranks), teraflops_per_second,
-    over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network with kernel size 3)."""
+    """Derives the figures of the timed rows: images_per_second (of the median batch; summed over ranks),
+    teraflops_per_second, over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network with kernel size 3)."""
     timed = [row for row in rows if row["status"] == "timed"]
     for row in timed:
         rates = [row["batch"] / statistics.median(seconds) for seconds in row.get("rank_seconds", [row["seconds"]])]
