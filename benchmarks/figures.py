@@ -1,4 +1,4 @@
-"""The figures of paper.py: each function writes a PNG from its records, and tells whether there was anything in them."""
+"""The figures of paper.py: each function writes a PNG from records, and tells whether there was anything in them."""
 
 import math
 from pathlib import Path
@@ -93,7 +93,7 @@ def _accuracy(path: Path, points: list[dict], title: str) -> bool:
         handles.append(Line2D([], [], **ring, label="ConvMixer, best other backend"))
     handles += [_disc("#bbbbbb", math.sqrt(AREA * millions), f"{millions} M") for millions in (5, 25, 100)]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.03), ncols=6, frameon=False, fontsize=9)
-    note = "ConvMixer-width/depth, kernel k, patch p; where the paper has two accuracies, the one with A1 regularisation"
+    note = "ConvMixer-width/depth, kernel k, patch p; of two accuracies in the paper, the one with A1 regularisation"
     figure.text(0.5, 0.005, note, ha="center", va="bottom", fontsize=7.5, color="#666666")
     return _save(figure, path)
 

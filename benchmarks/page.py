@@ -94,8 +94,8 @@ def _table(records: list[dict], backends: list[str]) -> str:
             lines.append(f'<tr class="part"><td colspan="{len(header)}">{escape(part)}, images per second</td></tr>')
             shown = part
         lines.append(_row(line, backends))
-    note = "&#9679; also in the paper's Table 1. A1: with A1-style regularisation. GFLOP: an image of 224x224. The bars are "
-    note += "shares of the row's fastest."
+    note = "&#9679; also in the paper's Table 1. A1: with A1-style regularisation. GFLOP: an image of 224x224. "
+    note += "Bars: shares of the row's fastest."
     return f'<div class="scroll"><table>{"".join(lines)}</tbody></table></div><p class="note">{note}</p>'
 
 

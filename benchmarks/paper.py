@@ -261,7 +261,7 @@ def text_table(records: list[dict], backends: list[str]) -> str:
     lines = []
     for line in records:
         paper = line["paper"]
-        parameters = f"{line['parameters']:,}".replace(",", " ") if line["parameters"] else ""
+        parameters = str(line["parameters"] or "")
         rates = [report.number(line["rates"][backend]) for backend in backends]
         figures_ = [parameters, paper["params_millions"], report.number(line["gflop"]), *rates]
         figures_.append(report.number(line["over_best_other"]))

@@ -151,7 +151,7 @@ def failure(error: Exception) -> dict[str, str]:
 def run_model(
     name: str, args: argparse.Namespace, progress: tqdm, make: Callable[[], nn.Module] | None = None
 ) -> list[dict]:
-    """A row for every backend: checked, then timed in rounds with the others. make: makes the model, in place of build."""
+    """A row for every backend: checked, then timed in rounds with the others. make: in place of build(name)."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows = {backend: dict(model=name, backend=backend, batch=args.batch) for backend in args.backends}
     try:
@@ -205,13 +205,15 @@ def run_model(
 
 def merge(rows_of_ranks: list[list[dict]]) -> list[dict]:
     """The rows of rank 0 with all ranks' seconds; or, where some rank has none, with that rank's reason."""
+    if len(rows_of_ranks) == 1:
+        return rows_of_ranks[0]
     merged = []
     for rows in zip(*rows_of_ranks, strict=True):
         row = dict(rows[0])
         failed = next((rank for rank, other in enumerate(rows) if other["status"] != "timed"), None)
         if failed is not None:
             row.update(status=rows[failed]["status"], message=f"rank {failed}: {rows[failed]['message']}")
-        elif len(rows) > 1:
+        else:
             row["rank_seconds"] = [other["seconds"] for other in rows]
         merged.append(row)
     return merged
@@ -219,7 +221,8 @@ def merge(rows_of_ranks: list[list[dict]]) -> list[dict]:
 
 def summarise(rows: list[dict]) -> None:
     """Derives the figures of the timed rows: images_per_second (of the median batch; summed over ranks),
-    teraflops_per_second, over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network with kernel size 3)."""
+    teraflops_per_second, over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network
+    with kernel size 3)."""
     timed = [row for row in rows if row["status"] == "timed"]
     for row in timed:
         rates = [row["batch"] / statistics.median(seconds) for seconds in row.get("rank_seconds", [row["seconds"]])]
