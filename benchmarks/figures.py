@@ -119,10 +119,9 @@ def _label(axes: Axes, points: list[dict]) -> None:
     inside = axes.get_window_extent()
     for point in sorted(points, key=lambda point: -point["y"]):
         centre, radius = axes.transData.transform((point["x"], point["y"])), math.sqrt(AREA * point["millions"]) / 2
-        text = axes.annotate(
-            point["label"], (point["x"], point["y"]), (0, 0), textcoords="offset points", fontsize=8, ha="center",
-            va="center", color=FAMILIES[point["family"]], zorder=4,
-        )  # fmt: skip
+        place = dict(xytext=(0, 0), textcoords="offset points", ha="center", va="center", zorder=4)
+        colour = FAMILIES[point["family"]]
+        text = axes.annotate(point["label"], (point["x"], point["y"]), fontsize=8, color=colour, **place)
         box = text.get_window_extent()
         half = box.width / 2 / pixel, box.height / 2 / pixel
         best, fewest = (0, 0), math.inf
@@ -141,10 +140,8 @@ def _label(axes: Axes, points: list[dict]) -> None:
         text.set_position(best)
         taken.append(area)
         if distance > 6:
-            axes.annotate(
-                "", (point["x"], point["y"]), best, textcoords="offset points", zorder=1,
-                arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.6, shrinkA=half[1], shrinkB=radius),
-            )  # fmt: skip
+            line = dict(arrowstyle="-", color="#999999", linewidth=0.6, shrinkA=half[1], shrinkB=radius)
+            axes.annotate("", (point["x"], point["y"]), best, textcoords="offset points", zorder=1, arrowprops=line)
 
 
 def kernel_size(path: Path, records: list[dict], model: str, tables: list[dict]) -> bool:
