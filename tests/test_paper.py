@@ -18,11 +18,14 @@ import torch
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import figures  # noqa: E402
 import page  # noqa: E402
 import paper  # noqa: E402
 import report  # noqa: E402
@@ -66,10 +69,15 @@ def written(folder):
         return {row["model"]: row for row in csv.DictReader(file)}
 
 
-def test_parameters_are_the_papers():
-    """Exact counts of every row agree with the figures of the paper, to their last digit."""
+@pytest.fixture(scope="module")
+def facts():
     pytest.importorskip("timm")
-    facts, rows = paper.table_facts(tqdm(disable=True)), report.paper_rows()
+    return paper.table_facts(tqdm(disable=True))
+
+
+def test_parameters_are_the_papers(facts):
+    """Exact counts of every row agree with the figures of the paper, to their last digit."""
+    rows = report.paper_rows()
     empty = {name for name in rows if facts[name]["parameters"] is None}
     assert empty == set(paper.peers.EMPTY)
     assert all(facts[name]["remark"] == paper.peers.EMPTY[name] for name in empty)
@@ -195,10 +203,9 @@ def test_a_figure_is_not_taken_for_that_of_another_machine(tmp_path, what):
     assert again.get(job) is None
 
 
-def made_up(tables, plan):
+def made_up(facts, plan):
     """Records with figures for everything, to fill the page."""
-    backends = ["eager", "fused"]
-    facts = paper.table_facts(tqdm(disable=True))
+    backends, tables = ["eager", "fused"], report.paper_rows()
 
     def line(rate):
         rates = (rate, 1.5 * rate) if rate else (None, None)
@@ -215,15 +222,50 @@ def made_up(tables, plan):
     return found, backends
 
 
+def drawn_texts(figure):
+    """The extents of all texts that show, by their text; ticks beyond an axis are not drawn."""
+    figure.canvas.draw()
+    hidden = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    texts = {text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()} - hidden
+    return [(text.get_text(), text.get_window_extent()) for text in texts]
+
+
+@pytest.mark.parametrize("rate", [1.0, 7.3, 1e4])
+def test_no_text_lies_on_another(monkeypatch, tmp_path, facts, rate):
+    """In any figure, with the paper's spread of throughput at several orders of magnitude; nor beyond the edge."""
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) is None)
+    plan = paper.full("cpu")
+    found, _ = made_up(facts, plan)
+    for line in found["tables"]:
+        speed = rate * float(line["paper"]["rtx8000_images_per_second"] or 0)
+        line["rates"] = dict(eager=speed or None, fused=1.6 * speed if line["model"].startswith("convmixer") else None)
+    paper.draw(tmp_path, dict(device="A Processor of Many Words, 64 cores"), plan, found)
+    assert len(drawn) == 4
+    for figure in drawn:
+        texts = drawn_texts(figure)
+        assert len(texts) > 10
+        for index, (text, extent) in enumerate(texts):
+            assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1, text
+            assert figure.bbox.y0 <= extent.y0 and extent.y1 <= figure.bbox.y1, text
+            covered = [other for other, theirs in texts[:index] if extent.overlaps(theirs)]
+            assert not covered, f"{text} lies on {covered}"
+        plt.close(figure)
+
+
 @pytest.fixture(scope="module")
-def full_page(tmp_path_factory):
+def full_page(tmp_path_factory, facts):
     folder = tmp_path_factory.mktemp("page")
     plan = paper.full("cpu")
-    facts = report.environment(torch.device("cpu")) | dict(settings="made up <&>")
-    found, backends = made_up(report.paper_rows(), plan)
-    pictures = paper.draw(folder, facts, plan, found)
+    machine = report.environment(torch.device("cpu")) | dict(settings="made up <&>")
+    found, backends = made_up(facts, plan)
+    pictures = paper.draw(folder, machine, plan, found)
     path = folder / "paper.html"
-    path.write_text(page.html(facts, found, backends, pictures), encoding="utf-8")
+    path.write_text(page.html(machine, found, backends, pictures), encoding="utf-8")
     return path
 
 
