@@ -39,6 +39,7 @@ class Weights:
         layers: (depthwise (dim, 1, kh, kw), its vectors, pointwise (dim, dim), its vectors), one a layer.
         head: weight (dim, n_classes) and bias (n_classes,).
         activation: "gelu" or "relu".
+        residual: whether the depthwise half of a layer adds its input.
     """
 
     patch: Tensor
@@ -47,9 +48,10 @@ class Weights:
     layers: list[tuple[Tensor, Vectors, Tensor, Vectors]]
     head: tuple[Tensor, Tensor]
     activation: str
+    residual: bool
 
     @staticmethod
-    def prepare(patch, depthwise, pointwise, vectors, head_weight, head_bias, activation) -> "Weights":
+    def prepare(patch, depthwise, pointwise, vectors, head_weight, head_bias, activation, residual) -> "Weights":
         """From the buffers of an OptimizedConvMixer; copies only the patch weight and the vectors."""
         arithmetic = torch.float64 if patch.dtype == torch.float64 else torch.float32
         after_patch, *after = (vectors.unbind() for vectors in vectors.to(arithmetic).unbind())
@@ -61,6 +63,7 @@ class Weights:
             layers=list(zip(depthwise.unbind(), after[::2], pointwise.unbind(), after[1::2])),
             head=(head_weight.t(), head_bias),
             activation=activation,
+            residual=residual,
         )
 
 
@@ -174,7 +177,8 @@ def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry
                 depthwise,
                 *after_depthwise,
                 weights.activation,
-                prologue=prologue,
+                weights.residual,
+                prologue,
                 out=depthwise_out_maps,
             ),
         )

@@ -1,6 +1,7 @@
 """The module that optimize() makes: a ConvMixer's forward pass on the fused operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .engine import Engine, Weights
 from .model import check_images
+from .reference import activate_and_normalize
 
 
 class OptimizedConvMixer(nn.Module):
@@ -36,6 +38,7 @@ class OptimizedConvMixer(nn.Module):
         head_weight: Tensor,
         head_bias: Tensor,
         activation: str,
+        residual: bool = True,
         chunk: int | str = "auto",
         cuda_graphs: bool = False,
     ):
@@ -48,6 +51,7 @@ class OptimizedConvMixer(nn.Module):
             head_weight: (n_classes, dim).
             head_bias: (n_classes,).
             activation: "gelu" or "relu".
+            residual: whether the spatial half of a layer adds its input.
             chunk, cuda_graphs: see :func:`convmixer_fast.optimize`.
         """
         super().__init__()
@@ -58,6 +62,7 @@ class OptimizedConvMixer(nn.Module):
         self.register_buffer("head_weight", head_weight)
         self.register_buffer("head_bias", head_bias)
         self.activation = activation
+        self.residual = residual
         self.chunk = chunk
         self.cuda_graphs = cuda_graphs
         self.training = False
@@ -71,6 +76,21 @@ class OptimizedConvMixer(nn.Module):
             ValueError: x is on another device or not of that shape, or smaller than a patch.
             RuntimeError: x requires a gradient, in grad mode.
         """
+        with self._inference(x):
+            if x.is_cuda and not torch.compiler.is_compiling():
+                return self.engine()(x)
+            x, epilogue = self._last_product(x)
+            return F.linear(ops.activate_pool(x, *epilogue, self.activation), self.head_weight, self.head_bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map (N, dim, H // ph, W // pw) before pooling, of the weights' dtype; x and errors as in forward."""
+        with self._inference(x):
+            x, epilogue = self._last_product(x)
+            return activate_and_normalize(x, *epilogue, self.activation).to(x.dtype)
+
+    @contextmanager
+    def _inference(self, x: Tensor) -> Iterator[None]:
+        """Checks the images; inside, nothing is recorded for gradients or converted by autocast."""
         if x.dtype != self.patch.dtype:
             raise TypeError(f"x must be {self.patch.dtype} as the weights, got {x.dtype}")
         if x.device != self.patch.device:
@@ -78,9 +98,7 @@ class OptimizedConvMixer(nn.Module):
         check_images(x, *self.patch.shape[1:])
         ops.check_inference(x=x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if torch.compiler.is_compiling() or not x.is_cuda:
-                return self._forward_by_operators(x)
-            return self.engine()(x)
+            yield
 
     def engine(self) -> Engine:
         """What runs on a GPU; made anew whenever the weights are other ones."""
@@ -88,12 +106,15 @@ class OptimizedConvMixer(nn.Module):
         state = tuple((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in buffers.values())
         if self._engine is None or self._engine[0] != state:
             with torch.no_grad():
-                weights = Weights.prepare(**buffers, activation=self.activation)
+                weights = Weights.prepare(**buffers, activation=self.activation, residual=self.residual)
             self._engine = state, Engine(weights, self.chunk, self.cuda_graphs)
         return self._engine[1]
 
-    def _forward_by_operators(self, x: Tensor) -> Tensor:
-        """The forward pass without memory of its own: what torch.export and torch.compile see."""
+    def _last_product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The raw output of the last layer's 1x1 convolution, and its bias, scale and shift, still to be applied.
+
+        By operators alone, without memory of its own: what torch.export and torch.compile see.
+        """
         layout = torch.contiguous_format if x.is_cuda else torch.channels_last
         arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
         after_patch, *after = (vectors.unbind() for vectors in self.vectors.to(arithmetic).unbind())
@@ -103,10 +124,10 @@ class OptimizedConvMixer(nn.Module):
         prologue = after_patch
         layers = zip(self.depthwise.unbind(), after[::2], self.pointwise.unbind(), after[1::2])
         for depthwise, after_depthwise, pointwise, after_pointwise in layers:
-            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, residual=True, prologue=prologue)
+            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, self.residual, prologue)
             x = _pointwise_conv2d(x, pointwise)
             prologue = after_pointwise
-        return F.linear(ops.activate_pool(x, *prologue, self.activation), self.head_weight, self.head_bias)
+        return x, prologue
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_engine": None}  # locks, buffers and graphs stay here
@@ -135,7 +156,7 @@ class OptimizedConvMixer(nn.Module):
         return (
             f"dim={dim}, depth={depth}, kernel_size={tuple(kernel_size)}, patch_size={tuple(self.patch.shape[2:])}, "
             f"n_classes={len(self.head_bias)}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
-            f"dtype={self.patch.dtype}, chunk={self.chunk!r}, cuda_graphs={self.cuda_graphs}"
+            f"residual={self.residual}, dtype={self.patch.dtype}, chunk={self.chunk!r}, cuda_graphs={self.cuda_graphs}"
         )
 
 

@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
 import depthwise  # noqa: E402
 import gpu  # noqa: E402
+import peers  # noqa: E402
 import report  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
@@ -129,7 +130,8 @@ def test_paper_models_exist():
     assert set(table2) == {name for name, variant in convmixer_fast.model.VARIANTS.items() if variant.n_classes == 1000}
     assert paper["convmixer_1536_20_k9_p7"]["rtx8000_images_per_second"] == "134"
     timm = pytest.importorskip("timm")
-    assert set(paper) - set(table2) <= set(timm.list_models())
+    assert set(paper) - set(table2) - set(peers.MODELS) - set(peers.EMPTY) <= set(timm.list_models())
+    assert throughput.select_models(["deit_tiny_patch7_224"]) == ["deit_tiny_patch7_224"]
 
 
 def test_select_models():
@@ -321,12 +323,17 @@ def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
 def test_gpu_plan_fits_its_time(tmp_path):
     steps = gpu.plan(tmp_path, (9, 0))
     names = [step.name for step in steps]
-    assert names == ["build", "tests", "throughput", "depthwise", "compiled", "peers", "memcheck", "racecheck"]
+    assert names[:6] == ["build", "tests", "throughput", "depthwise", "compiled", "peers"]
+    assert names[6:] == ["memcheck", "racecheck", "paper"]
     assert set(gpu.BENCHMARKS) <= set(names)
     assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert gpu.plan(tmp_path, (8, 9))[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.9"
     assert sum(gpu.limits(steps, 9 * 60)) <= 9 * 60
     assert sum(gpu.limits(steps, 60)) == pytest.approx(60)
+    longer = gpu.plan(tmp_path, (9, 0), seconds=20 * 60)  # all of it for the paper's tables and figures
+    assert sum(step.seconds for step in longer) == pytest.approx(20 * 60)
+    minutes = float(longer[-1].command[longer[-1].command.index("--minutes") + 1])
+    assert 0.8 * longer[-1].seconds < 60 * minutes < longer[-1].seconds - 15
 
 
 def python_step(name: str, code: str, seconds: float = 20, **options) -> gpu.Step:

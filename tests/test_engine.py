@@ -224,7 +224,7 @@ def test_inference_mode_and_back():
 def test_images_of_a_chunk(dim, size, cache_bytes, multiprocessors, images):
     with torch.device("meta"):
         meta = torch.empty(dim, 147, dtype=torch.float16)
-    weights = Weights(meta, (3, 7, 7), None, [], None, "gelu")
+    weights = Weights(meta, (3, 7, 7), None, [], None, "gelu", True)
     assert engine._images_in_cache(weights, size, cache_bytes, multiprocessors) == images
 
 

@@ -111,6 +111,54 @@ def test_equals_plain_convmixer(dim, depth, kernel_size, patch_size, in_channels
         assert torch.equal(ours, theirs), name
 
 
+def layer_norm(x, norm):
+    mean, variance = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
+    weight, bias = (vector.view(-1, 1, 1) for vector in (norm.weight, norm.bias))
+    return (x - mean) / (variance + norm.eps).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("residual", [("spatial",), ("channel", "spatial"), ("channel",), ()])
+def test_ablations(residual, norm):
+    """The variants of Table 3 by the paper's equations, with the modules' weights; and that they train."""
+    torch.manual_seed(0)
+    model = randomize(ConvMixer(6, 2, 3, 2, 5, residual=residual, norm=norm)).double()
+    x = torch.randn(4, 3, 8, 10, dtype=torch.float64)
+
+    def stage(z, kind):
+        conv, activation, normalize = kind
+        y = activation(conv(z))
+        return layer_norm(y, normalize) if norm == "layer" else normalize(y)
+
+    z = stage(x, model.stem)
+    for block in model.blocks:
+        leaves = [leaf for leaf in block.modules() if not list(leaf.children())]
+        for half, kind in (("spatial", leaves[:3]), ("channel", leaves[3:])):
+            z = stage(z, kind) + (z if half in residual else 0)
+    torch.testing.assert_close(model.forward_features(x), z, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x), model.head(z.mean((2, 3))), rtol=1e-12, atol=1e-12)
+
+    labels = torch.arange(4)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    assert losses[-1] < losses[0] / 2
+
+
+def test_ablations_that_do_not_exist():
+    for residual in ("spatial", ("temporal",)):
+        with pytest.raises(ValueError, match="residual must be a tuple of any of 'spatial', 'channel', got "):
+            ConvMixer(4, 1, residual=residual)
+    with pytest.raises(ValueError, match="norm must be one of 'batch', 'layer', got 'group'"):
+        ConvMixer(4, 1, norm="group")
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 6, 7), (1, 3, 7, 6), (1, 1, 7, 7), (3, 7, 7)])
 def test_images_that_do_not_fit(shape):
     model = ConvMixer(4, 1, kernel_size=3, patch_size=7).eval()
