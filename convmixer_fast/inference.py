@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .cpu_engine import CpuEngine
 from .model import check_images
 
 
@@ -50,6 +51,7 @@ class OptimizedConvMixer(nn.Module):
         self.register_buffer("head_bias", head_bias)
         self.activation = activation
         self.training = False
+        self._cpu = CpuEngine()
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images (N, in_channels, H, W), both of the weights' dtype.
@@ -61,6 +63,8 @@ class OptimizedConvMixer(nn.Module):
         if x.dtype != self.patch.dtype:
             raise TypeError(f"x must be {self.patch.dtype} as the weights, got {x.dtype}")
         check_images(x, *self.patch.shape[1:])
+        if CpuEngine.runs(x):
+            return self._cpu(self, x)
         layout = torch.contiguous_format if x.is_cuda else torch.channels_last
         arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
         after_patch, *after = (vectors.unbind() for vectors in self.vectors.to(arithmetic).unbind())
@@ -87,6 +91,7 @@ class OptimizedConvMixer(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device) if tensor is self.vectors and moved.dtype != tensor.dtype else moved
 
+        self._cpu = CpuEngine()
         return super()._apply(keep_vectors, recurse)
 
     def extra_repr(self) -> str:

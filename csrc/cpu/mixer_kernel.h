@@ -24,7 +24,7 @@ struct FloatOperand : Native<float> {
   using Group = float;
   using Groups = Vec<float>;
   static constexpr int kDepth = 1;
-  static CMF_INLINE Groups broadcast(Group group) { return group + Groups{}; }
+  static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
 };
 
@@ -64,9 +64,10 @@ constexpr int64_t kSummedAtOnce = 256;  // steps, before they are added to the r
 
 using Tile = Vec<float>[kVectors][kRows];
 
-// tile = left (kRows x depth) times right (depth x kColumns), depth in channel vectors.
+// tile = left (kRows x depth) times right (depth x kColumns), depth in channel vectors. Not inline: its loop wants all
+// vector registers.
 template <class Operand>
-void multiply(const Operand* left, const Operand* right, int64_t depth, Tile& tile) {
+__attribute__((noinline)) void multiply(const Operand* left, const Operand* right, int64_t depth, Tile& tile) {
   using Groups = typename Operand::Groups;
   constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
   constexpr int64_t kAtOnce = kSummedAtOnce * kDepth / n;
@@ -76,7 +77,8 @@ void multiply(const Operand* left, const Operand* right, int64_t depth, Tile& ti
 #pragma GCC unroll 1
       for (int k = 0; k < n; k += kDepth) {
         Groups weight[kVectors];
-        memcpy(weight, right, sizeof weight);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) memcpy(&weight[v], right + v * n * kDepth, sizeof(Groups));
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           typename Operand::Group group;
