@@ -26,6 +26,7 @@ from pathlib import Path
 import accuracy
 import peers
 import report
+import runtimes
 import timing
 import torch
 from torch import Tensor, nn
@@ -42,21 +43,31 @@ CALIBRATION = 8  # images that the BatchNorm statistics are taken from
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run a model: what becomes of a copy of it, and the memory format of the images."""
+    """A way to run a model: what a copy of it becomes for a batch of images, and the images' memory format."""
 
-    prepare: Callable[[nn.Module], nn.Module]
+    prepare: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
     memory_format: torch.memory_format = torch.contiguous_format
 
 
+def compiled(model: nn.Module, images: Tensor, max_autotune: bool = False) -> Callable[[Tensor], Tensor]:
+    """torch.compile; on a CPU with the weights as constants, which it then packs for its matrix products."""
+    if images.device.type == "cpu":
+        return torch.compile(model, options={"freezing": True, "max_autotune": max_autotune})
+    return torch.compile(model, mode="max-autotune" if max_autotune else None)
+
+
 BACKENDS = {
-    "eager": Backend(lambda model: model),
-    "channels_last": Backend(lambda model: model.to(memory_format=torch.channels_last), torch.channels_last),
-    "compile": Backend(torch.compile),
-    "compile-max-autotune": Backend(functools.partial(torch.compile, mode="max-autotune")),
-    "fused": Backend(convmixer_fast.optimize),
+    "eager": Backend(lambda model, images: model),
+    "channels_last": Backend(lambda model, images: model.to(memory_format=torch.channels_last), torch.channels_last),
+    "compile": Backend(compiled),
+    "compile-max-autotune": Backend(functools.partial(compiled, max_autotune=True)),
+    "onnxruntime": Backend(runtimes.onnxruntime),
+    "openvino": Backend(runtimes.openvino),
+    "fused": Backend(lambda model, images: convmixer_fast.optimize(model)),
 }
 DEFAULT_BACKENDS = ["eager", "channels_last", "compile", "fused"]
 OURS = "fused"
+CPU_ONLY = ("onnxruntime", "openvino")
 
 PAPERS_PROTOCOL = dict(device="cuda", batch=64, dtype="float16", batches=20, image_size=224)
 DEFAULTS = {
@@ -180,9 +191,12 @@ def run_model(
         if backend == OURS and not name.startswith("convmixer"):
             row.update(status="skipped", message="not applicable: not a ConvMixer")
             continue
+        if backend in CPU_ONLY and device.type != "cpu":
+            row.update(status="skipped", message="not applicable: runs on the CPU here")
+            continue
         try:
             batch = images.to(memory_format=BACKENDS[backend].memory_format)
-            prepared = BACKENDS[backend].prepare(copy.deepcopy(model))
+            prepared = BACKENDS[backend].prepare(copy.deepcopy(model), batch)
             row["error"] = accuracy.relative_error(prepared(batch)[:CHECKED], expected)
             row.update(accuracy.verdict(row["error"], eager_error, dtype))
             if row["status"] == "right":
@@ -194,7 +208,7 @@ def run_model(
     progress.set_postfix_str(name)
     ranks.barrier()  # that all of them compute while one is timed
     try:
-        seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update)
+        seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update, timing.settle_for(device))
         for backend, samples in seconds.items():
             rows[backend].update(status="timed", seconds=samples)
     except Exception as error:

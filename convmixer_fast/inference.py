@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .cpu_engine import CpuEngine
 from .engine import Engine, Weights
 from .model import check_images
 from .reference import activate_and_normalize
@@ -66,7 +67,8 @@ class OptimizedConvMixer(nn.Module):
         self.chunk = chunk
         self.cuda_graphs = cuda_graphs
         self.training = False
-        self._engine: tuple[tuple, Engine] | None = None  # with the state of the buffers that it was made of
+        self._cpu = CpuEngine()
+        self._engine: tuple[tuple, Engine] | None = None  # on a GPU, with the state of the buffers that it was made of
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images (N, in_channels, H, W), both of the weights' dtype.
@@ -79,6 +81,8 @@ class OptimizedConvMixer(nn.Module):
         with self._inference(x):
             if x.is_cuda and not torch.compiler.is_compiling():
                 return self.engine()(x)
+            if CpuEngine.runs(x) and self.residual:
+                return self._cpu(self, x)
             x, epilogue = self._last_product(x)
             return F.linear(ops.activate_pool(x, *epilogue, self.activation), self.head_weight, self.head_bias)
 
@@ -149,6 +153,7 @@ class OptimizedConvMixer(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device) if tensor is self.vectors and moved.dtype != tensor.dtype else moved
 
+        self._cpu = CpuEngine()
         return super()._apply(keep_vectors, recurse)
 
     def extra_repr(self) -> str:

@@ -186,7 +186,7 @@ def run_throughput(tmp_path, *arguments: str) -> tuple[int, dict[tuple[str, str]
 
 @pytest.mark.parametrize("name, status", [("fused", 1), ("channels_last", 0)])
 def test_a_wrong_backend_is_reported_and_not_timed(tmp_path, monkeypatch, capsys, name, status):
-    monkeypatch.setitem(throughput.BACKENDS, name, throughput.Backend(Scaled))
+    monkeypatch.setitem(throughput.BACKENDS, name, throughput.Backend(lambda model, images: Scaled(model)))
     monkeypatch.setattr(Scaled, "calls", 0)
     model = PAIR[0]
     returned, rows = run_throughput(tmp_path, "--models", model, "--backends", "eager", name)
@@ -198,10 +198,10 @@ def test_a_wrong_backend_is_reported_and_not_timed(tmp_path, monkeypatch, capsys
 
 
 def test_what_one_backend_or_model_lacks_does_not_stop_the_rest(tmp_path, monkeypatch):
-    def no_memory(model):
+    def no_memory(model, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def no_compiler(model):
+    def no_compiler(model, images):
         raise RuntimeError("no compiler\nand a long explanation")
 
     def no_timm():

@@ -192,7 +192,9 @@ def test_exports_with_dynamic_shapes(model):
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(optimized, (images(),), dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}}).module()
     for x in (images(), images(shape=(2, 3, 40, 16))):
-        assert torch.equal(exported(x), optimized(x))
+        with torch.no_grad():
+            eager = model(x)
+        assert_error_at_most_peer(exported(x), eager, float64_logits(model, x), "exported")
 
 
 def test_is_for_inference(model):

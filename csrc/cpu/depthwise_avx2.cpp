@@ -2,6 +2,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #define CMF_ISA "avx2"
 #define CMF_VECTOR_BYTES 32
+#define CMF_VECTOR_REGISTERS 16
+#define CMF_F16C
 #include "depthwise_kernel.h"
 
 namespace convmixer_fast::cpu {

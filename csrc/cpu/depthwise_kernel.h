@@ -1,5 +1,5 @@
-// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp sets CMF_ISA and CMF_VECTOR_BYTES,
-// is compiled with its own machine flags and includes this file once. Vectors are the compiler's (GCC, Clang), so the
+// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp has its target pragma, says what
+// it brings in macros of ours (GCC 12 sets none of its own for a pragma in C++) and includes this file once. Vectors are the compiler's (GCC, Clang), so the
 // code below is plain arithmetic. Everything has internal linkage and no function of the standard library is
 // instantiated: nothing compiled for a wide instruction set can be linked into the path of a narrower one.
 //
@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <new>
 #include <utility>
-#if defined(__F16C__)
+#if defined(CMF_F16C)
 #include <immintrin.h>
 #endif
 
@@ -92,14 +92,14 @@ struct BFloat16 {
 struct Float16 {
   using Real = float;
   uint16_t value;
-#if defined(__AVX512F__)
+#if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
   static CMF_INLINE Bits16 narrow(Vec<float> v) {  // (the forms without a mask make GCC 12 warn)
     return bit_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), 0));
   }
   static CMF_INLINE Vec<float> widen(Bits16 v) {
     return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
   }
-#elif defined(__F16C__)
+#elif defined(CMF_F16C)
   static CMF_INLINE Bits16 narrow(Vec<float> v) { return bit_cast<Bits16>(_mm256_cvtps_ph(bit_cast<__m256>(v), 0)); }
   static CMF_INLINE Vec<float> widen(Bits16 v) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(v))); }
 #else
@@ -270,9 +270,9 @@ Pointwise<Real> load_pointwise(const PointwiseParams& p, DType dtype, int64_t ch
 
 // ---------------------------------------------------------------------------------------------------- depthwise
 
-#if defined(__AVX512F__) || defined(__aarch64__)  // 32 vector registers: 16 sums, 9 weights, the input
+#if CMF_VECTOR_REGISTERS == 32  // 16 sums, 9 weights, the input
 constexpr int kMaxColumns = 16, kMaxTaps = 9;
-#else  // 16 vector registers
+#else  // 16
 constexpr int kMaxColumns = 8, kMaxTaps = 5;
 #endif
 constexpr int64_t kTapsAtOnce = 40;  // are summed before they are added to the rest: more accurate than one long sum
@@ -285,46 +285,52 @@ struct Lines {
 };
 
 // What a strip of neighbouring outputs of one row and one channel vector reads.
-template <class Real>
+// Input: a vector for each pixel.
+template <class Real, class Input = Vec<Real>>
 struct Strip {
-  const Vec<Real>* first;       // the input under the first tap of the first output
-  const Vec<Real>* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
-  const Vec<Real>* ring_end;
+  const Input* first;       // the input under the first tap of the first output
+  const Input* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
+  const Input* ring_end;
   int64_t pitch;  // from row to row
-  const Vec<Real>* weight;
+  const Input* weight;
   int64_t weight_pitch;
   int64_t tap_rows, taps;
   Vec<Real> start;    // of the sums
   Lines read, write;  // that are needed soon
 };
 
+template <class V>
+CMF_INLINE V multiply_add(V sum, V a, V b) {
+  return sum + a * b;
+}
+
 // sum[c] += input[c + t] * weight[t]: an input vector is loaded once for all its taps.
-template <int kTaps, class V, int kColumns>
-CMF_INLINE void add_taps(const V* input, const V* weight, V (&sum)[kColumns]) {
-  V w[kTaps];
+template <int kTaps, class Input, class V, int kColumns>
+CMF_INLINE void add_taps(const Input* input, const Input* weight, V (&sum)[kColumns]) {
+  Input w[kTaps];
 #pragma GCC unroll 16
   for (int t = 0; t < kTaps; ++t) w[t] = weight[t];
 #pragma GCC unroll 32
   for (int i = 0; i < kColumns + kTaps - 1; ++i) {
-    const V in = input[i];
+    const Input in = input[i];
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t)
-      if (i >= t && i - t < kColumns) sum[i - t] += in * w[t];
+      if (i >= t && i - t < kColumns) sum[i - t] = multiply_add(sum[i - t], in, w[t]);
   }
 }
 
-template <class V, int kColumns, int... kGroup>
-CMF_INLINE void add_tap_group(int64_t taps, const V* input, const V* weight, V (&sum)[kColumns],
+template <class Input, class V, int kColumns, int... kGroup>
+CMF_INLINE void add_tap_group(int64_t taps, const Input* input, const Input* weight, V (&sum)[kColumns],
                               std::integer_sequence<int, kGroup...>) {
   (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(input, weight, sum), true)) || ...);
 }
 
-template <class Real, int kColumns>
-void convolve_strip(const Strip<Real>& strip, Vec<Real>* out) {
+template <class Real, class Input, int kColumns>
+void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
   const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
   const int64_t rows_at_once = ceil_div(kTapsAtOnce, strip.taps);
-  const Vec<Real>* row = strip.first;
-  const Vec<Real>* weight = strip.weight;
+  const Input* row = strip.first;
+  const Input* weight = strip.weight;
   for (int64_t begin = 0; begin < strip.tap_rows; begin += rows_at_once) {
     Vec<Real> sum[kColumns];
 #pragma GCC unroll 16
@@ -348,9 +354,11 @@ void convolve_strip(const Strip<Real>& strip, Vec<Real>* out) {
 }
 
 // The outputs of a row, in strips of nearly the same length.
-template <class Real, int... kColumns>
-void convolve_row(Strip<Real> strip, int64_t columns, Vec<Real>* out, std::integer_sequence<int, kColumns...>) {
-  static constexpr void (*kConvolve[])(const Strip<Real>&, Vec<Real>*) = {convolve_strip<Real, kColumns + 1>...};
+template <class Real, class Input, int... kColumns>
+void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out,
+                  std::integer_sequence<int, kColumns...>) {
+  static constexpr void (*kConvolve[])(const Strip<Real, Input>&, Vec<Real>*) = {
+      convolve_strip<Real, Input, kColumns + 1>...};
   for (int64_t strips = ceil_div(columns, kMaxColumns); strips > 0; --strips) {
     const int64_t length = ceil_div(columns, strips);
     kConvolve[length - 1](strip, out);
