@@ -42,6 +42,7 @@ FULL = {
     "cpu": throughput.PAPERS_PROTOCOL | dict(device="cpu", dtype="float32"),
 }
 FULL_BACKENDS = throughput.DEFAULT_BACKENDS
+REDUCED_MINUTES = 4  # a busy machine's; alone it takes two
 REDUCED_BACKENDS = ["eager", "channels_last", "fused"]
 
 
@@ -332,7 +333,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="everything, also on a CPU (there: hours)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--backends", nargs="+", choices=throughput.BACKENDS, help="(those of throughput.py)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after (no limit)")
+    parser.add_argument(
+        "--minutes", type=float, help=f"start nothing new after ({REDUCED_MINUTES} for a reduced run, else no limit)"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results (benchmarks/results/<device>/paper)")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -343,11 +346,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what is left of the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
-    args = parse(argv)
-    deadline = time.monotonic() + args.minutes * 60
+    args, started = parse(argv), time.monotonic()
     torch.backends.cudnn.benchmark = True  # PyTorch at its best
     reduced = args.device == "cpu" and not args.full
     plan = REDUCED if reduced else full(args.device)
+    minutes = args.minutes if args.minutes is not None else REDUCED_MINUTES if reduced else float("inf")
     backends = args.backends or (REDUCED_BACKENDS if reduced else FULL_BACKENDS)
     facts = report.environment(torch.device(args.device))
     settings = throughput.describe(argparse.Namespace(**plan.tables))
@@ -369,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         def on_done() -> None:
             write_tables(out, facts, plan, collect(plan, todo, state, counted, backends), backends)
 
-        measure(todo, state, deadline, progress, on_done)
+        measure(todo, state, started + 60 * minutes, progress, on_done)
         found = collect(plan, todo, state, counted, backends)
         write_tables(out, facts, plan, found, backends)
         progress.set_postfix_str("drawing")

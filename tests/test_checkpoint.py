@@ -72,6 +72,16 @@ def test_loads_what_was_saved(source, suffix, wrap, images, plain, tmp_path, req
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("residual", [("spatial",), ("spatial", "channel"), ("channel",), ()])
+def test_loads_ablations(residual, norm, images, tmp_path):
+    model = randomize(ConvMixer(**SIZES, residual=residual, norm=norm))
+    loaded = load_checkpoint(save(tmp_path / "gelu.pt", model.state_dict()))
+    assert (loaded.residual, loaded.norm, loaded.depth) == (residual, norm, 3)
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_loads_timms(tmp_path, images):
     convmixer = pytest.importorskip("timm.models.convmixer")
     sizes = dict(dim=12, depth=3, kernel_size=4, patch_size=5, num_classes=7, in_chans=2)
