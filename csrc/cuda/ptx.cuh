@@ -18,6 +18,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&a)[4], uint32_t address) 
                : "memory");
 }
 
+// The same, each matrix transposed: its rows in memory become its columns.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&a)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+
 // d = a b + c, with a 16 x 16, b 16 x 8, c and d 16 x 8 in float32.
 #define CMF_MMA(TYPE)                                                                                              \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
