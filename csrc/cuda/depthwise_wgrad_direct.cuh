@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
   constexpr int kTaps = Traits::kTaps, kStrip = Traits::kStrip, kSums = kWgradPairs * kTaps + 1;
   extern __shared__ __align__(16) unsigned char smem[];
   T* const x_tile = reinterpret_cast<T*>(smem);
-  T* const gy_tile = x_tile + tile.channels * tile.x_channel;
+  T* const gy_tile = x_tile + tile.channels * tile.images * tile.x_image;
   Real* const thread_sums = reinterpret_cast<Real*>(smem);  // once the tiles are no longer needed
   const int thread = threadIdx.x;
 
@@ -52,30 +52,31 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
 
   // rows x pitch elements of each channel and image, whose first is (first_row, first_col) of the map.
   const auto fill = [&](const void* tensor, const Strides& stride, int64_t group, int64_t first_image, int64_t first_row,
-                        int64_t first_col, int rows, int pitch, int channel_pitch, T* to) {
+                        int64_t first_col, int rows, int pitch, int image_pitch, T* to) {
     const int lane = thread % tile.lanes, channel = lane % tile.channels;
     const int64_t c = group * tile.channels + channel;
     const T* const from = static_cast<const T*>(tensor) + c * stride.c;
+    const int skew = static_cast<int>(first_col & 7);  // lanes start at whole sectors
     for (int line = thread / tile.lanes; line < tile.images * rows; line += tile.threads / tile.lanes) {
-      const int64_t n = first_image + line / rows, h = first_row + line % rows;
+      const int image = line / rows, row = line % rows;
+      const int64_t n = first_image + image, h = first_row + row;
+      T* const to_line = to + (channel * tile.images + image) * image_pitch + row * pitch;
       const bool has_line = c < params.channels && n < params.batch && h >= 0 && h < params.height;
-      for (int col = lane / tile.channels; col < pitch; col += tile.lanes / tile.channels) {
+      for (int col = lane / tile.channels - skew; col < pitch; col += tile.lanes / tile.channels) {
+        if (col < 0) continue;
         const int64_t w = first_col + col;
-        to[channel * channel_pitch + line * pitch + col] = has_line && w >= 0 && w < params.width
-                                                               ? from[n * stride.n + h * stride.h + w * stride.w]
-                                                               : narrow<T>(0);
+        to_line[col] = has_line && w >= 0 && w < params.width ? from[n * stride.n + h * stride.h + w * stride.w] : narrow<T>(0);
       }
     }
   };
 
   const auto accumulate = [&] {
-    const int strips = tile.strips(), tasks = tile.tasks();
+    const int tasks = tile.tasks(), strips = tile.strips();
     for (int task = partner; task < tasks; task += tile.partners) {
-      const int image = task % tile.images, strip = task / tile.images % strips;
-      const int first = task / tile.images / strips * tile.strip_rows, end = min(first + tile.strip_rows, tile.height);
-      const T* x = x_tile + my_channel * tile.x_channel + (image * tile.x_rows + first + tap_row) * tile.x_pitch +
-                   strip * kStrip + tap_col;
-      const T* gy = gy_tile + my_channel * tile.gy_channel + (image * tile.height + first) * tile.gy_pitch + strip * kStrip;
+      const int strip = task % strips, image = my_channel * tile.images + task / strips % tile.images;
+      const int first = task / strips / tile.images * tile.strip_rows, end = min(first + tile.strip_rows, tile.height);
+      const T* x = x_tile + image * tile.x_image + (first + tap_row) * tile.x_pitch + strip * kStrip + tap_col;
+      const T* gy = gy_tile + image * tile.gy_image + first * tile.gy_pitch + strip * kStrip;
       Real here[kStrip] = {}, above[kStrip];
       for (int row = first; row <= end; row++) {
         Real window[Traits::kWindowPitch];
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
     const int64_t row = int64_t{tile_index / tile.tiles_w} * tile.height, col = int64_t{tile_index % tile.tiles_w} * tile.width;
     __syncthreads();  // the previous tiles or sums are no longer read
     fill(params.x, params.x_stride, group, image, row + pass_row - params.pad_top, col + pass_col - params.pad_left,
-         tile.x_rows, tile.x_pitch, tile.x_channel, x_tile);
-    fill(params.gy, params.gy_stride, group, image, row, col, tile.height, tile.gy_pitch, tile.gy_channel, gy_tile);
+         tile.x_rows, tile.x_pitch, tile.x_image, x_tile);
+    fill(params.gy, params.gy_stride, group, image, row, col, tile.height, tile.gy_pitch, tile.gy_image, gy_tile);
     __syncthreads();
     if (has_taps) accumulate();
     if (index + 1 == share.items_a_group || item + 1 == end) {

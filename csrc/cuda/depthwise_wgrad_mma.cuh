@@ -82,9 +82,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const int row_group = first_row_group + tap_group / tile.k_steps, k_step = tap_group % tile.k_steps;
   const bool sums_gy = params.gbias != nullptr && row_group == 0 && k_step == 0;
 
-  const int64_t first = share.first_item(blockIdx.x);
-  const int count = static_cast<int>(share.first_item(blockIdx.x + 1) - first);
-  MmaItem item{static_cast<int>(first / tile.items_a_channel), static_cast<int>(first % tile.items_a_channel)};
+  const int first = static_cast<int>(share.first_item(blockIdx.x));
+  const int count = static_cast<int>(share.first_item(blockIdx.x + 1)) - first;
+  MmaItem item{first / tile.items_a_channel, first % tile.items_a_channel};
 
   const auto stored = [&](const WgradOperand& operand, int image, int row, int col) {  // row and col of the map or tile
     row += operand.top, col += operand.left;
@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     return static_cast<int>(my_image * stride.n + my_image_row * stride.h + my_col);
   };
   const int my_x = my_load(params.x_stride), my_gy = my_load(params.gy_stride);
-  T* const my_stored_x = x_tile + stored(tile.x, my_image, my_image_row, my_col);
-  T* const my_stored_gy = gy_tile + stored(tile.gy, my_image, my_image_row, my_col);
+  const uint32_t my_stored_x = shared_address(x_tile + stored(tile.x, my_image, my_image_row, my_col));
+  const uint32_t my_stored_gy = shared_address(gy_tile + stored(tile.gy, my_image, my_image_row, my_col));
   const int my_first_row = my_col < width ? my_row : INT_MAX - kPrefetch * tile.rows_a_step;
   const auto has_piece = [&](int images, int step) { return my_first_row + step * tile.rows_a_step < images * height; };
 
-  Piece<8> next_x[kPrefetch], next_gy[kPrefetch];
+  uint4 next_x[kPrefetch], next_gy[kPrefetch];
   const auto prefetch = [&](const MmaItem& item) {
     const MmaPlace place(params, tile, item.index);
     const T* const x = source(params.x, params.x_stride, item, place) + my_x;
@@ -114,8 +114,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #pragma unroll
     for (int step = 0; step < kPrefetch; step++) {
       const bool exists = has_piece(place.images, step);  // zeros in place of images beyond the last
-      next_x[step] = exists ? load_global<8>(x + step * tile.x.load_step) : Piece<8>{};
-      next_gy[step] = exists ? load_global<8>(gy + step * tile.gy.load_step) : Piece<8>{};
+      next_x[step] = next_gy[step] = make_uint4(0, 0, 0, 0);
+      if (exists) {
+        next_x[step] = __ldg(reinterpret_cast<const uint4*>(x + step * tile.x.load_step));
+        next_gy[step] = __ldg(reinterpret_cast<const uint4*>(gy + step * tile.gy.load_step));
+      }
     }
   };
 
@@ -123,8 +126,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #pragma unroll
     for (int step = 0; step < kPrefetch; step++)
       if (has_piece(tile.images, step)) {
-        store_inputs(my_stored_x + step * tile.x.store_step, next_x[step]);
-        *reinterpret_cast<Piece<8>*>(my_stored_gy + step * tile.gy.store_step) = next_gy[step];
+        const uint32_t x = my_stored_x + step * 2 * tile.x.store_step;
+        store_shared(x, make_uint2(next_x[step].x, next_x[step].y));  // the border left of the map is 8 bytes wide
+        store_shared(x + 8, make_uint2(next_x[step].z, next_x[step].w));
+        store_shared(my_stored_gy + step * 2 * tile.gy.store_step, next_gy[step]);
       }
   };
 
@@ -141,8 +146,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
           const int col = first_col + i, map_col = place.col + col;
           const bool inside =
               image < place.images && map_row >= 0 && map_row < height && map_col >= 0 && map_col < width;
-          const Piece<kVector> piece =
-              inside ? load_global<kVector>(from + image * stride.n + map_row * stride.h + map_col) : Piece<kVector>{};
+          Piece<kVector> piece{};
+          if (inside) piece = load_global<kVector>(from + image * stride.n + map_row * stride.h + map_col);
           store_inputs(to + stored(operand, image, row, col), piece);
         }
       }

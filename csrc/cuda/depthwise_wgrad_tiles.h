@@ -35,10 +35,17 @@ struct WgradShare {
   int64_t groups;  // of channels
   int channels;    // of a group
   int blocks;
+  int64_t items_a_block;  // the first items % blocks of them have one more
+  int64_t rest;           // items % blocks
   int64_t sums;    // of a channel in one partial: a tap each, and gy's
 
-  CMF_HOST_DEVICE int64_t first_item(int64_t block) const { return items * block / blocks; }
-  CMF_HOST_DEVICE int64_t block_of(int64_t item) const { return ((item + 1) * blocks - 1) / items; }
+  CMF_HOST_DEVICE int64_t first_item(int64_t block) const {
+    return block * items_a_block + (block < rest ? block : rest);
+  }
+  CMF_HOST_DEVICE int64_t block_of(int64_t item) const {
+    const int64_t of_larger = rest * (items_a_block + 1);
+    return item < of_larger ? item / (items_a_block + 1) : rest + (item - of_larger) / items_a_block;
+  }
   CMF_HOST_DEVICE int64_t partial(int64_t block, int64_t group, int channel) const {  // its first element
     return ((block + group) * channels + channel) * sums;
   }
@@ -190,8 +197,8 @@ struct WgradDirectTile {
   int passes_h, passes_w;      // and how often it takes all
   int strip_rows;              // of gy, which a thread goes down at a time
   int partners;                // threads with the same taps of the same channel
-  int x_rows, x_pitch, gy_pitch;         // of a stored image, in elements
-  int x_channel, gy_channel;             // from one channel to the next: whole vectors, but in different banks
+  int x_rows, x_pitch, gy_pitch;  // of a stored image, in elements
+  int x_image, gy_image;       // from one image or channel to the next: whole vectors, but in different banks
   int lanes;                   // threads that fill one row together
   int threads;
 
@@ -199,7 +206,7 @@ struct WgradDirectTile {
   CMF_HOST_DEVICE int strips() const { return width / kDirectStripW; }
   CMF_HOST_DEVICE int tasks() const { return images * strips() * ((height + strip_rows - 1) / strip_rows); }
   int smem_bytes(int element, int real) const {
-    return std::max(channels * (x_channel + gy_channel) * element, threads * (kWgradPairs * taps + 1) * real);
+    return std::max(channels * images * (x_image + gy_image) * element, threads * (kWgradPairs * taps + 1) * real);
   }
 };
 
@@ -217,9 +224,8 @@ inline int wgrad_exact_taps(const WgradParams& params) {
 // sector of channels before some; large tiles before small ones.
 inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int block_smem) {
   using namespace tiles;
-  constexpr int kSmem = 48 << 10;  // leaves room for several blocks
+  constexpr int kSmem = 48 << 10, kSmemChannelsLast = 113 << 10;  // on sm_90 four and two blocks an SM
   constexpr int kStrip = kDirectStripW;
-  constexpr int kBank = 32;        // bytes of the 128 a row of banks has: where the next row or channel is to start
   const bool channels_last = wgrad_is_channels_last(params);
   const int element = bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
   const int exact_taps = wgrad_exact_taps(params);
@@ -237,15 +243,12 @@ inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int b
     tile.width = static_cast<int>(round_up(ceil(params.width, tile.tiles_w), kStrip));
     tile.tiles_w = ceil(params.width, tile.width);
     tile.x_rows = tile.height + kWgradPairs * pairs - 1;
-    // Rows a vector further in the banks than a multiple of their size.
-    const auto pitch = [&](int cols) { return static_cast<int>(round_up(cols * element, kBank) + 16) / element; };
+    const auto pitch = [&](int cols) { return static_cast<int>(round_up(cols * element, 32) + 16) / element; };
     tile.x_pitch = pitch(tile.width - kStrip + (blocks - 1) * tile.taps + window);
     tile.gy_pitch = pitch(tile.width);
-    const auto channel_pitch = [&](int elements) {
-      return channels == 1 ? elements : static_cast<int>(round_up(elements * element, 128) + 16) / element;
-    };
-    tile.x_channel = channel_pitch(images * tile.x_rows * tile.x_pitch);
-    tile.gy_channel = channel_pitch(images * tile.height * tile.gy_pitch);
+    const auto image_pitch = [&](int elements) { return static_cast<int>(round_up(elements * element, 128) + 16) / element; };
+    tile.x_image = image_pitch(tile.x_rows * tile.x_pitch);
+    tile.gy_image = image_pitch(tile.height * tile.gy_pitch);
     if (channels * tile.tap_groups() > kWgradMaxThreads) return false;
     tile.partners = kWgradMaxThreads / (channels * tile.tap_groups());
     tile.strip_rows = tile.height;
@@ -259,7 +262,7 @@ inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int b
 
   constexpr int kTiles[][2] = {{32, 64}, {32, 32}, {16, 32}, {16, 16}, {8, 16}, {8, 8}, {4, 8}, {2, 8}};
   const int sector = channels_last ? 32 / element : 1;
-  const int smem = channels_last ? std::min(block_smem, kMaxSmem) : kSmem;
+  const int smem = channels_last ? std::min(block_smem, kSmemChannelsLast) : kSmem;
   for (const auto& [pairs, blocks] : {std::pair{row_pairs, col_blocks}, std::pair{row_pairs, 1},
                                      std::pair{std::min(row_pairs, 8), 1}, std::pair{1, 1}})
     for (int channels = sector; channels > 0; channels /= 2)
@@ -307,6 +310,8 @@ inline WgradPlan plan_wgrad(const WgradParams& params, const WgradDevice& device
   const int by_smem = device.multiprocessor_smem / (plan.smem_bytes + kSystemSmem);
   const int64_t each = std::max(1, std::min(kWgradMaxWarps / std::max(warps, 1), by_smem));
   share.blocks = static_cast<int>(std::min(share.items, device.multiprocessors * each));
+  share.items_a_block = share.items / share.blocks;
+  share.rest = share.items % share.blocks;
   return plan;
 }
 
