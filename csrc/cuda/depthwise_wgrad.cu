@@ -17,10 +17,10 @@ template <class T>
 __global__ void __launch_bounds__(kSumsABlock* kThreadsASum)
     depthwise_wgrad_sum_kernel(const __grid_constant__ WgradParams params, const __grid_constant__ WgradShare share) {
   using Real = arithmetic_t<T>;
-  __shared__ Real shared[kThreadsASum][kSumsABlock];
+  __shared__ double shared[kThreadsASum][kSumsABlock];  // few sums: float64 costs nothing here
   const int64_t channel = blockIdx.x, group = channel / share.channels;
   const int64_t sum = int64_t{blockIdx.y} * kSumsABlock + threadIdx.x;
-  Real total = 0;
+  double total = 0;
   if (sum < share.sums && share.items > 0) {
     const int64_t last = share.block_of((group + 1) * share.items_a_group - 1);
     for (int64_t block = share.block_of(group * share.items_a_group) + threadIdx.y; block <= last; block += kThreadsASum)
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kSumsABlock* kThreadsASum)
   if (threadIdx.y > 0 || sum >= share.sums) return;
   for (int i = 1; i < kThreadsASum; i++) total += shared[i][threadIdx.x];
   if (sum == share.sums - 1) {
-    if (params.gbias) static_cast<T*>(params.gbias)[channel] = narrow<T>(total);
+    if (params.gbias) static_cast<T*>(params.gbias)[channel] = narrow<T>(static_cast<Real>(total));
   } else if (params.gweight) {
-    static_cast<T*>(params.gweight)[channel * (share.sums - 1) + sum] = narrow<T>(total);
+    static_cast<T*>(params.gweight)[channel * (share.sums - 1) + sum] = narrow<T>(static_cast<Real>(total));
   }
 }
 

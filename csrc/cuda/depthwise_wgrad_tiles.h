@@ -262,12 +262,14 @@ inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int b
 
   constexpr int kTiles[][2] = {{32, 64}, {32, 32}, {16, 32}, {16, 16}, {8, 16}, {8, 8}, {4, 8}, {2, 8}};
   const int sector = channels_last ? 32 / element : 1;
+  const bool small = params.height * params.width <= 256;
+  const int most_images = !channels_last ? 8 : small ? 4 : 1;
   const int smem = channels_last ? std::min(block_smem, kSmemChannelsLast) : kSmem;
   for (const auto& [pairs, blocks] : {std::pair{row_pairs, col_blocks}, std::pair{row_pairs, 1},
                                      std::pair{std::min(row_pairs, 8), 1}, std::pair{1, 1}})
     for (int channels = sector; channels > 0; channels /= 2)
       for (const auto& [height, width] : kTiles)
-        for (int images = channels_last ? 1 : 8; images > 0; images /= 2)
+        for (int images = most_images; images > 0; images /= 2)
           if (images <= params.batch && fits(pairs, blocks, channels, height, width, images, smem)) return tile;
   tile.threads = 0;  // not reached: one channel, 2 x 8 outputs and 2 tap rows fit
   return tile;
