@@ -34,7 +34,7 @@ import sass
 import torch
 from report import ROOT, table, write
 
-from convmixer_fast.explain import GPUS, explain, mma_arguments
+from convmixer_fast.explain import GPUS, explain, mma_arguments, wgrad_launch
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernel_report"
@@ -103,6 +103,7 @@ class Plane(NamedTuple):
     kernel_size: int
     dtype: torch.dtype
     prologue: bool
+    wgrad: bool  # the gradient of weight and bias, else the forward pass; that of x is as the forward pass without prologue
     opcodes: Counter
 
     @property
@@ -199,7 +200,7 @@ def architecture_of(kernel: Kernel) -> int:
     return int(re.search(r"\d+", kernel.target)[0])
 
 
-def count_plane(kernel: Kernel, kernel_size: int, dtype: torch.dtype, prologue: bool) -> Plane:
+def count_plane(kernel: Kernel, kernel_size: int, dtype: torch.dtype, prologue: bool, wgrad: bool) -> Plane:
     """Instructions that the warps of a block issue for one plane, by opcode.
 
     Raises:
@@ -208,6 +209,9 @@ def count_plane(kernel: Kernel, kernel_size: int, dtype: torch.dtype, prologue: 
 
     def issued(images):
         shape = (images, 1, PLANE, PLANE)
+        if wgrad:
+            launch = wgrad_launch(shape, kernel_size, dtype)
+            return sass.count(kernel.instructions, launch.arguments, architecture_of(kernel), launch.block // 32)
         warps = explain(shape, kernel_size, dtype, prologue=prologue).block // 32
         arguments = mma_arguments(shape, kernel_size, dtype, prologue=prologue)
         return sass.count(kernel.instructions, arguments, architecture_of(kernel), warps)
@@ -216,18 +220,22 @@ def count_plane(kernel: Kernel, kernel_size: int, dtype: torch.dtype, prologue: 
     opcodes = Counter({opcode: (times - few[opcode]) / 4 for opcode, times in many.items() if times != few[opcode]})
     if unknown := {opcode for opcode in opcodes if opcode.partition(".")[0] not in PIPE_OF}:
         raise sass.UndecidedError(f"{kernel.name}, {kernel.target}: no pipe is known for {', '.join(sorted(unknown))}")
-    return Plane(kernel, kernel_size, dtype, prologue, opcodes)
+    return Plane(kernel, kernel_size, dtype, prologue, wgrad, opcodes)
 
 
 def count_planes(kernels: list[Kernel]) -> list[Plane]:
-    """Of those kernels that the paper's shape runs, with GELU; for the targets that sass.py covers."""
+    """Of those kernels that the paper's shape runs, the forward pass with GELU; for the targets that sass.py covers."""
     by_name = {(kernel.name, kernel.target): kernel for kernel in kernels}
     result = []
     for target in sorted({kernel.target for kernel in kernels if sass.is_covered(architecture_of(kernel))}):
         for dtype, k, prologue in itertools.product((torch.float16, torch.bfloat16), (3, 5, 7, 9), (False, True)):
             name = explain((BATCH, CHANNELS, PLANE, PLANE), k, dtype, prologue=prologue).name
             if kernel := by_name.get((name, target)):
-                result.append(count_plane(kernel, k, dtype, prologue))
+                result.append(count_plane(kernel, k, dtype, prologue, wgrad=False))
+        for dtype, k in itertools.product((torch.float16, torch.bfloat16), (3, 5, 7, 9)):
+            name = wgrad_launch((BATCH, CHANNELS, PLANE, PLANE), k, dtype).name
+            if kernel := by_name.get((name, target)):
+                result.append(count_plane(kernel, k, dtype, prologue=False, wgrad=True))
     return result
 
 
@@ -240,7 +248,8 @@ def predictions(plane: Plane) -> dict[str, dict[str, float]]:
 
 
 def label(plane: Plane) -> list[str]:
-    return [str(plane.dtype)[6:], str(plane.kernel_size), "yes" if plane.prologue else "no"]
+    step = "wgrad" if plane.wgrad else "forward, prologue" if plane.prologue else "forward"
+    return [str(plane.dtype)[6:], str(plane.kernel_size), step]
 
 
 def resource_table(kernels: list[Kernel]) -> str:
@@ -257,7 +266,7 @@ def plane_table(planes: list[Plane]) -> str:
         pipes = plane.pipes
         counts = [f"{pipes[pipe]:.0f}" for pipe in PIPES]
         rows.append([plane.kernel.target, *label(plane), f"{plane.opcodes.total():.0f}", *counts])
-    return table(["target", "dtype", "k", "prologue", "instructions", *PIPES], rows)
+    return table(["target", "dtype", "k", "step", "instructions", *PIPES], rows)
 
 
 def prediction_table(planes: list[Plane]) -> str:
@@ -266,7 +275,9 @@ def prediction_table(planes: list[Plane]) -> str:
         if name not in predictions(plane):
             continue
         gpu, registers = GPUS[name], plane.kernel.resources.registers
-        launch = explain((BATCH, CHANNELS, PLANE, PLANE), plane.kernel_size, plane.dtype, prologue=plane.prologue)
+        shape, k = (BATCH, CHANNELS, PLANE, PLANE), plane.kernel_size
+        forward = functools.partial(explain, shape, k, plane.dtype, prologue=plane.prologue)
+        launch = wgrad_launch(shape, k, plane.dtype) if plane.wgrad else forward()
         blocks = gpu.occupancy(launch.block, launch.smem_bytes, registers)
         times = predictions(plane)[name]
         pipe = max(times.keys() - {"memory", "issue"}, key=times.get)
@@ -276,7 +287,7 @@ def prediction_table(planes: list[Plane]) -> str:
             + [f"{times['memory']:.0f}", f"{times['issue']:.0f}", f"{times[pipe]:.0f} ({pipe})"]
             + [f"{bound:.0f}", f"{1e3 * bound / (CHANNELS * BATCH):.2f}", f"{100 * times['memory'] / bound:.0f}"]
         )
-    header = ["GPU", "dtype", "k", "prologue", "registers", "smem B", "blocks/SM", "warps/SM", "memory us", "issue us"]
+    header = ["GPU", "dtype", "k", "step", "registers", "smem B", "blocks/SM", "warps/SM", "memory us", "issue us"]
     return table(header + ["busiest pipe us", "predicted us", "ns a plane", "% of floor"], rows)
 
 
@@ -299,8 +310,8 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
     if planes:
         parts += [
             prose(
-                f"SASS instructions that a warp issues for one {PLANE}x{PLANE} plane: convolution, bias, GELU, scale "
-                "and shift, residual, with and without the prologue."
+                f"SASS instructions that the warps of a block issue for one {PLANE}x{PLANE} plane. Forward: convolution, "
+                "bias, GELU, scale and shift, residual, with and without the prologue; wgrad: gradients of weight and bias."
             ),
             plane_table(planes),
         ]
@@ -308,8 +319,8 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
         devices = "; ".join(f"{name}: {GPUS[name].sm_count} SMs, {d.ghz} GHz, {d.note}" for name, d in DEVICES.items())
         parts += [
             prose(
-                f"A layer of C = {CHANNELS}, batch {BATCH} ({CHANNELS * BATCH:,} planes): the longest of memory (x "
-                "read and y written once), issue slots and the busiest pipe, if all overlap; latency and bank conflicts are "
+                f"A layer of C = {CHANNELS}, batch {BATCH} ({CHANNELS * BATCH:,} planes): the longest of memory (two "
+                "tensors, each once: x read and y written, or x and gy read), issue slots and the busiest pipe, if all overlap; latency and bank conflicts are "
                 f"left out. {devices}."
             ),
             prediction_table(predicted),
@@ -332,7 +343,7 @@ def as_json(kernels: list[Kernel], planes: list[Plane]) -> dict:
         "kernels": [{"name": k.name, "target": k.target, **k.resources._asdict()} for k in kernels],
         "planes": [
             {
-                **dict(zip(("dtype", "kernel_size", "prologue"), label(plane))),
+                **dict(zip(("dtype", "kernel_size", "step"), label(plane))),
                 "target": plane.kernel.target,
                 "instructions": plane.opcodes.total(),
                 "pipes": dict(plane.pipes),

@@ -212,3 +212,30 @@ def mma_arguments(x_shape, kernel_size, dtype, *, activation="gelu", prologue=Fa
     if not size:
         raise ValueError(f"x_shape {tuple(x_shape)} with kernel_size {kernel_size}: no tensor-core kernel")
     return buffer.raw[:size]
+
+
+class WgradLaunch(NamedTuple):
+    """What :func:`wgrad_launch` returns: the kernel's name in C++, threads of a block, bytes of shared memory, and the
+    parameters as they lie in its constant memory, with made-up addresses."""
+
+    name: str
+    block: int
+    smem_bytes: int
+    arguments: bytes
+
+
+def wgrad_launch(x_shape, kernel_size, dtype) -> WgradLaunch:
+    """The tensor-core kernel of the weight's and the bias's gradient as one block that does all the work; NCHW.
+
+    Raises:
+        ValueError: an argument does not fit, or the shape leaves the direct kernel.
+    """
+    query = _query(x_shape, kernel_size, dtype, "contiguous", "none", False, False, GPUS["H200"])
+    choice, buffer = _Choice(), ctypes.create_string_buffer(4096)
+    size = _cpu_library.convmixer_fast_wgrad_arguments(
+        ctypes.byref(query), ctypes.byref(choice), buffer, len(buffer)
+    )
+    if not size:
+        raise ValueError(f"x_shape {tuple(x_shape)} with kernel_size {kernel_size}: no tensor-core kernel")
+    name = f"depthwise_wgrad_mma_kernel<WgradTraits<{_ELEMENTS[dtype]}, {choice.unrolled}>>"
+    return WgradLaunch(name, choice.threads, choice.smem_bytes, buffer.raw[:size])

@@ -52,6 +52,17 @@ class DepthwiseParams(Structure):
     ]
 
 
+class WgradParams(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "gy", "gweight", "gbias", "workspace")),
+        *((name, c_int64) for name in ("batch", "channels", "height", "width")),
+        ("x_stride", Strides),
+        ("gy_stride", Strides),
+        *((name, c_int64) for name in ("kernel_h", "kernel_w", "pad_top", "pad_left")),
+        ("dtype", c_int32),
+    ]
+
+
 class PoolParams(Structure):
     _fields_ = [
         ("x", c_void_p),
@@ -64,7 +75,8 @@ class PoolParams(Structure):
 
 
 class EmulatedOps:
-    """depthwise_conv2d, fused_depthwise and activate_pool with the signatures of :mod:`convmixer_fast.ops`.
+    """depthwise_conv2d, fused_depthwise and activate_pool with the signatures of :mod:`convmixer_fast.ops`; and the
+    gradients of depthwise_conv2d.
 
     They take CPU tensors of any strides and alignment, which the kernels see as they lie in memory. A call raises
     ptxsim.DeviceError on an access that is out of bounds (of the elements of the tensor, not of its storage),
@@ -88,7 +100,7 @@ class EmulatedOps:
         sources = [*sorted((csrc / "cuda").glob("*.cu")), Path(__file__).with_name("emulated_launchers.cpp")]
         self.program = HostProgram(sources, self.device, flags=NVCC_FLAGS, include_dirs=[csrc])
         self.launcher = getattr(self.program, launcher)
-        for struct, name in ((DepthwiseParams, "depthwise"), (PoolParams, "pool")):
+        for struct, name in ((DepthwiseParams, "depthwise"), (WgradParams, "wgrad"), (PoolParams, "pool")):
             size_of = getattr(self.program, f"size_of_{name}_params")
             size_of.restype = ctypes.c_size_t
             if size_of() != ctypes.sizeof(struct):
@@ -120,7 +132,49 @@ class EmulatedOps:
             self._launch(self.program.activate_pool, params, y)
         return y
 
-    def _depthwise(self, x, weight, epilogue, activation, residual=False, prologue=None, out=None):
+    def depthwise_conv2d_dgrad(self, gy: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of x."""
+        return self._depthwise(gy, weight, (None, None, None), "none", flip_taps=True)
+
+    def depthwise_conv2d_wgrad(self, x, gy, kernel_size, bias=True, weight=True) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the weight and the bias, each None where it is not wanted. Neither the workspace nor the results
+        are initialised, and every element of the workspace that is written is written once."""
+        batch, channels, height, width = x.shape
+        (kernel_h, kernel_w), dtype = kernel_size, x.dtype
+        results = [
+            torch.empty(shape, dtype=dtype) if wanted else None
+            for wanted, shape in ((weight, (channels, 1, kernel_h, kernel_w)), (bias, (channels,)))
+        ]
+        with self.device.scope():
+            params = WgradParams(
+                x=self._upload("x", x),
+                gy=self._upload("gy", gy),
+                batch=batch,
+                channels=channels,
+                height=height,
+                width=width,
+                x_stride=Strides(*x.stride()),
+                gy_stride=Strides(*gy.stride()),
+                kernel_h=kernel_h,
+                kernel_w=kernel_w,
+                pad_top=(kernel_h - 1) // 2,
+                pad_left=(kernel_w - 1) // 2,
+                dtype=DTYPES[dtype],
+            )
+            for name, result in zip(("gweight", "gbias"), results):
+                if result is not None:
+                    setattr(params, name, self.device.alloc(result.nbytes, name, once=True))
+            size = ctypes.c_size_t()
+            self._call(self.program.depthwise_wgrad_workspace, params, ctypes.byref(size))
+            if size.value:
+                params.workspace = self.device.alloc(size.value, "workspace", once=True)
+            self._call(self.program.depthwise_wgrad, params, None)
+            for name, result in zip(("gweight", "gbias"), results):
+                if result is not None:
+                    self._download(getattr(params, name), result)
+        return tuple(results)
+
+    def _depthwise(self, x, weight, epilogue, activation, residual=False, prologue=None, out=None, flip_taps=False):
         y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x)) if out is None else out
         with self.device.scope():
             kernel_h, kernel_w = weight.shape[2:]
@@ -130,10 +184,11 @@ class EmulatedOps:
                 y_stride=Strides(*y.stride()),
                 kernel_h=kernel_h,
                 kernel_w=kernel_w,
-                pad_top=(kernel_h - 1) // 2,
-                pad_left=(kernel_w - 1) // 2,
+                pad_top=kernel_h // 2 if flip_taps else (kernel_h - 1) // 2,
+                pad_left=kernel_w // 2 if flip_taps else (kernel_w - 1) // 2,
                 has_prologue=prologue is not None,
                 residual=residual,
+                flip_taps=flip_taps,
                 prologue=self._pointwise("prologue", prologue or (None, None, None), activation),
                 epilogue=self._pointwise("epilogue", epilogue, activation),
             )
@@ -166,18 +221,25 @@ class EmulatedOps:
         return self.device.upload_view(_as_numpy(tensor), name, readonly=True)
 
     def _launch(self, launcher, params, y):
+        if y.numel() == 0:  # as csrc/bindings/operators.h
+            self.device.launches.clear()
+            return
+        self._call(launcher, params, None)
+        self._download(params.y, y)
+
+    def _call(self, launcher, params, argument):
         self.device.launches.clear()
         self.device.errors.clear()
-        if y.numel() == 0:  # as csrc/bindings/operators.h
-            return
-        status = launcher(ctypes.byref(params), None)
+        status = launcher(ctypes.byref(params), argument)
         if status:
             reasons = "; ".join(f"{error.call}: {error.name}, {error.reason}" for error in self.device.errors)
             raise RuntimeError(f"{launcher.__name__} returned CUDA error {status}: {reasons}")
         if self.program.last_error:
             raise RuntimeError(f"{launcher.__name__} returned success, but left CUDA error {self.program.last_error}")
-        array = _as_numpy(y)
-        array[...] = self.device.download(params.y, array, complete=True)
+
+    def _download(self, address, result):
+        array = _as_numpy(result)
+        array[...] = self.device.download(address, array, complete=True)
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

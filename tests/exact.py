@@ -114,7 +114,7 @@ def plant(name, file, correct, planted):
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)
     for path in (csrc / "cuda").glob("depthwise_*_*.cu"):
-        if path.stem not in ("depthwise_direct_f16", "depthwise_mma_f16_plain", "depthwise_mma_f16_plain_nhwc"):
+        if not path.stem.endswith(("_f16", "_f16_plain", "_f16_plain_nhwc")):
             path.unlink()
     for dispatch, marks in (("elements.cuh", ("Float64:", "Float32:", "BFloat16:")), ("depthwise.cu", ("bfloat16,", "half, true>"))):
         path = csrc / "cuda" / dispatch
@@ -129,7 +129,7 @@ def plant(name, file, correct, planted):
     return csrc
 
 
-def first_finding(ops, cases):
+def first_finding(ops, cases, run_exact=run_exact):
     """What the first case that goes wrong reports, or "nothing"."""
     for case in cases:
         try:

@@ -44,6 +44,25 @@ def test_instructions_of_a_plane(kernels):
     assert {plane.kernel_size for plane in planes if plane.opcodes.total() > MOST_INSTRUCTIONS} == set()
 
 
+def test_gradient_of_the_weight():
+    """No spills, and fewer instructions and products than the memory-bound time of a plane leaves room for."""
+    try:
+        kernels = kernel_report.load_kernels(["sm_90a"], "depthwise_wgrad_mma_f16")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert len(kernels) == 5
+    assert [kernel.name for kernel in kernels if kernel.resources.spills or kernel.resources.stack] == []
+    planes = kernel_report.count_planes(kernels)
+    print(kernel_report.plane_table(planes))
+    assert {plane.kernel_size: plane.opcodes["HMMA.16816.F32"] for plane in planes} == {
+        k: 8 * k + 8 for k in (3, 5, 7, 9)
+    }
+    for plane in planes:
+        assert plane.opcodes["LDG.E.128.CONSTANT"] == 8  # of two tensors
+        times = plane.predict("H200")
+        assert max(times, key=times.get) == "memory"
+
+
 def executed(images, kernel_size, prologue):
     """Instructions of a warp, by PTX opcode, in a launch of one block on the emulated GPU."""
     case = cases.Case(images, 1, 32, 32, kernel_size, kernel_size)

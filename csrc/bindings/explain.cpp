@@ -4,6 +4,7 @@
 
 #include "../cuda/depthwise_direct_tiles.h"
 #include "../cuda/depthwise_tiles.h"
+#include "../cuda/depthwise_wgrad_tiles.h"
 
 namespace convmixer_fast {
 namespace {
@@ -99,5 +100,36 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_argumen
   if (!cuda::choose_mma_tile(params, query->device_smem, tile) || capacity < kSize) return 0;
   std::memcpy(bytes, &params, sizeof(params));
   std::memcpy(bytes + sizeof(params), &tile, sizeof(tile));
+  return kSize;
+}
+
+// The tensor-core kernel of the weight's gradient, as one block that does all the work: its launch, and its parameters as
+// they lie in its constant memory, of which the size is returned; 0 where it does not apply or the capacity does not
+// suffice. y's strides are gy's.
+extern "C" __attribute__((visibility("default"))) int convmixer_fast_wgrad_arguments(const DepthwiseQuery* query,
+                                                                                     Choice* choice,
+                                                                                     unsigned char* bytes, int capacity) {
+  using namespace convmixer_fast;
+  const DepthwiseParams forward = params_of(*query);
+  WgradParams params{};
+  params.gweight = params.gbias = params.workspace = bytes;  // any address but null, never followed
+  params.batch = forward.batch, params.channels = forward.channels;
+  params.height = forward.height, params.width = forward.width;
+  params.x_stride = forward.x_stride, params.gy_stride = forward.y_stride;
+  params.kernel_h = forward.kernel_h, params.kernel_w = forward.kernel_w;
+  params.pad_top = forward.pad_top, params.pad_left = forward.pad_left;
+  params.dtype = forward.dtype;
+  const cuda::WgradPlan plan = cuda::plan_wgrad(params, {8, 1, query->device_smem, 0});
+  const cuda::WgradTile& tile = plan.mma;
+  constexpr int kTile = sizeof(params), kAlign = alignof(cuda::WgradShare);
+  constexpr int kShare = (kTile + sizeof(tile) + kAlign - 1) / kAlign * kAlign, kSize = kShare + sizeof(plan.share);
+  static_assert(kTile % alignof(cuda::WgradTile) == 0, "no gap before the tile");
+  if (!plan.tensor_cores || capacity < kSize) return 0;
+  *choice = {plan.share.items, params.batch * params.channels * params.height * params.width,
+             tile.images, tile.bands * cuda::kUnit, tile.windows * cuda::kUnit, tile.fixed ? tile.tap_rows : 0,
+             tile.k_steps, 32 * tile.warps, plan.smem_bytes};
+  std::memcpy(bytes, &params, kTile);
+  std::memcpy(bytes + kTile, &tile, sizeof(tile));
+  std::memcpy(bytes + kShare, &plan.share, sizeof(plan.share));
   return kSize;
 }
