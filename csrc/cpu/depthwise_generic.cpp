@@ -1,7 +1,7 @@
 // Any CPU: 16-byte vectors (SSE2, NEON).
 #define CMF_ISA "generic"
 #define CMF_VECTOR_BYTES 16
-#include "depthwise_kernel.h"
+#include "entry_points.h"
 
 namespace convmixer_fast::cpu {
 
