@@ -1,6 +1,6 @@
 """Large-kernel depthwise convolution, and ConvMixer inference on it, at the speed of the hardware."""
 
-from . import ops, reference
+from . import autograd, ops, reference
 from ._library import build_info
 from ._version import __version__
 from .checkpoint import load_checkpoint
