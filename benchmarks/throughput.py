@@ -94,9 +94,14 @@ def _timm():
 
 
 def build(name: str) -> nn.Module:
-    """The model with random weights, of ours or timm's. Raises ImportError where timm is needed and missing."""
+    """The model in plain PyTorch with random weights, of ours or timm's. Raises ImportError where timm is needed and
+    missing."""
     if name in convmixer_fast.list_models():
-        return convmixer_fast.create_model(name)
+        model = convmixer_fast.create_model(name)
+        for module in model.modules():
+            if isinstance(module, convmixer_fast.DepthwiseConv2d):
+                module.__class__ = nn.Conv2d
+        return model
     return _timm().create_model(name)
 
 

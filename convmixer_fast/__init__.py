@@ -6,11 +6,13 @@ from ._version import __version__
 from .checkpoint import load_checkpoint
 from .explain import explain
 from .model import ConvMixer, create_model, list_models
+from .nn import DepthwiseConv2d, replace_depthwise
 from .ops import activate_pool, depthwise_conv2d, fused_depthwise
 from .optimize import optimize
 
 __all__ = [
     "ConvMixer",
+    "DepthwiseConv2d",
     "__version__",
     "activate_pool",
     "build_info",
@@ -23,4 +25,5 @@ __all__ = [
     "ops",
     "optimize",
     "reference",
+    "replace_depthwise",
 ]

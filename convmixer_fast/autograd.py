@@ -1,4 +1,4 @@
-"""The gradients of depthwise_conv2d to any order, and how it goes through autocast and vmap.
+"""The gradients of depthwise_conv2d to any order, and how it goes through autocast, vmap and the count of FLOPs.
 
 The convolution is linear in x and in the weight. So its derivatives are three operators in turn, each the derivative of
 the others:
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from .ops import _call, _like
 
@@ -245,3 +246,21 @@ def _(info, in_dims, x, gy, kernel_h, kernel_w, bias):
     x, gy = (_fold(tensor, dim, size, 1) for tensor, dim in zip((x, gy), in_dims))
     gweight, gbias = _wgrad(x, gy, kernel_h, kernel_w, bias)
     return (_unfold(gweight, size, 0), _unfold(gbias, size, 0)), (0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def _flops(shape: torch.Size, kernel_h: int, kernel_w: int) -> int:
+    """2 an output and tap, those on the padding included, as torch.utils.flop_counter counts convolutions."""
+    return 2 * shape.numel() * kernel_h * kernel_w
+
+
+@register_flop_formula([_ops.depthwise_conv2d, _ops.depthwise_conv2d_dgrad, _ops.fused_depthwise])
+def _(x_shape, weight_shape, *_, **__):
+    return _flops(x_shape, *weight_shape[2:])
+
+
+@register_flop_formula(_ops.depthwise_conv2d_wgrad)
+def _(x_shape, gy_shape, kernel_h, kernel_w, *_, **__):
+    return _flops(x_shape, kernel_h, kernel_w)

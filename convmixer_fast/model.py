@@ -1,9 +1,11 @@
-"""ConvMixer in plain PyTorch, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
+"""ConvMixer, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
 
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+
+from .nn import DepthwiseConv2d
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -77,9 +79,7 @@ class ConvMixer(nn.Module):
             *(
                 nn.Sequential(
                     Residual(
-                        nn.Sequential(
-                            nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"), *activate_and_normalize()
-                        )
+                        nn.Sequential(DepthwiseConv2d(dim, kernel_size), *activate_and_normalize())
                     ),
                     nn.Conv2d(dim, dim, 1),
                     *activate_and_normalize(),
