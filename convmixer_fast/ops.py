@@ -4,9 +4,9 @@ All of them take tensors on CPU or CUDA, float64, float32, float16 or bfloat16, 
 other strides, with 64-bit indexing, and return the memory format of ``x``. Sums are float32 (float64 for float64) and
 the result is rounded once. :mod:`convmixer_fast.reference` defines each of them in plain PyTorch.
 
-depthwise_conv2d is differentiable (see :mod:`convmixer_fast.autograd`). The fused ones are for inference: an argument
-that requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit
-raise TypeError, ValueError or RuntimeError with the argument's name, what it was and what is accepted.
+depthwise_conv2d is differentiable, by :mod:`convmixer_fast.autograd`. The other two are for inference: an argument that
+requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit raise TypeError, ValueError or
+RuntimeError with the argument's name, what it was and what is accepted.
 """
 
 import torch

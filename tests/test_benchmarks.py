@@ -322,7 +322,9 @@ def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
 def test_gpu_plan_fits_its_time(tmp_path):
     steps = gpu.plan(tmp_path, (9, 0))
     names = [step.name for step in steps]
-    assert names == ["build", "tests", "throughput", "depthwise", "compiled", "peers", "memcheck", "racecheck"]
+    inference, training = ["throughput", "depthwise"], ["gradients", "training"]
+    late = ["compiled", "peers", "training-compiled", "memcheck", "racecheck"]
+    assert names == ["build", "tests", *inference, *training, *late]
     assert set(gpu.BENCHMARKS) <= set(names)
     assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert gpu.plan(tmp_path, (8, 9))[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.9"
