@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command and under ten minutes: `make gpu`.
 
-Builds in place for the GPU that is there, then runs the CUDA tests, both benchmarks with the paper's protocol, the
-operators' tests under compute-sanitizer, and as much of the paper's tables and figures (paper.py --full) as the time
-allows: the same command again, or more --minutes, goes on with them. It uses the active python3 and downloads nothing.
-After each step the results so far are in benchmarks/results/<device>/: README.md, JSON files, charts and the steps'
-logs; also when a step fails, runs out of its time, or the whole is stopped.
+Builds in place for the GPU that is there, then runs the CUDA tests, the benchmarks of inference (with the paper's
+protocol) and of training, the operators' tests under compute-sanitizer, and as much of the paper's tables and figures
+(paper.py --full) as the time allows: the same command again, or more --minutes, goes on with them. It uses the active
+python3 and downloads nothing. After each step the results so far are in benchmarks/results/<device>/: README.md, JSON
+files, charts and the steps' logs; also when a step fails, runs out of its time, or the whole is stopped.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 import report
 import torch
 
-BENCHMARKS = ("throughput", "peers", "depthwise", "compiled")  # the steps that write a table
+# The steps that write a table.
+BENCHMARKS = ("throughput", "peers", "depthwise", "compiled", "gradients", "training", "training-compiled")
 MINUTES = 9  # for everything
 GRACE = 10  # seconds between asking a step to end and killing it
 
@@ -52,6 +53,7 @@ def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) 
     peers = [name for name in table1 if name not in convmixers]
 
     operators = ["--operators", "aten", "fused", "compile"]
+    in_both_types = ["--dtypes", "float16", "bfloat16"]
 
     def benchmark(name: str, script: str, seconds: float, *options: str) -> Step:
         output = ["--device", "cuda", "--json", f"{results}/{name}.json"]
@@ -79,8 +81,11 @@ def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) 
         Step("tests", [*pytest, "cuda"], 90),
         benchmark("throughput", "throughput", 130, "--plot", f"{results}/throughput.png", "--models", *convmixers),
         benchmark("depthwise", "depthwise", 50),
+        benchmark("gradients", "gradients", 30, "--kernels", "3", "7", "9", "--maps", "1536x32x32", "768x32x32"),
+        benchmark("training", "training", 50, *in_both_types, "--backends", "eager", "ours"),
         benchmark("compiled", "depthwise", 40, "--maps", "1536x32x32", "--kernels", "3", "9", *operators),
         benchmark("peers", "throughput", 30, "--models", *peers, "--backends", "eager", "channels_last"),
+        benchmark("training-compiled", "training", 60, "--models", "convmixer_768_32"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
     ]

@@ -109,10 +109,21 @@ def _timm():
     return timm
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The same model with the depthwise convolutions of PyTorch."""
+    for module in model.modules():
+        if isinstance(module, convmixer_fast.DepthwiseConv2d):
+            module.__class__ = nn.Conv2d
+    return model
+
+
 def build(name: str) -> nn.Module:
-    """The model with random weights, of ours or timm's. Raises ImportError where timm is needed and missing."""
+    """The model in plain PyTorch with random weights, of ours or timm's.
+
+    Raises ImportError where timm is needed and missing.
+    """
     if name in convmixer_fast.list_models():
-        return convmixer_fast.create_model(name)
+        return plain(convmixer_fast.create_model(name))
     if name in peers.MODELS:
         return peers.MODELS[name]()
     return _timm().create_model(name)

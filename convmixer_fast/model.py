@@ -1,10 +1,12 @@
-"""ConvMixer in plain PyTorch, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
+"""ConvMixer, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+
+from .nn import DepthwiseConv2d
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 HALVES = ("spatial", "channel")  # of a layer: equations 2 and 3
@@ -94,8 +96,7 @@ class ConvMixer(nn.Module):
             return ACTIVATIONS[activation](), NORMS[norm](dim)
 
         def layer() -> nn.Sequential:
-            depthwise = nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same")
-            spatial = nn.Sequential(depthwise, *activate_and_normalize())
+            spatial = nn.Sequential(DepthwiseConv2d(dim, kernel_size), *activate_and_normalize())
             channel = nn.Sequential(nn.Conv2d(dim, dim, 1), *activate_and_normalize())
             return nn.Sequential(
                 Residual(spatial) if "spatial" in residual else spatial,

@@ -4,8 +4,9 @@ All of them take tensors on CPU or CUDA, float64, float32, float16 or bfloat16, 
 other strides, with 64-bit indexing, and return the memory format of ``x``. Sums are float32 (float64 for float64) and
 the result is rounded once. :mod:`convmixer_fast.reference` defines each of them in plain PyTorch.
 
-Inference only: an argument that requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit
-raise TypeError, ValueError or RuntimeError with the argument's name, what it was and what is accepted.
+depthwise_conv2d is differentiable, by :mod:`convmixer_fast.autograd`. The other two are for inference: an argument that
+requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit raise TypeError, ValueError or
+RuntimeError with the argument's name, what it was and what is accepted.
 """
 
 import torch
@@ -21,6 +22,8 @@ _ops = torch.ops.convmixer_fast
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise convolution, stride 1, implicit zero "same" padding: ``F.conv2d(..., padding="same", groups=C)``.
 
+    Differentiable in x, weight and bias, any number of times; under torch.autocast it casts them as F.conv2d does.
+
     Args:
         x: (N, C, H, W); any of them may be 0.
         weight: (C, 1, kh, kw), of x's dtype; any sizes from 1 up. Even sizes pad (k - 1) // 2 in front, k // 2 behind.
@@ -29,7 +32,6 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Returns:
         (N, C, H, W), of x's dtype and memory format.
     """
-    check_inference(x=x, weight=weight, bias=bias)
     return _call(_ops.depthwise_conv2d.default, x, weight, bias)
 
 
@@ -112,12 +114,12 @@ def check_inference(**arguments: Tensor | tuple | None) -> None:
         for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{name} requires a gradient, which this operator cannot give yet: "
+                    f"{name} requires a gradient, which this operator does not give: "
                     "call it under torch.no_grad() or torch.inference_mode(), or detach the tensor"
                 )
 
 
-def _call(op: torch._ops.OpOverload, *arguments, **out: Tensor) -> Tensor | None:
+def _call(op: torch._ops.OpOverload, *arguments, **out: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
     """Runs an operator; says why when its device has no kernels, and keeps the type of out-of-memory errors."""
     x = arguments[0]
     if isinstance(x, Tensor) and x.is_cuda:

@@ -116,12 +116,13 @@ def test_depthwise_ratios():
 
 @pytest.mark.parametrize("name, size", [("convmixer_512_12_k8_p7", 224), ("convmixer_256_8_k3_p2", 32)])
 def test_flops_are_those_of_the_layers(name, size):
-    model = convmixer_fast.create_model(name)
+    plain, model = throughput.build(name), convmixer_fast.create_model(name)
     pixels = (size // model.patch_size) ** 2
     layer = model.dim * model.kernel_size**2 + model.dim**2
     patches = model.dim * 3 * model.patch_size**2
     multiply_adds = pixels * (patches + model.depth * layer) + model.dim * model.n_classes
-    assert throughput.flops_per_image(model, size) == 2 * multiply_adds
+    assert throughput.flops_per_image(plain, size) == 2 * multiply_adds
+    assert throughput.flops_per_image(model, size) == 2 * multiply_adds, "the package's operators are counted alike"
 
 
 def test_paper_models_exist():
@@ -323,8 +324,9 @@ def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
 def test_gpu_plan_fits_its_time(tmp_path):
     steps = gpu.plan(tmp_path, (9, 0))
     names = [step.name for step in steps]
-    assert names[:6] == ["build", "tests", "throughput", "depthwise", "compiled", "peers"]
-    assert names[6:] == ["memcheck", "racecheck", "paper"]
+    inference, training = ["throughput", "depthwise"], ["gradients", "training"]
+    late = ["compiled", "peers", "training-compiled", "memcheck", "racecheck", "paper"]
+    assert names == ["build", "tests", *inference, *training, *late]
     assert set(gpu.BENCHMARKS) <= set(names)
     assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert gpu.plan(tmp_path, (8, 9))[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.9"

@@ -272,15 +272,15 @@ def test_given_output_apart_from_the_input():
         cf.activate_pool(both, *vectors, out=torch.zeros(5, 2).t())
 
 
-def test_gradients_are_refused():
+def test_gradients_of_the_fused_operators_are_refused():
     x, weight, v = small_arguments()
     weight.requires_grad_()
     with pytest.raises(RuntimeError, match="weight requires a gradient.*no_grad"):
-        cf.depthwise_conv2d(x, weight)
+        cf.fused_depthwise(x, weight, *v[:3])
     with pytest.raises(RuntimeError, match="prologue requires a gradient"):
         cf.fused_depthwise(x, weight.detach(), *v[:3], prologue=(v[3].requires_grad_(), *v[4:]))
     with torch.no_grad():
-        cf.depthwise_conv2d(x, weight)
+        cf.fused_depthwise(x, weight, *v[:3])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 #define CMF_VECTOR_BYTES 64
 #define CMF_VECTOR_REGISTERS 32
 #define CMF_F16C
-#include "depthwise_kernel.h"
+#include "entry_points.h"
 
 namespace convmixer_fast::cpu {
 

@@ -6,7 +6,7 @@
 #else
 #define CMF_VECTOR_REGISTERS 16
 #endif
-#include "depthwise_kernel.h"
+#include "entry_points.h"
 
 namespace convmixer_fast::cpu {
 

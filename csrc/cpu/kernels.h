@@ -11,6 +11,12 @@ struct Kernels {
   const char* isa;
   int64_t (*depthwise_tasks)(const DepthwiseParams&);
   void (*depthwise)(const DepthwiseParams&, int64_t begin, int64_t end);
+  // The gradients of weight and bias: partial sums to the workspace (bytes, aligned to 64), which are then added up.
+  int64_t (*depthwise_wgrad_workspace)(const WgradParams&);
+  int64_t (*depthwise_wgrad_tasks)(const WgradParams&);
+  void (*depthwise_wgrad)(const WgradParams&, int64_t begin, int64_t end);
+  int64_t (*depthwise_wgrad_sum_tasks)(const WgradParams&);
+  void (*depthwise_wgrad_sum)(const WgradParams&, int64_t begin, int64_t end);
   int64_t (*activate_pool_tasks)(const PoolParams&);
   void (*activate_pool)(const PoolParams&, int64_t begin, int64_t end);
 };
