@@ -356,6 +356,14 @@ void activate_pool_out(const Tensor& x, const Tensor& bias, const Tensor& scale,
 
 }  // namespace convmixer_fast
 
-#include <tuple>
-#include <utility>
+#define CONVMIXER_FAST_IMPL(DISPATCH_KEY, BACKEND)                                                   \
+  STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                                       \
+    using namespace convmixer_fast;                                                                  \
+    m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d<BACKEND>));                               \
+    m.impl("depthwise_conv2d_dgrad", TORCH_BOX(&depthwise_conv2d_dgrad<BACKEND>));                   \
+    m.impl("depthwise_conv2d_wgrad", TORCH_BOX(&depthwise_conv2d_wgrad<BACKEND>));                   \
+    m.impl("fused_depthwise", TORCH_BOX(&fused_depthwise<BACKEND>));                                 \
+    m.impl("fused_depthwise.out", TORCH_BOX(&fused_depthwise_out<BACKEND>));                         \
+    m.impl("activate_pool", TORCH_BOX(&activate_pool<BACKEND>));                                     \
+    m.impl("activate_pool.out", TORCH_BOX(&activate_pool_out<BACKEND>));                             \
   }

@@ -175,10 +175,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
   // Blocks share the items evenly. Two that work on the octets of the same sectors do so at the same time.
   const int partners = kChannelsLast ? tile.partners : 1, channel_step = channels * partners;
-  const int block = blockIdx.x / partners, blocks = gridDim.x / partners;
+  const int index = static_cast<int>(blockIdx.x), block = index / partners, blocks = gridDim.x / partners;
   const int64_t first = tile.items / partners * block / blocks;
   const int count = static_cast<int>(tile.items / partners * (block + 1) / blocks - first);
-  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channel_step + blockIdx.x % partners * channels,
+  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channel_step + index % partners * channels,
                static_cast<int>(first % tile.items_a_channel)};
   const auto has_channel = [&](const MmaItem& item, int i) {
     return !kChannelsLast || item.channel + i < static_cast<int>(params.channels);
