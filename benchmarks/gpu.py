@@ -21,7 +21,8 @@ from pathlib import Path
 import report
 import torch
 
-BENCHMARKS = ("throughput", "peers", "depthwise", "compiled", "gradients", "training", "training-compiled")  # the steps that write a table
+# The steps that write a table.
+BENCHMARKS = ("throughput", "peers", "depthwise", "compiled", "gradients", "training", "training-compiled")
 GRACE = 10  # seconds between asking a step to end and killing it
 
 
