@@ -78,9 +78,7 @@ class ConvMixer(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(
-                    Residual(
-                        nn.Sequential(DepthwiseConv2d(dim, kernel_size), *activate_and_normalize())
-                    ),
+                    Residual(nn.Sequential(DepthwiseConv2d(dim, kernel_size), *activate_and_normalize())),
                     nn.Conv2d(dim, dim, 1),
                     *activate_and_normalize(),
                 )
