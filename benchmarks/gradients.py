@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     args = depthwise.parse(argv)
     even = [kernel for kernel in args.kernels if kernel % 2 == 0]
     if even:
-        sys.exit(f"argument --kernels: PyTorch's own gradient pads both sides alike, accepted: odd sizes, got {even[0]}")
+        sys.exit(f"argument --kernels: PyTorch's gradient pads both sides alike, accepted: odd sizes, got {even[0]}")
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # PyTorch at its best
     peak = None

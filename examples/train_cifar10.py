@@ -75,7 +75,8 @@ class AugmentedImages(Dataset):
     def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int):
         self.images, self.labels, self.seed = images, labels, seed
         # A magnitude of 10 would leave no bits to PosterizeIncreasing, which Pillow refuses.
-        limits = dict(magnitude_max=9.99, translate_const=int(0.45 * SIDE), img_mean=tuple(round(255 * m) for m in MEAN))
+        fill = tuple(round(255 * value) for value in MEAN)
+        limits = dict(magnitude_max=9.99, translate_const=int(0.45 * SIDE), img_mean=fill)
         self.augment = transforms.Compose(
             [
                 transforms.RandomResizedCrop(SIDE, scale=(0.75, 1.0), ratio=(1.0, 1.0)),
@@ -279,7 +280,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the data set's .bin files")
     parser.add_argument("--out", type=Path, default=Path("cifar10"), help="folder of the results (%(default)s)")
-    parser.add_argument("--model", default="convmixer_256_8_k9_p1", help="of convmixer_fast.list_models() (%(default)s)")
+    parser.add_argument("--model", default="convmixer_256_8_k9_p1", help="of list_models() (%(default)s)")
     parser.add_argument("--epochs", type=int, default=200, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=512, help="of all processes together (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.05, help="peak of the learning rate (%(default)s)")

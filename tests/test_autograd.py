@@ -147,6 +147,15 @@ def test_wgrad_of_more_than_2_31_elements(device):
         torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1.0)
 
 
+@pytest.mark.cuda
+@pytest.mark.sanitize
+@dtype
+@layout
+def test_few_launches_for_the_sanitizer(dtype, layout):
+    for sizes in ((3, 17, 14, 14, 7, 7), (1, 5, 33, 29, 11, 11), (2, 3, 32, 32, 9, 9)):
+        test_gradients("cuda", dtype, cases.Case(*sizes), layout)
+
+
 # ---------------------------------------------------------------------------------------- derivatives of any order
 
 

@@ -1,4 +1,4 @@
-"""examples/train_cifar10.py on a small generated set in CIFAR-10's format: stops, restarts, several processes, errors."""
+"""examples/train_cifar10.py on a small generated set in CIFAR-10's format: restarts, several processes, errors."""
 
 import csv
 import importlib.util

@@ -1,7 +1,7 @@
-// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp has its target pragma, says what
-// it brings in macros of ours (GCC 12 sets none of its own for a pragma in C++) and includes entry_points.h, and by it
-// this file, once. Vectors are the compiler's (GCC, Clang), so the
-// code below is plain arithmetic. Everything has internal linkage and no function of the standard library is
+// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp has its target pragma, says what it
+// brings in macros of ours (GCC 12 sets none of its own for a pragma in C++) and includes this file once, through
+// entry_points.h. Vectors are the compiler's (GCC, Clang), so the code below is plain arithmetic. Everything has
+// internal linkage and no function of the standard library is
 // instantiated: nothing compiled for a wide instruction set can be linked into the path of a narrower one.
 //
 // A vector holds neighbouring channels of one pixel, whatever the layout of x: only `load_pixels` and `store_pixels`
@@ -466,8 +466,8 @@ CMF_INLINE void for_pixel_groups(int64_t rows, int64_t columns, bool joined, F f
     for (int64_t i = 0; i < length; i += kGroup) f(run + i / columns, i % columns, min(kGroup, length - i));
 }
 
-// The pixels of `rows` x `columns` from memory: those of channel vector v and of a row, after `change(v, pixels, n)`, to
-// the vectors from `row_of(v, row)` on. `joined`: a row starts in memory where the one before it ends.
+// The pixels of `rows` x `columns` from memory: those of channel vector v and of a row go, after `change(v, pixels, n)`,
+// to the vectors from `row_of(v, row)` on. `joined`: a row starts in memory where the one before it ends.
 template <class S, class RowOf, class Change, class V = Vec<typename S::Real>>
 CMF_INLINE void pack_pixels(const S* x, const Strides& stride, int64_t channels, int64_t rows, int64_t columns,
                             bool joined, RowOf row_of, Change change) {

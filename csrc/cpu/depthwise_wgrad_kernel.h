@@ -1,8 +1,8 @@
 // The gradients of the weight and the bias, in the vectors of depthwise_kernel.h: neighbouring channels of one pixel.
 //
-// A task is (part of the batch, block of channels). It slides down the maps of its images: `pack` turns the next rows of
-// x into zero-padded rows of vectors in a ring and those of gy into plain ones, `accumulate` adds their products, a row
-// of taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
+// A task is (part of the batch, block of channels). It slides down the maps of its images: the next rows of x are packed
+// into a ring, as zero-padded rows of vectors, and those of gy as plain ones; `accumulate` adds their products, a row of
+// taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
 // A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap of its channel into NaN.
 #pragma once
 #include "depthwise_kernel.h"
