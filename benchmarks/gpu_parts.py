@@ -115,7 +115,7 @@ def predict(optimized: OptimizedConvMixer, shape: tuple[int, ...], hardware: Har
     target = kernel_report.DEVICES[hardware.name].target
     source = f"depthwise_mma_{'f16' if dtype == torch.float16 else 'bf16'}_gelu"
     kernel = next(kernel for kernel in kernel_report.load_kernels([target], source) if kernel.name == name)
-    layer = max(kernel_report.count_plane(kernel, kernel_size, dtype, True).predict(hardware.name).values()) / 1e6
+    layer = max(kernel_report.count_plane(kernel, kernel_size, dtype, prologue=True, wgrad=False).predict(hardware.name).values()) / 1e6
     share = batch * dim * (height // patch_height) * (width // patch_width)
     share /= kernel_report.BATCH * kernel_report.CHANNELS * kernel_report.PLANE**2
     result = floors(optimized, shape, hardware) | {"depthwise": depth * layer * share}
