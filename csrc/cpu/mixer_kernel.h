@@ -71,7 +71,7 @@ constexpr int kRows = 6;
 #endif
 constexpr int kVectors = 2;  // of output channels
 constexpr int kColumns = kVectors * kLanes<float>;
-constexpr int64_t kSummedAtOnce = 256;  // steps, before they are added to the rest: more accurate than one long sum
+constexpr int64_t kSummedAtOnce = 64;  // steps, before they are added to the rest: more accurate than one long sum
 
 using Tile = Vec<float>[kVectors][kRows];
 
@@ -280,7 +280,7 @@ class Packing {
 template <class S, class Operand>
 class Mixer {
   static constexpr int64_t n = kLanes<float>;
-  static constexpr int64_t kTasks = 64;      // of a depthwise convolution, wanted, for the threads to share
+  static constexpr int64_t kTasks = 64;  // of a depthwise convolution, wanted, for the threads to share
   static constexpr int64_t kBandRows = 8;    // of such a task, at least
   using Groups = typename Operand::Groups;
 
@@ -404,9 +404,14 @@ class Mixer {
         columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
         for (int64_t h = first; h < last; ++h) {
           Vec<float> sums[kMaxColumns];
-          convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, sums);
+          const int64_t pixel = (image * w_.height + h) * w_.width + w;
+          const int64_t next = h + s_.kernel_h - w_.pad_top;  // the row that the next output row adds
+          const bool reads = Operand::kDepth == 1 && next < w_.height;
+          const Lines read = lines(from + (next * w_.pitch + w) * n, reads ? columns + s_.kernel_w - 1 : 0);
+          const Lines write = lines(panel_slot(pixel + w_.width, vector), columns);
+          convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, read, write, sums);
           Operand::apply(epilogue, sums, columns);
-          emit(from + (h * w_.pitch + w_.pad_left + w) * n, (image * w_.height + h) * w_.width + w, vector, columns, sums);
+          emit(from + (h * w_.pitch + w_.pad_left + w) * n, pixel, vector, columns, sums);
         }
       }
     }
@@ -429,7 +434,8 @@ class Mixer {
   }
 
   // The sums of a strip of row h; tap rows outside the map are left out.
-  void convolve(const Groups* input, const Groups* weight, int64_t h, int64_t columns, Vec<float>* sums) const {
+  void convolve(const Groups* input, const Groups* weight, int64_t h, int64_t columns, const Lines& read,
+                const Lines& write, Vec<float>* sums) const {
     constexpr int64_t kDepth = Operand::kDepth;
     const int64_t top = h - w_.pad_top;
     const int64_t first = max(0, -top / kDepth), last = min(w_.tap_rows, ceil_div(w_.height - top, kDepth));
@@ -441,16 +447,25 @@ class Mixer {
     strip.weight_pitch = s_.kernel_w;
     strip.tap_rows = last - first;
     strip.taps = s_.kernel_w;
+    strip.read = read, strip.write = write;
     convolve_row(strip, columns, sums, std::make_integer_sequence<int, kMaxColumns>());
+  }
+
+  static Lines lines(const Operand* first, int64_t vectors) {
+    return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * n * int64_t(sizeof(Operand)), 64), 0};
+  }
+
+  Operand* panel_slot(int64_t pixel, int64_t vector) const {
+    return panels_ + ((pixel / kRows * w_.depth + vector) * kRows + pixel % kRows) * n;
   }
 
   // Adds the residual; a strip into the panels, from `pixel` on.
   void emit(const Operand* residual, int64_t pixel, int64_t vector, int64_t columns, const Vec<float>* sums) const {
     int64_t r = pixel % kRows;
-    Operand* to = panels_ + (pixel / kRows * w_.depth + vector) * kRows * n;
-    for (int64_t w = 0; w < columns; ++w) {
-      Operand::store(to + r * n, sums[w] + Operand::load(residual + w * n));
-      if (++r == kRows) r = 0, to += w_.depth * kRows * n;
+    Operand* to = panel_slot(pixel, vector);
+    for (int64_t w = 0; w < columns; ++w, to += n) {
+      Operand::store(to, sums[w] + Operand::load(residual + w * n));
+      if (++r == kRows) r = 0, to += (w_.depth - 1) * kRows * n;
     }
   }
 
@@ -458,15 +473,17 @@ class Mixer {
   void pool(int64_t begin, int64_t end) const {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / w_.depth, vector = task % w_.depth;
-      Vec<float> sum = {};
+      Vec<float> sum = {}, lost = {};  // lost: what the additions to `sum` rounded away; NaN once `sum` is infinite
       for (int64_t h = 0; h < w_.height; ++h) {
         const Operand* row = plane(image, vector) + (h * w_.pitch + w_.pad_left) * n;
-        Vec<float> row_sum = {};
-        for (int64_t w = 0; w < w_.width; ++w) row_sum += Operand::load(row + w * n);
-        sum += row_sum;
+        for (int64_t w = 0; w < w_.width; ++w) {
+          const Vec<float> z = Operand::load(row + w * n), total = sum + z, kept = total - sum;
+          lost += (sum - (total - kept)) + (z - kept);
+          sum = total;
+        }
       }
       Operand* to = pooled_ + ((image / kRows * w_.depth + vector) * kRows + image % kRows) * n;
-      Operand::store(to, sum / float(w_.height * w_.width));
+      Operand::store(to, (lost == lost ? sum + lost : sum) / float(w_.height * w_.width));
     }
   }
 
