@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accuracy
+import breakdown
 import peers
 import report
 import timing
@@ -200,6 +201,8 @@ def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]
         seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update, timing.settle_for(device))
         for backend, samples in seconds.items():
             rows[backend].update(status="timed", seconds=samples)
+        if args.breakdown and OURS in seconds:
+            rows[OURS]["breakdown"] = breakdown.measure(ready[OURS].func, images, args.batches)
     except Exception as error:
         for backend in ready:
             rows[backend].update(failure(error))
@@ -223,6 +226,11 @@ def summarise(rows: list[dict]) -> None:
     for row, key, kernel_size in mixers:
         if kernel_size == 9 and key in kernel_3:
             row["k9_over_k3"] = row["images_per_second"] / kernel_3[key]
+
+
+def breakdowns(rows: list[dict]) -> str:
+    """The breakdowns that were measured, as text; empty where there are none."""
+    return "".join(f"\n\n{row['model']}\n\n{breakdown.table(row['breakdown'])}" for row in rows if "breakdown" in row)
 
 
 HEADER = ["model", "backend", "img/s", "x best other", "TFLOP/s", "k9/k3", "error", "RTX 8000 (paper)", "remark"]
@@ -320,6 +328,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--image-size", type=positive, help="(224 on a GPU, on a CPU the size of the model's data set)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=DEFAULT_BACKENDS)
+    parser.add_argument("--breakdown", action="store_true", help="time and floor of every part of ours (CPU)")
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a bar chart")
     args = parser.parse_args(argv)
@@ -358,9 +367,9 @@ def main(argv: list[str] | None = None) -> int:
             progress.update(done * args.batches - progress.n)
             summarise(rows)
             if args.json:
-                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
+                text = f"{report.facts_list(facts)}\n\n{table(rows)}{breakdowns(rows)}"
                 report.write_results(args.json, dict(environment=facts, rows=rows), text)
-    print(table(rows))
+    print(table(rows) + breakdowns(rows))
     if args.plot:
         plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batches of {args.batch}")
     return int(any(row["backend"] == OURS and row["status"] in ("wrong", "failed") for row in rows))
