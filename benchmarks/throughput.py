@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accuracy
+import breakdown
 import peers
 import report
 import runtimes
@@ -222,6 +223,8 @@ def run_model(
         seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update, timing.settle_for(device))
         for backend, samples in seconds.items():
             rows[backend].update(status="timed", seconds=samples)
+        if args.breakdown and OURS in seconds:
+            rows[OURS]["breakdown"] = breakdown.measure(ready[OURS].func, images, args.batches)
     except Exception as error:
         for backend in ready:
             rows[backend].update(failure(error))
@@ -265,6 +268,11 @@ def summarise(rows: list[dict]) -> None:
     for row, key, kernel_size in mixers:
         if kernel_size == 9 and key in kernel_3:
             row["k9_over_k3"] = row["images_per_second"] / kernel_3[key]
+
+
+def breakdowns(rows: list[dict]) -> str:
+    """The breakdowns that were measured, as text; empty where there are none."""
+    return "".join(f"\n\n{row['model']}\n\n{breakdown.table(row['breakdown'])}" for row in rows if "breakdown" in row)
 
 
 HEADER = ["model", "backend", "img/s", "x best other", "TFLOP/s", "k9/k3", "error", "RTX 8000 (paper)", "remark"]
@@ -366,6 +374,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--image-size", type=positive, help="(224 on a GPU, on a CPU the size of the model's data set)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=DEFAULT_BACKENDS)
+    parser.add_argument("--breakdown", action="store_true", help="time and floor of every part of ours (CPU)")
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a bar chart")
     args = parser.parse_args(argv)
@@ -414,11 +423,11 @@ def run(args: argparse.Namespace) -> int:
                 rows += merge(rows_of_ranks)
                 summarise(rows)
                 if args.json:
-                    text = f"{report.facts_list(facts)}\n\n{table(rows)}"
+                    text = f"{report.facts_list(facts)}\n\n{table(rows)}{breakdowns(rows)}"
                     report.write_results(args.json, dict(environment=facts, rows=rows), text)
     if not first:
         return 0
-    print(table(rows))
+    print(table(rows) + breakdowns(rows))
     if args.plot:
         plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batches of {args.batch}")
     return int(any(row["backend"] == OURS and row["status"] in ("wrong", "failed") for row in rows))

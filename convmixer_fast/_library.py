@@ -55,8 +55,8 @@ def build_info() -> dict[str, str | list[str] | None]:
         version: of this package.
         torch: its version.
         libraries: file names of the compiled libraries that are loaded.
-        cpu_isa: instruction set of the CPU kernels in use: "generic", "avx2" or "avx512"; or what is wrong with
-            CMF_CPU_ISA.
+        cpu_isa: instruction set of the CPU kernels in use: "generic", "avx2", "avx512" or "avx512_bf16"; or what is
+            wrong with CMF_CPU_ISA.
         cuda_targets: the architectures that the CUDA kernels were compiled for, such as ["sm_80", "sm_90a"];
             empty if there are none.
         cuda_missing: why CUDA kernels are not loaded, or None.

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
+import breakdown  # noqa: E402
 import depthwise  # noqa: E402
 import gpu  # noqa: E402
 import peers  # noqa: E402
@@ -97,6 +98,51 @@ def test_throughput_ratios():
     assert figures["k9", "fused"]["k9_over_k3"] == pytest.approx(0.8)
     assert figures["k9", "eager"]["k9_over_k3"] == 0.25
     assert "k9_over_k3" not in figures["k9", "compile"] and "over_best_other" not in figures["k9", "compile"]
+
+
+def test_breakdown_names_every_part(tmp_path, capsys):
+    status, rows = run_throughput(tmp_path, "--models", PAIR[0], "--backends", "fused", "--breakdown")
+    assert status == 0
+    found = rows[PAIR[0], "fused"]["breakdown"]
+    assert [part["name"] for part in found["parts"]] == [*breakdown.PARTS, "rest"]
+    assert sum(part["seconds"] for part in found["parts"]) == pytest.approx(found["total_seconds"])
+    assert all(part["seconds"] > 0 and part["floor_seconds"] > 0 for part in found["parts"][:-1])
+    assert min(found["ceilings"].values()) > 0
+    model = convmixer_fast.create_model(PAIR[0])
+    products = sum(part["flops"] for part in found["parts"] if part["name"] != "pool + head")
+    head = 2 * model.dim * model.n_classes
+    assert products == 2 * (throughput.flops_per_image(model, 8) - head)
+    assert "pool + head" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there is no breakdown for meta, only for cpu"):
+        breakdown.measure(convmixer_fast.optimize(model.eval()), torch.empty(1, device="meta"), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_peers_give_the_models_logits(package, dtype):
+    pytest.importorskip(package)
+    if package == "onnxruntime":
+        pytest.importorskip("onnxscript")
+    model = convmixer_fast.ConvMixer(16, 2, 3, 2, 10).eval().to(dtype)
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        if (package, dtype) == ("onnxruntime", torch.bfloat16):
+            with pytest.raises(TypeError, match="ONNX Runtime has no bfloat16 convolution on the CPU"):
+                peers.onnxruntime(model, x)
+            return
+        expected = model(x)
+        logits = getattr(peers, package)(model, x)(x)
+    assert logits.dtype == dtype
+    error = accuracy.relative_error(logits, expected.double())
+    assert error <= accuracy.limit(0, dtype)
+
+
+def test_a_peer_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    status, rows = run_throughput(tmp_path, "--models", PAIR[0], "--backends", "eager", "openvino")
+    assert status == 0
+    row = rows[PAIR[0], "openvino"]
+    assert (row["status"], row["message"]) == ("skipped", "the package openvino is not installed")
 
 
 def test_depthwise_ratios():

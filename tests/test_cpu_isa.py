@@ -1,13 +1,17 @@
 """The CPU kernels of every instruction set: each is chosen once a process, so the operators' tests run again in another."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import convmixer_fast
 
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = str(ROOT / "tests" / "mixer_program.cpp")
 FILES = "tests/test_ops.py", "tests/test_autograd.py"
 KERNEL_TESTS = "cpu and (conv2d or fused_depthwise or fusion or pool or gelu or finite or threads or wgrad)"
 
@@ -17,17 +21,87 @@ def run(isa, *command):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_operators(isa):
     if isa == convmixer_fast.build_info()["cpu_isa"]:
         pytest.skip(f"{isa} is in use: test_ops.py tests it")
     info = run(isa, "-m", "convmixer_fast", "info").stdout
     if "CMF_CPU_ISA must name" in info:
         pytest.skip(f"this CPU has no {isa}")
-    assert isa in info
+    assert f" {isa}\n" in info
     tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", KERNEL_TESTS)
     assert tests.returncode == 0, tests.stdout
     assert int(tests.stdout.split(" passed")[0].split()[-1]) > 400
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_engine(isa):
+    if isa == convmixer_fast.build_info()["cpu_isa"]:
+        pytest.skip(f"{isa} is in use: test_cpu_engine.py tests it")
+    info = run(isa, "-m", "convmixer_fast", "info").stdout
+    if "CMF_CPU_ISA must name" in info:
+        pytest.skip(f"this CPU has no {isa}")
+    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cpu_engine.py")
+    assert tests.returncode == 0, tests.stdout
+    assert int(tests.stdout.split(" passed")[0].split()[-1]) > 40
+
+
+def compiler(name):
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not on PATH")
+    return path
+
+
+def emulator(architecture):
+    names = [f"qemu-{architecture}-static", f"qemu-{architecture}"]
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"{' or '.join(names)} is not on PATH")
+    return path
+
+
+def build_program(compiler, sources, target):
+    sources = [str(ROOT / "csrc" / "cpu" / source) for source in sources]
+    command = [compiler, "-O1", "-std=c++17", "-Wall", "-Werror", "-static", PROGRAM, *sources, "-o", str(target)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+
+
+def assert_right(output, isa):
+    """What mixer_program.cpp prints: the instruction set, and errors for float32, float16 and bfloat16."""
+    used, *errors = output.split()
+    assert used == isa
+    for error, limit in zip(map(float, errors), (2e-6, 2e-3, 2e-2), strict=True):
+        assert error < limit, output
+
+
+@pytest.fixture(scope="session")
+def x86_program(tmp_path_factory):
+    target = tmp_path_factory.mktemp("x86") / "mixer_program"
+    build_program(compiler("g++"), [path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")], target)
+    return target
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="builds for this machine, which is not x86-64")
+@pytest.mark.parametrize("cpu, isa", [("qemu64", "generic"), ("Nehalem", "generic"), ("Haswell", "avx2")])
+def test_older_processors(x86_program, cpu, isa):
+    """No illegal instruction on a processor without AVX2 or AVX-512: it would end the emulation."""
+    command = [emulator("x86_64"), "-cpu", cpu, x86_program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert_right(done.stdout, isa)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="cross-compiles")
+def test_aarch64(tmp_path):
+    """The sources without x86's build for AArch64; and give the right logits, where there is an emulator."""
+    target = tmp_path / "mixer_program"
+    sources = ["dispatch.cpp", "depthwise_generic.cpp", "mixer_generic.cpp"]
+    build_program(compiler("aarch64-linux-gnu-g++"), sources, target)
+    done = subprocess.run([emulator("aarch64"), target], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert_right(done.stdout, "generic")
 
 
 def test_unknown_instruction_set():

@@ -1,0 +1,160 @@
+"""Where the time of an optimized ConvMixer goes, and the floor of each part: a roofline of the model.
+
+A part's floor is the longer of two times: its operations at the machine's peak, and its necessary bytes at the speed
+of a copy. On a CPU all ceilings are measured beside the model: the peak by fma_peak.cpp, the matrix products' by the
+best of the library calls for that size, the memory's by a copy of the activations.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import report
+import timing
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PARTS = ("patchify", "GEMM", "depthwise", "pool + head")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run: its median time, its floor, and which ceiling that is."""
+
+    name: str
+    seconds: float
+    flops: float
+    floor_seconds: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of the machine, per second: operations outside and inside of matrix products, and bytes."""
+
+    flops: float
+    product_flops: float
+    bytes: float
+
+
+def work(module: torch.nn.Module, x: Tensor) -> dict[str, tuple[float, float]]:
+    """Operations (2 a multiply-add, taps on the padding included) and necessary bytes of every part of a run.
+
+    Bytes: each weight once, and what a part reads and writes of images, maps and logits.
+    """
+    dim, in_channels, *patch = module.patch.shape
+    depth, _, _, *kernel = module.depthwise.shape
+    classes, images, size = len(module.head_bias), x.shape[0], x.element_size()
+    pixels = images * (x.shape[2] // patch[0]) * (x.shape[3] // patch[1])
+    maps = pixels * dim * size
+    taps = kernel[0] * kernel[1]
+    values = in_channels * patch[0] * patch[1]
+    return {
+        "patchify": (2.0 * pixels * dim * values, (pixels + dim) * values * size + maps),
+        "GEMM": (2.0 * depth * pixels * dim * dim, depth * (dim * dim * size + 2 * maps)),
+        "depthwise": (2.0 * depth * pixels * dim * taps, depth * (dim * taps * size + 2 * maps)),
+        "pool + head": (pixels * dim + 2.0 * images * dim * classes, maps + (dim + images) * classes * size),
+    }
+
+
+def cpu_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
+    """The median time of every part, as the operator itself measures it, and of the whole call ("total")."""
+    depth = len(module.depthwise)
+    steps, samples = torch.zeros(2 * depth + 4, dtype=torch.float64), []
+
+    def run():
+        module._cpu(module, x, steps)
+        samples.append(steps.clone())
+
+    total = timing.measure({"total": run}, rounds, timing.HostClock, settle=timing.settle_for(x.device))["total"]
+    samples = torch.stack(samples[-rounds:])
+    layers = samples[:, 2:-2]
+    parts = {
+        "patchify": samples[:, :2],
+        "depthwise": layers[:, ::2],
+        "GEMM": layers[:, 1::2],
+        "pool + head": samples[:, -2:],
+    }
+    medians = {name: seconds.sum(1).median().item() for name, seconds in parts.items()}
+    return medians | {"total": statistics.median(total)}
+
+
+def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
+    """Measured with the sizes of the module's layers for these images."""
+    from depthwise import FmaPeak
+
+    dim, _, *patch = module.patch.shape
+    height, width = x.shape[2] // patch[0], x.shape[3] // patch[1]
+    maps = torch.randn(x.shape[0], dim, height, width).to(x.dtype).to(memory_format=torch.channels_last)
+    rows, weight = maps.permute(0, 2, 3, 1).reshape(-1, dim), module.pointwise[0]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(
+        weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, list(maps.shape)
+    )
+    convolution = torch.ops.mkldnn._convolution_pointwise
+    peak = FmaPeak()
+    functions: dict[str, Callable[[], object]] = {
+        "fma": peak,
+        "copy": lambda: maps.clone(memory_format=torch.preserve_format),
+        "convolution": lambda: F.conv2d(maps, weight[:, :, None, None]),
+        "packed convolution": lambda: convolution(maps, packed, None, [0, 0], [1, 1], [1, 1], 1, "none", [], ""),
+        "linear": lambda: F.linear(rows, weight),
+        "matrix product": lambda: rows @ weight.T,
+    }
+    measured = timing.measure(functions, rounds, timing.HostClock, settle=timing.settle_for(x.device))
+    seconds = {name: statistics.median(samples) for name, samples in measured.items()}
+    product = min(seconds[name] for name in seconds if name not in ("fma", "copy"))
+    return Ceilings(
+        flops=peak.flops / seconds["fma"],
+        product_flops=2 * rows.shape[0] * dim**2 / product,
+        bytes=2 * maps.numel() * maps.element_size() / seconds["copy"],
+    )
+
+
+# Device type: the parts' times and the ceilings, both of the module, the images and the number of rounds.
+DEVICES = {"cpu": (cpu_seconds, cpu_ceilings)}
+
+
+@torch.no_grad()
+def measure(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, object]:
+    """The breakdown of module (an OptimizedConvMixer) on x, as plain values.
+
+    Raises ValueError for a device that no breakdown is written for.
+    """
+    if x.device.type not in DEVICES:
+        raise ValueError(f"there is no breakdown for {x.device.type}, only for {', '.join(DEVICES)}")
+    times, ceilings_of = DEVICES[x.device.type]
+    seconds, ceilings = times(module, x, rounds), ceilings_of(module, x, rounds)
+    parts = []
+    for name, (flops, necessary_bytes) in work(module, x).items():
+        products = name in ("GEMM", "patchify")
+        compute = flops / (ceilings.product_flops if products else ceilings.flops)
+        memory = necessary_bytes / ceilings.bytes
+        bound = "memory" if memory > compute else "library GEMM" if products else "FMA peak"
+        parts.append(Part(name, seconds[name], flops, max(compute, memory), bound))
+    rest = seconds["total"] - sum(part.seconds for part in parts)
+    parts.append(Part("rest", rest, 0.0, 0.0, ""))
+    return dict(parts=[asdict(part) for part in parts], total_seconds=seconds["total"], ceilings=asdict(ceilings))
+
+
+def table(breakdown: dict[str, object]) -> str:
+    """The breakdown as text, the ceilings below it."""
+    total, lines = breakdown["total_seconds"], []
+    everything = dict(
+        name="total",
+        seconds=total,
+        flops=sum(part["flops"] for part in breakdown["parts"]),
+        floor_seconds=sum(part["floor_seconds"] for part in breakdown["parts"]),
+        bound="",
+    )
+    for part in [*breakdown["parts"], everything]:
+        seconds, floor = part["seconds"], part["floor_seconds"]
+        rate = report.number(part["flops"] / seconds / 1e9) if part["flops"] else ""
+        floors = [report.number(floor * 1e3), f"{floor / seconds:.0%}"] if floor else ["", ""]
+        lines.append([part["name"], report.number(seconds * 1e3), f"{seconds / total:.1%}", rate, *floors, part["bound"]])
+    ceilings = breakdown["ceilings"]
+    rates = (
+        f"FMA peak {ceilings['flops'] / 1e9:.0f} GFLOP/s, library GEMM {ceilings['product_flops'] / 1e9:.0f} GFLOP/s, "
+        f"copy {ceilings['bytes'] / 1e9:.0f} GB/s"
+    )
+    return report.table(["part", "ms", "share", "GFLOP/s", "floor ms", "of floor", "bound"], lines) + f"\n\n{rates}"

@@ -1,0 +1,181 @@
+"""optimize() on the CPU: hostile sizes against float64, threads, and that what is packed follows the weights."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from networks import float64_logits, randomize
+from numerics import assert_error_at_most_peer
+
+from convmixer_fast import ConvMixer, optimize
+from convmixer_fast.cpu_engine import CpuEngine
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def build(dim=32, depth=2, kernel_size=7, patch_size=2, n_classes=10, in_channels=3, seed=0, **options):
+    torch.manual_seed(seed)
+    return randomize(ConvMixer(dim, depth, kernel_size, patch_size, n_classes, in_channels, **options))
+
+
+def images(shape, dtype=torch.float32, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# Channels, kernel, patch, classes; images. Around the vectors' and tiles' ends, and kernels larger than their map.
+HOSTILE = [
+    (dict(dim=1, kernel_size=1, patch_size=1, n_classes=1), (57, 3, 1, 1)),
+    (dict(dim=3, kernel_size=2, patch_size=1, n_classes=33), (15, 3, 1, 37)),
+    (dict(dim=17, kernel_size=9, patch_size=3, n_classes=2, in_channels=1), (2, 1, 8, 100)),
+    (dict(dim=31, kernel_size=8, patch_size=2, n_classes=65), (43, 3, 11, 6)),
+    (dict(dim=33, kernel_size=15, patch_size=1, n_classes=32), (29, 3, 3, 5)),
+    (dict(dim=48, kernel_size=3, patch_size=4, n_classes=5, in_channels=5), (29, 5, 7, 70)),
+    (dict(dim=272, depth=1, kernel_size=5, patch_size=2, n_classes=9), (2, 3, 36, 36)),
+    (dict(dim=24, kernel_size=7, patch_size=1, n_classes=9, activation="relu"), (2, 3, 17, 15)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes, shape", HOSTILE, ids=[f"{sizes['dim']}-{sizes['kernel_size']}" for sizes, _ in HOSTILE])
+def test_hostile_sizes(sizes, shape, dtype):
+    model = build(**sizes).to(dtype)
+    x = images(shape, dtype)
+    with torch.no_grad():  # in the layout that suits the CPU
+        eager = copy.deepcopy(model).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert CpuEngine.runs(x)
+    assert_error_at_most_peer(optimize(model)(x), eager, float64_logits(model, x), f"{sizes}, {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    optimized = optimize(build(dim=40), dtype)
+    x = images((3, 3, 22, 30), dtype)
+    threads = torch.get_num_threads()
+    try:
+        logits = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            logits.append(optimized(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_an_image_alone_gives_what_it_gives_in_a_batch():
+    optimized = optimize(build(dim=40))
+    x = images((5, 3, 14, 10))
+    assert torch.equal(torch.cat([optimized(image[None]) for image in x]), optimized(x))
+
+
+def test_results_are_not_overwritten_by_later_calls():
+    optimized = optimize(build())
+    x = images((2, 3, 12, 12))
+    first = optimized(x)
+    kept = first.clone()
+    optimized(images((2, 3, 12, 12), seed=2))
+    assert torch.equal(first, kept)
+
+
+def test_images_of_any_size_in_turn():
+    """The memory that calls share keeps nothing that a later one could see: not even NaN."""
+    optimized = optimize(build())
+    shapes = [(2, 3, 30, 20), (1, 3, 4, 6), (3, 3, 16, 16)]
+    expected = [copy.deepcopy(optimized)(images(shape)) for shape in shapes]
+    assert optimized(torch.full((4, 3, 40, 40), float("nan"))).isnan().all()
+    for shape, logits in zip(shapes, expected):
+        assert torch.equal(optimized(images(shape)), logits)
+
+
+def change_in_place(optimized, other):
+    for buffer, new in zip(optimized.buffers(), other.buffers(), strict=True):
+        buffer.copy_(new)
+
+
+def change_data(optimized, other):
+    for buffer, new in zip(optimized.buffers(), other.buffers(), strict=True):
+        buffer.data = new.data.clone()
+
+
+def change_buffers(optimized, other):
+    for name, new in other.named_buffers():
+        setattr(optimized, name, new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_data,
+        change_buffers,
+        lambda optimized, other: optimized.load_state_dict(other.state_dict()),
+        lambda optimized, other: optimized.load_state_dict(other.state_dict(), assign=True),
+    ],
+    ids=["in place", "data", "buffers", "load_state_dict", "load_state_dict assign"],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_weights_that_change(change, inference):
+    with torch.inference_mode(inference):
+        x = images((2, 3, 12, 12))
+        optimized, other = optimize(build()), optimize(build(seed=9))
+        expected = other(x)
+        assert not torch.equal(optimized(x), expected)
+        change(optimized, other)
+        assert torch.equal(optimized(x), expected)
+
+
+def test_copies_and_pickles_leave_out_what_is_packed():
+    optimized = optimize(build(dim=64))
+    x = images((1, 3, 8, 8))
+    before = len(pickle.dumps(optimized))
+    logits = optimized(x)
+    assert len(pickle.dumps(optimized)) == before
+    assert set(optimized.state_dict()) == {name for name, _ in optimized.named_buffers()}
+    assert torch.equal(copy.deepcopy(optimized)(x), logits)
+
+
+def test_threads_and_models_at_once():
+    models = [optimize(build(seed=seed)) for seed in range(2)]
+    inputs = [images((2, 3, 8 + 2 * i, 12), seed=i) for i in range(3)]
+    expected = [[copy.deepcopy(model)(x) for x in inputs] for model in models]
+    wrong = []
+
+    def work(turn):
+        for i in range(30):
+            m, j = (i + turn) % 2, (i // 2 + turn) % 3
+            if not torch.equal(models[m](inputs[j]), expected[m][j]):
+                wrong.append((turn, i))
+
+    workers = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_operator_checks_its_memory():
+    optimized = optimize(build())
+    x = images((1, 3, 8, 8))
+    shapes = optimized.patch, optimized.depthwise, optimized.head_weight
+    ops = torch.ops.convmixer_fast
+    packed = ops.mixer_pack(
+        optimized.patch,
+        optimized.depthwise,
+        optimized.pointwise,
+        optimized.vectors.float(),
+        optimized.head_weight,
+        optimized.head_bias,
+    )
+    workspace = torch.zeros(ops.mixer_workspace(x, *shapes) // 4)
+    assert torch.equal(ops.mixer(x, *shapes, packed, workspace, 1, None), optimized(x))
+    with pytest.raises(RuntimeError, match="packed must be contiguous float32 of"):
+        ops.mixer(x, *shapes, packed[:-16], workspace, 1, None)
+    with pytest.raises(RuntimeError, match="workspace must be contiguous float32 of"):
+        ops.mixer(x, *shapes, packed, workspace[:-16], 1, None)
+    with pytest.raises(RuntimeError, match="x must be \\(N, 3, H, W\\) with H >= 2"):
+        ops.mixer(x[:, :, :1], *shapes, packed, workspace, 1, None)
+    with pytest.raises(RuntimeError, match="patch must be float32, float16 or bfloat16, got float64"):
+        ops.mixer_workspace(x.double(), *(tensor.double() for tensor in shapes))
