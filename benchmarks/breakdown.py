@@ -1,19 +1,26 @@
 """Where the time of an optimized ConvMixer goes, and the floor of each part: a roofline of the model.
 
 A part's floor is the longer of two times: its operations at the machine's peak, and its necessary bytes at the speed
-of a copy. On a CPU all ceilings are measured beside the model: the peak by fma_peak.cpp, the matrix products' by the
-best of the library calls for that size, the memory's by a copy of the activations.
+of a copy. All ceilings are measured beside the model. On a CPU the peak by fma_peak.cpp, the matrix products' by the
+best of the library calls for that size, the memory's by a copy of the activations. On a GPU the products' by a large
+square one; it stands for the peak, too, since the depthwise convolution runs on tensor cores. What a GPU's run takes
+beyond its kernels, the gaps between them, is the rest.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import report
 import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from convmixer_fast import engine
 
 PARTS = ("patchify", "GEMM", "depthwise", "pool + head")
 
@@ -111,8 +118,49 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
     )
 
 
+def cuda_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
+    """The median time of every part's kernels, by the profiler, in the order of the pass; and of the whole call."""
+    run = module.engine()
+    geometry = run.geometry(x)
+    arena, logits = engine.Arena(run.weights, geometry), x.new_empty(len(x), len(module.head_bias))
+    samples = []
+    for _ in range(timing.WARM_UP + rounds):
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
+            for part, step in engine.steps(run.weights, x, logits, geometry, arena):
+                with record_function(part):
+                    step()
+            torch.cuda.synchronize(x.device)
+        samples.append(kernel_seconds(profiled.events()))
+    medians = {name: statistics.median(sample[name] for sample in samples[-rounds:]) for name in PARTS}
+    total = timing.measure({"total": lambda: module(x)}, rounds, timing.CudaClock)["total"]
+    return medians | {"total": statistics.median(total)}
+
+
+def kernel_seconds(events: list) -> Counter:
+    """Of the ranges named after parts: a range is listed on the host, with its kernels' time, and on the device."""
+    spent = Counter()
+    for event in events:
+        if event.name in PARTS and event.device_type == DeviceType.CPU:
+            spent[event.name] += event.device_time_total / 1e6
+    return spent
+
+
+def cuda_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
+    size, elements = 8192, 1 << 29
+    left, right, product = (torch.randn(size, size, device=x.device, dtype=x.dtype) for _ in range(3))
+    source, target = (torch.empty(elements, device=x.device, dtype=torch.uint8) for _ in range(2))
+    functions = {
+        "product": lambda: torch.mm(left, right, out=product),
+        "copy": lambda: target.copy_(source),
+    }
+    measured = timing.measure(functions, rounds, timing.CudaClock)
+    seconds = {name: statistics.median(samples) for name, samples in measured.items()}
+    flops = 2 * size**3 / seconds["product"]
+    return Ceilings(flops=flops, product_flops=flops, bytes=2 * elements / seconds["copy"])
+
+
 # Device type: the parts' times and the ceilings, both of the module, the images and the number of rounds.
-DEVICES = {"cpu": (cpu_seconds, cpu_ceilings)}
+DEVICES = {"cpu": (cpu_seconds, cpu_ceilings), "cuda": (cuda_seconds, cuda_ceilings)}
 
 
 @torch.no_grad()
@@ -125,13 +173,24 @@ def measure(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, object
         raise ValueError(f"there is no breakdown for {x.device.type}, only for {', '.join(DEVICES)}")
     times, ceilings_of = DEVICES[x.device.type]
     seconds, ceilings = times(module, x, rounds), ceilings_of(module, x, rounds)
+    return combine(floors(module, x, ceilings), seconds, ceilings)
+
+
+def floors(module: torch.nn.Module, x: Tensor, ceilings: Ceilings) -> list[Part]:
+    """Every part at its floor. x: images, or a meta tensor of their shape and dtype."""
     parts = []
     for name, (flops, necessary_bytes) in work(module, x).items():
         products = name in ("GEMM", "patchify")
         compute = flops / (ceilings.product_flops if products else ceilings.flops)
         memory = necessary_bytes / ceilings.bytes
         bound = "memory" if memory > compute else "library GEMM" if products else "FMA peak"
-        parts.append(Part(name, seconds[name], flops, max(compute, memory), bound))
+        parts.append(Part(name, max(compute, memory), flops, max(compute, memory), bound))
+    return parts
+
+
+def combine(parts: list[Part], seconds: dict[str, float], ceilings: Ceilings) -> dict[str, object]:
+    """The parts with their times; seconds: of each and of the total, the rest of which has a row of its own."""
+    parts = [replace(part, seconds=seconds[part.name]) for part in parts]
     rest = seconds["total"] - sum(part.seconds for part in parts)
     parts.append(Part("rest", rest, 0.0, 0.0, ""))
     return dict(parts=[asdict(part) for part in parts], total_seconds=seconds["total"], ceilings=asdict(ceilings))

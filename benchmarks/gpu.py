@@ -2,8 +2,8 @@
 
 Builds in place for the GPU that is there, then runs the CUDA tests, the benchmarks of inference (with the paper's
 protocol) and of training, the operators' tests under compute-sanitizer, and as much of the paper's tables and figures
-(paper.py --full) as the time allows: the same command again, or more --minutes, goes on with them. It uses the active
-python3 and downloads nothing. After each step the results so far are in benchmarks/results/<device>/: README.md, JSON
+(paper.py --full) as the time allows: the same command again, or more --minutes, goes on with them. --steps runs some of
+it and leaves the other steps' results as they are. It uses the active python3 and downloads nothing. After each step the results so far are in benchmarks/results/<device>/: README.md, JSON
 files, charts and the steps' logs; also when a step fails, runs out of its time, or the whole is stopped.
 """
 
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,10 @@ import report
 import torch
 
 # The steps that write a table.
-BENCHMARKS = ("throughput", "peers", "depthwise", "compiled", "gradients", "training", "training-compiled")
+BENCHMARKS = (
+    *("throughput", "engine", "latency", "peers", "depthwise", "compiled"),
+    *("gradients", "training", "training-compiled"),
+)
 MINUTES = 9  # for everything
 GRACE = 10  # seconds between asking a step to end and killing it
 
@@ -42,9 +46,11 @@ class Step:
     missing: str = ""  # why it cannot run here
 
 
-def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) -> list[Step]:
+def plan(
+    out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60, names: Collection[str] = ()
+) -> list[Step]:
     """The steps, the most valuable first. The ConvMixers' peers go without torch.compile, which takes minutes; the
-    paper's tables, too, and they get what the others leave of the seconds."""
+    paper's tables, too, and they get what the others leave of the seconds. names: only these, and the build."""
     target = "{}.{}".format(*capability) + ("a" if capability == (9, 0) else "")
     results = os.path.relpath(out, report.ROOT)
     pytest = [sys.executable, "-m", "pytest", "-q", "tests", "-m"]
@@ -53,6 +59,8 @@ def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) 
     peers = [name for name in table1 if name not in convmixers]
 
     operators = ["--operators", "aten", "fused", "compile"]
+    largest = ["convmixer_1536_20_k9_p7", "convmixer_768_32_k7_p7", "convmixer_1024_20_k9_p14"]
+    ours = ["fused", "fused-graphs", "fused-one-chunk"]
     in_both_types = ["--dtypes", "float16", "bfloat16"]
 
     def benchmark(name: str, script: str, seconds: float, *options: str) -> Step:
@@ -80,6 +88,8 @@ def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) 
         ),
         Step("tests", [*pytest, "cuda"], 90),
         benchmark("throughput", "throughput", 130, "--plot", f"{results}/throughput.png", "--models", *convmixers),
+        benchmark("engine", "throughput", 40, "--models", *largest, "--backends", *ours, "--breakdown"),
+        benchmark("latency", "throughput", 50, "--models", *largest, "--batch", "1", "--backends", "eager", *ours),
         benchmark("depthwise", "depthwise", 50),
         benchmark("gradients", "gradients", 30, "--kernels", "3", "7", "9", "--maps", "1536x32x32", "768x32x32"),
         benchmark("training", "training", 50, *in_both_types, "--backends", "eager", "ours"),
@@ -89,12 +99,13 @@ def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) 
         sanitizer("memcheck"),
         sanitizer("racecheck"),
     ]
+    steps = [step for step in steps if step.needed or not names or step.name in names]
     left = max(seconds - sum(step.seconds for step in steps), 50)
     paper = [sys.executable, "benchmarks/paper.py", "--full", "--device", "cuda", "--out", f"{results}/paper"]
     # The row that is being measured when its minutes are over, and the figures, take a while longer.
     paper += ["--minutes", f"{(left - max(20, left / 10)) / 60:.2f}"]
     paper += ["--backends", "eager", "channels_last", "fused"]
-    return [*steps, Step("paper", paper, left)]
+    return [*steps, *([Step("paper", paper, left)] if not names or "paper" in names else [])]
 
 
 def limits(steps: list[Step], total: float) -> list[float]:
@@ -164,7 +175,7 @@ def run(steps: list[Step], out: Path, facts: dict[str, str], total: float) -> in
     kept = limits(steps, total)
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for benchmark in BENCHMARKS:  # of an earlier run
+    for benchmark in {step.name for step in steps}.intersection(BENCHMARKS):  # of an earlier run
         for suffix in (".json", ".md", ".png"):
             (out / benchmark).with_suffix(suffix).unlink(missing_ok=True)
 
@@ -202,6 +213,7 @@ def run(steps: list[Step], out: Path, facts: dict[str, str], total: float) -> in
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (%(default)s)")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", default=(), help="only these, after the build (all)")
     parser.add_argument("--out", type=Path, help="folder for the results (benchmarks/results/<device>)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -211,7 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     out = (args.out or report.ROOT / "benchmarks" / "results" / slug).resolve()
     seconds = args.minutes * 60
-    return run(plan(out, torch.cuda.get_device_capability(), seconds), out, facts, seconds)
+    capability = torch.cuda.get_device_capability()
+    known = [step.name for step in plan(out, capability)]
+    if unknown := set(args.steps).difference(known):
+        parser.error(f"argument --steps: {', '.join(sorted(unknown))}, accepted: {', '.join(known)}")
+    return run(plan(out, capability, seconds, args.steps), out, facts, seconds)
 
 
 if __name__ == "__main__":

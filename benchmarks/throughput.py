@@ -65,9 +65,12 @@ BACKENDS = {
     "onnxruntime": Backend(runtimes.onnxruntime),
     "openvino": Backend(runtimes.openvino),
     "fused": Backend(lambda model, images: convmixer_fast.optimize(model)),
+    "fused-graphs": Backend(lambda model, images: convmixer_fast.optimize(model, cuda_graphs=True)),
+    "fused-one-chunk": Backend(lambda model, images: convmixer_fast.optimize(model, chunk=len(images))),
 }
 DEFAULT_BACKENDS = ["eager", "channels_last", "compile", "fused"]
 OURS = "fused"
+VARIANTS = ("fused-graphs", "fused-one-chunk")  # of ours, on a GPU
 CPU_ONLY = ("onnxruntime", "openvino")
 
 PAPERS_PROTOCOL = dict(device="cuda", batch=64, dtype="float16", batches=20, image_size=224)
@@ -200,11 +203,14 @@ def run_model(
     for backend, row in rows.items():
         row.update(facts)
         progress.set_postfix_str(f"{name}, checking {backend}")
-        if backend == OURS and not name.startswith("convmixer"):
+        if backend in (OURS, *VARIANTS) and not name.startswith("convmixer"):
             row.update(status="skipped", message="not applicable: not a ConvMixer")
             continue
         if backend in CPU_ONLY and device.type != "cpu":
             row.update(status="skipped", message="not applicable: runs on the CPU here")
+            continue
+        if backend in VARIANTS and device.type != "cuda":
+            row.update(status="skipped", message="not applicable: for a GPU")
             continue
         try:
             batch = images.to(memory_format=BACKENDS[backend].memory_format)
@@ -262,8 +268,8 @@ def summarise(rows: list[dict]) -> None:
     mixers = [(row, (*row["sizes"][:-1], row["backend"]), row["sizes"][-1]) for row in timed if "sizes" in row]
     kernel_3 = {key: row["images_per_second"] for row, key, kernel_size in mixers if kernel_size == 3}
     for row in timed:
-        others = [rate[key] for key in rate if key[0] == row["model"] and key[1] != OURS]
-        if row["backend"] == OURS and others:
+        others = [rate[key] for key in rate if key[0] == row["model"] and key[1] not in (OURS, *VARIANTS)]
+        if row["backend"] in (OURS, *VARIANTS) and others:
             row["over_best_other"] = row["images_per_second"] / max(others)
     for row, key, kernel_size in mixers:
         if kernel_size == 9 and key in kernel_3:
@@ -374,12 +380,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--image-size", type=positive, help="(224 on a GPU, on a CPU the size of the model's data set)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=DEFAULT_BACKENDS)
-    parser.add_argument("--breakdown", action="store_true", help="time and floor of every part of ours (CPU)")
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="time and floor of every part of ours; with --device cuda where there is no GPU, nothing but a prediction",
+    )
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a bar chart")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    args.predict = args.device == "cuda" and not torch.cuda.is_available() and args.breakdown
+    if args.device == "cuda" and not (torch.cuda.is_available() or args.predict):
         parser.error("argument --device: 'cuda', but torch sees no CUDA device")
     for name, value in DEFAULTS[args.device].items():
         if getattr(args, name) is None:
@@ -402,8 +413,29 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
     args = parse(argv)
+    if args.predict:
+        print(predictions(args))
+        return 0
     with ranks.joined(args.device):
         return run(args)
+
+
+def predictions(args: argparse.Namespace) -> str:
+    """The breakdown of every ConvMixer of ours where there is no GPU to measure it on."""
+    import prediction
+
+    parts = [f"# {prediction.GPU}: prediction, not measured"]
+    shape = (args.batch, 3, args.image_size, args.image_size)
+    for name in filter(convmixer_fast.list_models().__contains__, args.models):
+        module = convmixer_fast.optimize(build(name).eval(), getattr(torch, args.dtype))
+        try:
+            predicted = prediction.predict(module, shape)
+        except ValueError as error:
+            parts.append(f"{name}: {error}")
+            continue
+        rate = f"{args.batch / predicted['total_seconds']:.0f} images per second, a prediction"
+        parts.append(f"{name}: {rate}\n\n{breakdown.table(predicted)}")
+    return "\n\n".join(parts)
 
 
 def run(args: argparse.Namespace) -> int:

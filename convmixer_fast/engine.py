@@ -166,7 +166,7 @@ def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry
     depthwise_in, depthwise_out_maps = geometry.maps(pointwise_out, images), geometry.maps(depthwise_out, images)
 
     yield "patchify", partial(_patchify, x, weights.patch_size, geometry, patches)
-    yield "GEMM", partial(torch.mm, weights.patch, patches, out=pointwise_out)
+    yield "patchify", partial(torch.mm, weights.patch, patches, out=pointwise_out)
     prologue = weights.after_patch
     for depthwise, after_depthwise, pointwise, after_pointwise in weights.layers:
         yield (
@@ -185,9 +185,9 @@ def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry
         yield "GEMM", partial(torch.mm, pointwise, depthwise_out, out=pointwise_out)
         prologue = after_pointwise
     pooled = arena.second[: images * dim].view(images, dim)
-    yield "pool", partial(ops.activate_pool, depthwise_in, *prologue, weights.activation, out=pooled)
+    yield "pool + head", partial(ops.activate_pool, depthwise_in, *prologue, weights.activation, out=pooled)
     weight, bias = weights.head
-    yield "head", partial(torch.addmm, bias, pooled, weight, out=logits)
+    yield "pool + head", partial(torch.addmm, bias, pooled, weight, out=logits)
 
 
 def _patchify(x: Tensor, patch_size: tuple[int, int, int], geometry: Geometry, patches: Tensor) -> None:

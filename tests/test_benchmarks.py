@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,8 +114,43 @@ def test_breakdown_names_every_part(tmp_path, capsys):
     head = 2 * model.dim * model.n_classes
     assert products == 2 * (throughput.flops_per_image(model, 8) - head)
     assert "pool + head" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="there is no breakdown for meta, only for cpu"):
+    with pytest.raises(ValueError, match="there is no breakdown for meta, only for cpu, cuda"):
         breakdown.measure(convmixer_fast.optimize(model.eval()), torch.empty(1, device="meta"), 1)
+
+
+def test_breakdown_of_a_gpus_kernels():
+    """A range is listed on the host, with the time of its kernels, and once more on the device."""
+
+    def event(name, device, microseconds):
+        return SimpleNamespace(name=name, device_type=device, device_time_total=microseconds)
+
+    host, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [
+        event("GEMM", host, 3), event("GEMM", gpu, 3), event("aten::mm", host, 3), event("GEMM", host, 4),
+        event("depthwise", host, 2), event("depthwise_mma_kernel", gpu, 2),
+    ]  # fmt: skip
+    assert breakdown.kernel_seconds(events) == {"GEMM": pytest.approx(7e-6), "depthwise": pytest.approx(2e-6)}
+
+
+@pytest.mark.cuda
+def test_breakdown_on_a_gpu(tmp_path):
+    arguments = ["--models", PAIR[0], "--backends", "fused", "--breakdown", "--device", "cuda", "--image-size", "64"]
+    status, rows = run_throughput(tmp_path, *arguments)
+    assert status == 0
+    parts = {part["name"]: part["seconds"] for part in rows[PAIR[0], "fused"]["breakdown"]["parts"]}
+    assert all(parts[name] > 0 for name in breakdown.PARTS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it is measured")
+def test_breakdown_without_the_gpu_is_a_prediction(capsys, monkeypatch):
+    part = breakdown.Part("GEMM", 0.5, 1.0, 0.25, "memory")
+    ceilings = breakdown.Ceilings(1.0, 1.0, 1.0)
+    module = SimpleNamespace(predict=lambda *_: breakdown.combine([part], dict(GEMM=0.5, total=0.5), ceilings), GPU="H200")
+    monkeypatch.setitem(sys.modules, "prediction", module)
+    assert throughput.main(["--device", "cuda", "--breakdown", "--models", PAIR[0]]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("# H200: prediction, not measured")
+    assert f"{PAIR[0]}: 128 images per second, a prediction" in output
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -370,7 +406,7 @@ def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
 def test_gpu_plan_fits_its_time(tmp_path):
     steps = gpu.plan(tmp_path, (9, 0))
     names = [step.name for step in steps]
-    inference, training = ["throughput", "depthwise"], ["gradients", "training"]
+    inference, training = ["throughput", "engine", "latency", "depthwise"], ["gradients", "training"]
     late = ["compiled", "peers", "training-compiled", "memcheck", "racecheck", "paper"]
     assert names == ["build", "tests", *inference, *training, *late]
     assert set(gpu.BENCHMARKS) <= set(names)
@@ -390,6 +426,20 @@ def python_step(name: str, code: str, seconds: float = 20, **options) -> gpu.Ste
 
 def statuses(out: Path) -> dict[str, str]:
     return {step["step"]: step["status"] for step in json.loads((out / "results.json").read_text())["steps"]}
+
+
+def test_gpu_plan_of_some_steps(tmp_path):
+    names = [step.name for step in gpu.plan(tmp_path, (9, 0), 600, ["engine", "paper"])]
+    assert names == ["build", "engine", "paper"]
+    assert [step.name for step in gpu.plan(tmp_path, (9, 0), 600, ["tests"])] == ["build", "tests"]
+
+
+def test_gpu_run_of_some_steps_keeps_the_others(tmp_path):
+    for name in ("engine", "depthwise"):
+        (tmp_path / f"{name}.md").write_text(f"table of {name}")
+    assert gpu.run([gpu.Step("engine", ["true"], 1)], tmp_path, {"device": "D"}, total=20) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "table of depthwise" in text and "table of engine" not in text
 
 
 def test_gpu_run_reports_every_step(tmp_path, monkeypatch, capsys):

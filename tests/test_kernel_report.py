@@ -13,9 +13,14 @@ from emulated import EmulatedOps
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import breakdown  # noqa: E402
 import kernel_report  # noqa: E402
+import prediction  # noqa: E402
 import sass  # noqa: E402
 from sass import Instruction  # noqa: E402
+
+import convmixer_fast  # noqa: E402
+from convmixer_fast import ConvMixer  # noqa: E402
 
 MOST_INSTRUCTIONS = 1100  # a plane: 32 x 32, k <= 9, float16, prologue and epilogue
 SAME_IN_PTX = {"HMMA": "mma.", "LDSM": "ldmatrix.", "MUFU": "ex2."}
@@ -42,6 +47,27 @@ def test_instructions_of_a_plane(kernels):
     assert len(planes) == 8
     print(kernel_report.plane_table(planes))
     assert {plane.kernel_size for plane in planes if plane.opcodes.total() > MOST_INSTRUCTIONS} == set()
+
+
+def test_prediction_of_a_network(kernels):
+    """Floors, but for the depthwise steps; in proportion to images and layers; float32 has none."""
+    shape, small = (64, 3, 224, 224), dict(dim=64, patch_size=7, n_classes=10)
+    module = convmixer_fast.optimize(ConvMixer(depth=2, kernel_size=9, **small).eval(), torch.float16)
+    predicted = {part["name"]: part for part in prediction.predict(module, shape)["parts"]}
+    assert list(predicted) == [*breakdown.PARTS, "rest"]
+    for name, part in predicted.items():
+        assert part["seconds"] == part["floor_seconds"] or name == "depthwise"
+    plane = next(p for p in kernel_report.count_planes(kernels) if p.kernel_size == 9 and p.prologue)
+    layer = max(plane.predict("H200").values()) / 1e6 * 64 / kernel_report.CHANNELS
+    assert predicted["depthwise"]["seconds"] == pytest.approx(2 * layer)
+    assert predicted["depthwise"]["seconds"] > predicted["depthwise"]["floor_seconds"] > 0
+    half = prediction.predict(module, (32, *shape[1:]))["parts"][2]
+    assert half["seconds"] == pytest.approx(layer)
+    with pytest.raises(ValueError, match="dtype and kernel size are torch.float32 and 9x9, predicted are"):
+        prediction.predict(module.float(), shape)
+    even = convmixer_fast.optimize(ConvMixer(depth=1, kernel_size=8, **small).eval(), torch.float16)
+    with pytest.raises(ValueError, match="torch.float16 and 8x8, predicted are"):
+        prediction.predict(even, shape)
 
 
 def test_gradient_of_the_weight():
