@@ -444,7 +444,7 @@ def test_gpu_run_of_some_steps_keeps_the_others(tmp_path):
 
 def test_gpu_run_reports_every_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "GRACE", 1)
-    stale = tmp_path / "depthwise.md"
+    stale = tmp_path / "throughput.json"
     stale.write_text("of an earlier run")
     steps = [
         python_step("throughput", f"open({str(tmp_path / 'throughput.md')!r}, 'w').write('| figures |')"),
@@ -457,7 +457,8 @@ def test_gpu_run_reports_every_step(tmp_path, monkeypatch, capsys):
     assert gpu.run(steps[:1], tmp_path / "good", {"device": "D"}, total=20) == 0
     assert gpu.run(steps[:3], tmp_path, {"device": "D"}, total=60) == 1
     readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("# D\n\n* device: D") and "| figures |" in readme and "earlier" not in readme
+    assert readme.startswith("# D\n\n* device: D") and "| figures |" in readme
+    assert not stale.exists()
     assert statuses(tmp_path) == {"throughput": "passed", "failing": "failed", "absent": "skipped"}
     assert "the reason" in capsys.readouterr().out
     assert gpu.run(steps[3:], tmp_path, {"device": "D"}, total=42) == 1
