@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import convmixer_fast
+from convmixer_fast.model import VARIANTS
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_cifar10.py"
 MODEL, BATCH, EPOCHS = "convmixer_128_4_k8_p1", 16, 2
@@ -106,6 +108,20 @@ def batches(script, monkeypatch, processes, rank, first=0):
     result = script.Batches(90, script.parse(["data", "--batch-size", "16", "--epochs", "3"]), rank)
     result.first = first
     return list(result)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.n_classes == 10])
+def test_trains_each_model_of_the_papers_cifar10_family(script, tmp_path, name):
+    """By name: a step moves every parameter."""
+    args = script.parse([str(tmp_path), "--model", name])
+    args.device = torch.device("cpu")
+    training = script.Training(args)
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    F.cross_entropy(training.model(images), torch.tensor([1, 2])).backward()
+    training.optimizer.step()
+    assert len(before) == 8 * training.model.depth + 6
+    assert not any(torch.equal(old, new) for old, new in zip(before, training.model.parameters()))
 
 
 def test_batches(script, monkeypatch):
