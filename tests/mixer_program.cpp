@@ -24,7 +24,7 @@ uint16_t half_bits(float value, DType dtype) {
   memcpy(&bits, &value, sizeof bits);
   if (dtype == DType::kBFloat16) return uint16_t(bits >> 16);
   if (value == 0) return 0;
-  return uint16_t(bits >> 16 & 0x8000) | uint16_t((bits >> 13 & 0x3ffff) - (112 << 10) & 0x7fff);
+  return uint16_t((bits >> 16 & 0x8000) | (((bits >> 13 & 0x3ffff) - (112 << 10)) & 0x7fff));
 }
 
 struct Values {

@@ -63,7 +63,7 @@ def emulator(architecture):
 
 def build_program(compiler, sources, target):
     sources = [str(ROOT / "csrc" / "cpu" / source) for source in sources]
-    command = [compiler, "-O1", "-std=c++17", "-Wall", "-Werror", "-static", PROGRAM, *sources, "-o", str(target)]
+    command = [compiler, "-O1", "-std=c++17", "-Wall", "-static", PROGRAM, *sources, "-o", str(target)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
 
