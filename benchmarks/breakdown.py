@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from convmixer_fast import engine
+from convmixer_fast import gpu_engine
+from convmixer_fast.cpu_engine import CpuEngine
 
 PARTS = ("patchify", "GEMM", "depthwise", "pool + head")
 
@@ -69,9 +70,10 @@ def cpu_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, fl
     """The median time of every part, as the operator itself measures it, and of the whole call ("total")."""
     depth = len(module.depthwise)
     steps, samples = torch.zeros(2 * depth + 4, dtype=torch.float64), []
+    run_steps = module.engine(CpuEngine)
 
     def run():
-        module._cpu(module, x, steps)
+        run_steps(x, steps)
         samples.append(steps.clone())
 
     total = timing.measure({"total": run}, rounds, timing.HostClock, settle=timing.settle_for(x.device))["total"]
@@ -120,13 +122,13 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
 
 def cuda_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
     """The median time of every part's kernels, by the profiler, in the order of the pass; and of the whole call."""
-    run = module.engine()
+    run = module.engine(gpu_engine.GpuEngine)
     geometry = run.geometry(x)
-    arena, logits = engine.Arena(run.weights, geometry), x.new_empty(len(x), len(module.head_bias))
+    arena, logits = gpu_engine.Arena(run.weights, geometry), x.new_empty(len(x), len(module.head_bias))
     samples = []
     for _ in range(timing.WARM_UP + rounds):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
-            for part, step in engine.steps(run.weights, x, logits, geometry, arena):
+            for part, step in gpu_engine.steps(run.weights, x, logits, geometry, arena):
                 with record_function(part):
                     step()
             torch.cuda.synchronize(x.device)

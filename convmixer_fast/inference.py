@@ -1,5 +1,6 @@
 """The module that optimize() makes: a ConvMixer's forward pass on the fused operators."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .cpu_engine import CpuEngine
-from .engine import Engine, Weights
+from .gpu_engine import GpuEngine
 from .model import check_images
 from .reference import activate_and_normalize
 
@@ -67,8 +68,7 @@ class OptimizedConvMixer(nn.Module):
         self.chunk = chunk
         self.cuda_graphs = cuda_graphs
         self.training = False
-        self._cpu = CpuEngine()
-        self._engine: tuple[tuple, Engine] | None = None  # on a GPU, with the state of the buffers that it was made of
+        self._kept = _Kept()
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images (N, in_channels, H, W), both of the weights' dtype.
@@ -79,10 +79,9 @@ class OptimizedConvMixer(nn.Module):
             RuntimeError: x requires a gradient, in grad mode.
         """
         with self._inference(x):
-            if x.is_cuda and not torch.compiler.is_compiling():
-                return self.engine()(x)
-            if CpuEngine.runs(x) and self.residual:
-                return self._cpu(self, x)
+            for kind in (CpuEngine, GpuEngine):
+                if kind.runs(x):
+                    return self.engine(kind)(x)
             x, epilogue = self._last_product(x)
             return F.linear(ops.activate_pool(x, *epilogue, self.activation), self.head_weight, self.head_bias)
 
@@ -104,15 +103,9 @@ class OptimizedConvMixer(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             yield
 
-    def engine(self) -> Engine:
-        """What runs on a GPU; made anew whenever the weights are other ones."""
-        buffers = dict(self.named_buffers())
-        state = tuple((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in buffers.values())
-        if self._engine is None or self._engine[0] != state:
-            with torch.no_grad():
-                weights = Weights.prepare(**buffers, activation=self.activation, residual=self.residual)
-            self._engine = state, Engine(weights, self.chunk, self.cuda_graphs)
-        return self._engine[1]
+    def engine(self, kind: type[CpuEngine] | type[GpuEngine]) -> CpuEngine | GpuEngine:
+        """What runs the weights as they are now: made at the first call, and anew once they change."""
+        return self._kept.engine(kind, self)
 
     def _last_product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The raw output of the last layer's 1x1 convolution, and its bias, scale and shift, still to be applied.
@@ -133,27 +126,18 @@ class OptimizedConvMixer(nn.Module):
             prologue = after_pointwise
         return x, prologue
 
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_engine": None}  # locks, buffers and graphs stay here
-
     def train(self, mode: bool = True) -> "OptimizedConvMixer":
         if mode:
             raise RuntimeError("an optimized ConvMixer is for inference: train the model it was made from")
         return super().train(mode)
 
-    def load_state_dict(self, *args, **kwargs):
-        self._engine = None  # of tensors made in inference mode nothing tells that they change
-        return super().load_state_dict(*args, **kwargs)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OptimizedConvMixer":
         """Moves all buffers, and converts all but the vectors: they would lose precision, and weigh little."""
-        self._engine = None
 
         def keep_vectors(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if tensor is self.vectors and moved.dtype != tensor.dtype else moved
 
-        self._cpu = CpuEngine()
         return super()._apply(keep_vectors, recurse)
 
     def extra_repr(self) -> str:
@@ -163,6 +147,31 @@ class OptimizedConvMixer(nn.Module):
             f"n_classes={len(self.head_bias)}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
             f"residual={self.residual}, dtype={self.patch.dtype}, chunk={self.chunk!r}, cuda_graphs={self.cuda_graphs}"
         )
+
+
+class _Kept:
+    """The engine of a module, with the buffers that it was made of. Copying or pickling it gives an empty one."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._engine: CpuEngine | GpuEngine | None = None
+        self._made_of: list[tuple] = []
+
+    def __reduce__(self):
+        return _Kept, ()
+
+    def engine(self, kind: type[CpuEngine] | type[GpuEngine], module: OptimizedConvMixer) -> CpuEngine | GpuEngine:
+        with self._lock:
+            for name, buffer in module.named_buffers():
+                if buffer.is_inference():  # counts no versions: the module gets a copy that does
+                    with torch.inference_mode(False):
+                        setattr(module, name, buffer.clone())
+            buffers = list(module.buffers())
+            made_of = [(id(buffer), buffer.data_ptr(), buffer._version) for buffer in buffers]
+            if type(self._engine) is not kind or made_of != self._made_of:
+                self._engine = kind(module)
+                self._made_of, self._buffers = made_of, buffers  # kept, so that no other takes over an id
+            return self._engine
 
 
 def _pointwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ struct MixerSizes {
   int64_t classes;
   DType dtype;  // of the weights, the images and the logits: float32, float16 or bfloat16
   Activation activation;
+  bool residual;  // whether the depthwise half of a layer adds its input
 };
 
 // Contiguous, of type `dtype` but for the vectors.

@@ -53,7 +53,7 @@ double error_of(DType dtype) {
       head(classes * dim, 0.5, dtype, state), head_bias(classes, 1, dtype, state);
   const Values vectors((2 * depth + 1) * 3 * dim, 1, DType::kFloat32, state);
 
-  MixerSizes sizes{in, patch, patch, dim, depth, k, k, classes, dtype, Activation::kGelu};
+  MixerSizes sizes{in, patch, patch, dim, depth, k, k, classes, dtype, Activation::kGelu, true};
   const MixerWeights weights{patches.stored.data(), depthwise.stored.data(), pointwise.stored.data(),
                              reinterpret_cast<const float*>(vectors.stored.data()), head.stored.data(),
                              head_bias.stored.data()};

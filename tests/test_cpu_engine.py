@@ -35,6 +35,7 @@ HOSTILE = [
     (dict(dim=48, kernel_size=3, patch_size=4, n_classes=5, in_channels=5), (29, 5, 7, 70)),
     (dict(dim=272, depth=1, kernel_size=5, patch_size=2, n_classes=9), (2, 3, 36, 36)),
     (dict(dim=24, kernel_size=7, patch_size=1, n_classes=9, activation="relu"), (2, 3, 17, 15)),
+    (dict(dim=24, kernel_size=5, patch_size=1, n_classes=9, residual=()), (4, 3, 12, 15)),
 ]
 
 
@@ -170,12 +171,12 @@ def test_operator_checks_its_memory():
         optimized.head_bias,
     )
     workspace = torch.zeros(ops.mixer_workspace(x, *shapes) // 4)
-    assert torch.equal(ops.mixer(x, *shapes, packed, workspace, 1, None), optimized(x))
+    assert torch.equal(ops.mixer(x, *shapes, packed, workspace, 1, True, None), optimized(x))
     with pytest.raises(RuntimeError, match="packed must be contiguous float32 of"):
-        ops.mixer(x, *shapes, packed[:-16], workspace, 1, None)
+        ops.mixer(x, *shapes, packed[:-16], workspace, 1, True, None)
     with pytest.raises(RuntimeError, match="workspace must be contiguous float32 of"):
-        ops.mixer(x, *shapes, packed, workspace[:-16], 1, None)
+        ops.mixer(x, *shapes, packed, workspace[:-16], 1, True, None)
     with pytest.raises(RuntimeError, match="x must be \\(N, 3, H, W\\) with H >= 2"):
-        ops.mixer(x[:, :, :1], *shapes, packed, workspace, 1, None)
+        ops.mixer(x[:, :, :1], *shapes, packed, workspace, 1, True, None)
     with pytest.raises(RuntimeError, match="patch must be float32, float16 or bfloat16, got float64"):
         ops.mixer_workspace(x.double(), *(tensor.double() for tensor in shapes))

@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("mixer_workspace(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight) -> int");
   m.def(
       "mixer(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight, Tensor packed, Tensor(a!) workspace, "
-      "int activation, Tensor(b!)? seconds) -> Tensor");
+      "int activation, bool residual, Tensor(b!)? seconds) -> Tensor");
 }
 
 // For convmixer_fast._library, through ctypes.

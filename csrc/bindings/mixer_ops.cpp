@@ -89,9 +89,11 @@ int64_t mixer_workspace(const Tensor& x, const Tensor& patch, const Tensor& dept
 // `seconds`, if it is given, float64 (2 depth + 4), receives the time of every step: patches, project, depthwise and
 // pointwise of each layer, pool, head.
 Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight,
-             const Tensor& packed, const Tensor& workspace, int64_t activation, const std::optional<Tensor>& seconds) {
+             const Tensor& packed, const Tensor& workspace, int64_t activation, bool residual,
+             const std::optional<Tensor>& seconds) {
   const cpu::MixerKernels& kernels = cpu::mixer_kernels();
   MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, activation));
+  params.sizes.residual = residual;
   const MixerSizes& s = params.sizes;
   check_bytes("packed", packed, kernels.packed_bytes(s));
   check_bytes("workspace", workspace, kernels.workspace_bytes(params));

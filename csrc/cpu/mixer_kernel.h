@@ -459,12 +459,12 @@ class Mixer {
     return panels_ + ((pixel / kRows * w_.depth + vector) * kRows + pixel % kRows) * n;
   }
 
-  // Adds the residual; a strip into the panels, from `pixel` on.
+  // Adds the residual, if there is one; a strip into the panels, from `pixel` on.
   void emit(const Operand* residual, int64_t pixel, int64_t vector, int64_t columns, const Vec<float>* sums) const {
     int64_t r = pixel % kRows;
     Operand* to = panel_slot(pixel, vector);
     for (int64_t w = 0; w < columns; ++w, to += n) {
-      Operand::store(to, sums[w] + Operand::load(residual + w * n));
+      Operand::store(to, s_.residual ? sums[w] + Operand::load(residual + w * n) : sums[w]);
       if (++r == kRows) r = 0, to += (w_.depth - 1) * kRows * n;
     }
   }

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from . import ops
 
@@ -51,19 +52,19 @@ class Weights:
     residual: bool
 
     @staticmethod
-    def prepare(patch, depthwise, pointwise, vectors, head_weight, head_bias, activation, residual) -> "Weights":
-        """From the buffers of an OptimizedConvMixer; copies only the patch weight and the vectors."""
-        arithmetic = torch.float64 if patch.dtype == torch.float64 else torch.float32
-        after_patch, *after = (vectors.unbind() for vectors in vectors.to(arithmetic).unbind())
-        flat = patch.flatten(1)
+    def of(module: nn.Module) -> "Weights":
+        """Of an OptimizedConvMixer; copies only the patch weight and the vectors."""
+        arithmetic = torch.float64 if module.patch.dtype == torch.float64 else torch.float32
+        after_patch, *after = (vectors.unbind() for vectors in module.vectors.to(arithmetic).unbind())
+        flat = module.patch.flatten(1)
         return Weights(
-            patch=torch.nn.functional.pad(flat, (0, -flat.shape[1] % _PLANE_ALIGNMENT)),
-            patch_size=tuple(patch.shape[1:]),
+            patch=F.pad(flat, (0, -flat.shape[1] % _PLANE_ALIGNMENT)),
+            patch_size=tuple(module.patch.shape[1:]),
             after_patch=after_patch,
-            layers=list(zip(depthwise.unbind(), after[::2], pointwise.unbind(), after[1::2])),
-            head=(head_weight.t(), head_bias),
-            activation=activation,
-            residual=residual,
+            layers=list(zip(module.depthwise.unbind(), after[::2], module.pointwise.unbind(), after[1::2])),
+            head=(module.head_weight.t(), module.head_bias),
+            activation=module.activation,
+            residual=module.residual,
         )
 
 
@@ -261,28 +262,32 @@ class GraphCache:
         return list(self._recorded)
 
 
-class Engine:
+class GpuEngine:
     """Runs forward passes of one network, from any thread and on any stream.
 
     Buffers are kept from call to call, for each stream, and are lent to one call at a time: calls of several threads
     never share one. What a call returns is its own. A stream that the caller captures into a CUDA graph of his own
     gets buffers that belong to that graph.
 
-    Args:
-        weights: prepared ones; all on one device.
-        chunk: images that go through all layers together, or "auto": see images_a_chunk.
-        cuda_graphs: on a GPU, record a CUDA graph for each shape of x and replay it.
     """
 
-    def __init__(self, weights: Weights, chunk: int | str, cuda_graphs: bool):
-        self.weights, self.chunk = weights, chunk
+    def __init__(self, module: nn.Module):
+        """module: an OptimizedConvMixer; later changes of its weights are not seen."""
+        with torch.no_grad():
+            self.weights = Weights.of(module)
+        self.chunk = module.chunk
         self._lock = threading.Lock()
         self._idle: list[tuple[object, Arena]] = []  # with their streams; the one used last comes last
         self._recording: Arena | None = None  # that of the graph recorded last
         self.graphs = None
-        if cuda_graphs and weights.patch.is_cuda:
-            with torch.cuda.device(weights.patch.device):
+        if module.cuda_graphs and module.patch.is_cuda:
+            with torch.cuda.device(module.patch.device):
                 self.graphs = GraphCache(self._record, torch.cuda.Event())
+
+    @staticmethod
+    def runs(x: Tensor) -> bool:
+        """Whether x can be run: a CUDA tensor that nobody traces."""
+        return x.is_cuda and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images x (N, in_channels, H, W)."""

@@ -11,8 +11,8 @@ from networks import float64_logits, randomize
 from numerics import assert_error_at_most_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convmixer_fast import ConvMixer, engine, optimize
-from convmixer_fast.engine import Engine, GraphCache, Weights
+from convmixer_fast import ConvMixer, gpu_engine, optimize
+from convmixer_fast.gpu_engine import GpuEngine, GraphCache, Weights
 
 CLASSES = 100
 
@@ -26,9 +26,9 @@ def images(*shape, dtype=torch.float32, device="cpu", seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def make_engine(model, dtype=torch.float32, chunk="auto", cuda_graphs=False) -> Engine:
+def make_engine(model, dtype=torch.float32, chunk="auto", cuda_graphs=False) -> GpuEngine:
     """What the optimized model runs on a GPU, here on whatever device the model is."""
-    return optimize(model, dtype, chunk=chunk, cuda_graphs=cuda_graphs).engine()
+    return optimize(model, dtype, chunk=chunk, cuda_graphs=cuda_graphs).engine(GpuEngine)
 
 
 # ------------------------------------------------------------------------------------------------ the schedule
@@ -56,7 +56,7 @@ def test_schedule_on_emulated_kernels(emulated, monkeypatch, network, dtype):
     model, x = build(**options).to(dtype), images(*shape, dtype=dtype)
     with torch.no_grad():
         eager = model(x)
-    monkeypatch.setattr(engine, "ops", emulated)
+    monkeypatch.setattr(gpu_engine, "ops", emulated)
     run = make_engine(model, dtype, chunk=2)
     assert_error_at_most_peer(run(x), eager, float64_logits(model, x), f"{network} {dtype}")
     assert "depthwise_mma" in depthwise_kernel(emulated, run, x) or dtype == torch.float32
@@ -65,7 +65,7 @@ def test_schedule_on_emulated_kernels(emulated, monkeypatch, network, dtype):
 def depthwise_kernel(emulated, run, x):
     """The name of the kernel that the first depthwise step launches."""
     geometry = run.geometry(x)
-    for part, step in engine.steps(run.weights, x, x.new_empty(len(x), CLASSES), geometry, engine.Arena(run.weights, geometry)):
+    for part, step in gpu_engine.steps(run.weights, x, x.new_empty(len(x), CLASSES), geometry, gpu_engine.Arena(run.weights, geometry)):
         step()
         if part == "depthwise":
             return emulated.launches[-1].kernel
@@ -91,7 +91,7 @@ def test_two_kernels_a_layer():
     model, x = build(depth=5), images(2, 3, 8, 8)
     run = make_engine(model)
     geometry = run.geometry(x)
-    schedule = engine.steps(run.weights, x, torch.empty(2, CLASSES), geometry, engine.Arena(run.weights, geometry))
+    schedule = gpu_engine.steps(run.weights, x, torch.empty(2, CLASSES), geometry, gpu_engine.Arena(run.weights, geometry))
     assert [part for part, _ in schedule] == ["patchify"] * 2 + ["depthwise", "GEMM"] * 5 + ["pool + head"] * 2
 
 
@@ -136,10 +136,10 @@ class OnlyInto(TorchDispatchMode):
 def test_schedule_allocates_nothing_and_waits_for_nothing(chunk):
     run, x = make_engine(build(), chunk=chunk), images(5, 3, 9, 14)
     geometry, logits = run.geometry(x), torch.empty(5, CLASSES)
-    arena, weights = engine.Arena(run.weights, geometry), run.weights
+    arena, weights = gpu_engine.Arena(run.weights, geometry), run.weights
     layers = [tensor for depthwise, _, pointwise, _ in weights.layers for tensor in (depthwise, pointwise)]
     with torch.no_grad(), OnlyInto(x, logits, *arena.buffers(), weights.patch, *weights.head, *layers) as checked:
-        engine.run_all(engine.steps(weights, x, logits, geometry, arena))
+        gpu_engine.run_all(gpu_engine.steps(weights, x, logits, geometry, arena))
     assert torch.equal(logits, run(x))
     steps_a_chunk = 2 + 1 + 2 * 2 + 2  # the patches and their zeros, GEMM, two layers, pool and head
     assert checked.writes == -(-5 // chunk) * steps_a_chunk
@@ -200,7 +200,7 @@ def test_threads_do_not_share_buffers():
     for expected, several in zip(alone, results):
         assert len(several) == 8
         assert all(torch.equal(logits, expected) for logits in several)
-    assert len(run._idle) <= engine._MAX_IDLE_ARENAS
+    assert len(run._idle) <= gpu_engine._MAX_IDLE_ARENAS
 
 
 def test_inference_mode_and_back():
@@ -225,7 +225,7 @@ def test_images_of_a_chunk(dim, size, cache_bytes, multiprocessors, images):
     with torch.device("meta"):
         meta = torch.empty(dim, 147, dtype=torch.float16)
     weights = Weights(meta, (3, 7, 7), None, [], None, "gelu", True)
-    assert engine._images_in_cache(weights, size, cache_bytes, multiprocessors) == images
+    assert gpu_engine._images_in_cache(weights, size, cache_bytes, multiprocessors) == images
 
 
 # ------------------------------------------------------------------------------------------------ graphs
@@ -280,18 +280,18 @@ def test_graphs_of_the_shapes_used_last_are_kept():
 def test_weights_are_prepared_once_and_anew_when_they_change():
     model = build()
     optimized, x = optimize(model), images(2, 3, 8, 8)
-    run = optimized.engine()
-    assert optimized.engine() is run
+    run = optimized.engine(GpuEngine)
+    assert optimized.engine(GpuEngine) is run
     optimized.load_state_dict(optimize(build(seed=5)).state_dict())
-    assert torch.equal(optimized.engine()(x), make_engine(build(seed=5))(x))
+    assert torch.equal(optimized.engine(GpuEngine)(x), make_engine(build(seed=5))(x))
     optimized.load_state_dict(optimize(model).state_dict())
     with torch.no_grad():
         optimized.head_bias += 1
         optimized.vectors.mul_(2)
-    changed = optimized.engine()
+    changed = optimized.engine(GpuEngine)
     assert not torch.allclose(changed(x), run(x) + 1)
-    assert optimized.engine() is changed
-    assert optimized.double().engine()(x.double()).dtype == torch.float64
+    assert optimized.engine(GpuEngine) is changed
+    assert optimized.double().engine(GpuEngine)(x.double()).dtype == torch.float64
 
 
 def test_weights_made_in_inference_mode():
@@ -299,19 +299,19 @@ def test_weights_made_in_inference_mode():
         optimized = optimize(build()).double()
         other = optimize(build(seed=5)).double().state_dict()
     x = images(2, 3, 8, 8, dtype=torch.float64)
-    assert torch.equal(optimized.engine()(x), make_engine(build(), torch.float64)(x))
+    assert torch.equal(optimized.engine(GpuEngine)(x), make_engine(build(), torch.float64)(x))
     with torch.inference_mode():
         optimized.load_state_dict(other)
-    assert torch.equal(optimized.engine()(x), make_engine(build(seed=5), torch.float64)(x))
+    assert torch.equal(optimized.engine(GpuEngine)(x), make_engine(build(seed=5), torch.float64)(x))
 
 
 def test_copies_have_memory_of_their_own():
     optimized, x = optimize(build()), images(2, 3, 8, 8)
-    run = optimized.engine()
+    run = optimized.engine(GpuEngine)
     logits = run(x)
     twin = copy.deepcopy(optimized)
-    assert twin.engine() is not run
-    assert torch.equal(twin.engine()(x), logits)
+    assert twin.engine(GpuEngine) is not run
+    assert torch.equal(twin.engine(GpuEngine)(x), logits)
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -345,7 +345,7 @@ def test_gpu_shapes_that_change_and_views(options):
         x = images(1 + i % 5, 4, 32 + i % 11, 40, dtype=torch.float16, device="cuda", seed=i)[:, 1:, :, ::2]
         assert torch.equal(optimized(x), plain(x))
     if options.get("cuda_graphs"):
-        assert len(optimized.engine().graphs.shapes()) == engine._MAX_GRAPHS
+        assert len(optimized.engine(GpuEngine).graphs.shapes()) == gpu_engine._MAX_GRAPHS
 
 
 @on_gpu
