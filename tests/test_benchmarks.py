@@ -23,6 +23,7 @@ import depthwise  # noqa: E402
 import gpu  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import runtimes  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
 
@@ -159,15 +160,15 @@ def test_peers_give_the_models_logits(package, dtype):
     pytest.importorskip(package)
     if package == "onnxruntime":
         pytest.importorskip("onnxscript")
-    model = convmixer_fast.ConvMixer(16, 2, 3, 2, 10).eval().to(dtype)
+    model = throughput.plain(convmixer_fast.ConvMixer(16, 2, 3, 2, 10)).eval().to(dtype)
     x = torch.randn(2, 3, 8, 8, dtype=dtype)
     with torch.no_grad():
         if (package, dtype) == ("onnxruntime", torch.bfloat16):
             with pytest.raises(TypeError, match="ONNX Runtime has no bfloat16 convolution on the CPU"):
-                peers.onnxruntime(model, x)
+                runtimes.onnxruntime(model, x)
             return
         expected = model(x)
-        logits = getattr(peers, package)(model, x)(x)
+        logits = getattr(runtimes, package)(model, x)(x)
     assert logits.dtype == dtype
     error = accuracy.relative_error(logits, expected.double())
     assert error <= accuracy.limit(0, dtype)
