@@ -157,17 +157,30 @@ def run_case(sizes: tuple[int, int, int], kernel: int, args: argparse.Namespace,
                 row["message"] = accuracy.remark(row["error"], eager_errors[definition])
 
     yardsticks = {COPY: functools.partial(call, torch.clone, args.layouts[0])} | ({FMA: peak} if peak else {})
+    time_variants(rows, functions, yardsticks, args.rounds, device, progress, peak)
+    return list(rows.values())
+
+
+def time_variants(
+    rows: dict[tuple, dict],
+    functions: dict[tuple, Callable[[], object]],
+    yardsticks: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    progress: tqdm,
+    peak: FmaPeak | None,
+) -> None:
+    """Times the functions and yardsticks in rounds, into the rows of the functions."""
     try:
-        seconds = timing.measure(functions | yardsticks, args.rounds, timing.clock_for(device), progress.update)
+        seconds = timing.measure(functions | yardsticks, rounds, timing.clock_for(device), progress.update)
     except Exception as error:
         for variant in functions:
             rows[variant].update(failure(error))
-    else:
-        for variant in functions:
-            rows[variant].update(status="timed", seconds=seconds[variant], copy_seconds=seconds[COPY])
-            if peak:
-                rows[variant].update(fma_seconds=seconds[FMA], fma_flops=peak.flops)
-    return list(rows.values())
+        return
+    for variant in functions:
+        rows[variant].update(status="timed", seconds=seconds[variant], copy_seconds=seconds[COPY])
+        if peak:
+            rows[variant].update(fma_seconds=seconds[FMA], fma_flops=peak.flops)
 
 
 def summarise(rows: list[dict]) -> None:
@@ -235,12 +248,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS_BY_DEFAULT)
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: 'cuda', but torch sees no CUDA device")
-    for name, value in DEFAULTS[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value if name != "maps" else [map_sizes(text) for text in value])
+    report.resolve_device(parser, args, DEFAULTS)
+    args.maps = [map_sizes(sizes) if isinstance(sizes, str) else sizes for sizes in args.maps]
     return args
 
 

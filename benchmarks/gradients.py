@@ -93,16 +93,7 @@ def run_case(
                 lambda function, pair: function(*next(pair), weight), function, pairs[layout]
             )
     yardsticks = {COPY: lambda: next(pairs[args.layouts[0]])[0].clone()} | ({FMA: peak} if peak else {})
-    try:
-        seconds = timing.measure(functions | yardsticks, args.rounds, timing.clock_for(device), progress.update)
-    except Exception as error:
-        for variant in functions:
-            rows[variant].update(failure(error))
-    else:
-        for variant in functions:
-            rows[variant].update(status="timed", seconds=seconds[variant], copy_seconds=seconds[COPY])
-            if peak:
-                rows[variant].update(fma_seconds=seconds[FMA], fma_flops=peak.flops)
+    depthwise.time_variants(rows, functions, yardsticks, args.rounds, device, progress, peak)
     return list(rows.values())
 
 

@@ -1,5 +1,6 @@
 """What a benchmark's results need around them: the machine and code they belong to, a table, a file."""
 
+import argparse
 import csv
 import datetime
 import hashlib
@@ -130,3 +131,16 @@ def write_results(path: Path, result: dict[str, object], text: str) -> None:
     """The result as JSON, and its text beside it as Markdown."""
     write(path, json.dumps(result, indent=1) + "\n")
     write(path.with_suffix(".md"), text + "\n")
+
+
+def resolve_device(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict[str, dict], may_miss: bool = False
+) -> None:
+    """Fills in args.device (a GPU if there is one), and what depends on it and was not given; exits where the device is
+    missing, unless it may."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not (torch.cuda.is_available() or may_miss):
+        parser.error("argument --device: 'cuda', but torch sees no CUDA device")
+    for name, value in defaults[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)

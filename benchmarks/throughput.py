@@ -388,13 +388,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a bar chart")
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.predict = args.device == "cuda" and not torch.cuda.is_available() and args.breakdown
-    if args.device == "cuda" and not (torch.cuda.is_available() or args.predict):
-        parser.error("argument --device: 'cuda', but torch sees no CUDA device")
-    for name, value in DEFAULTS[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.predict = args.breakdown and args.device == "cuda" and not torch.cuda.is_available()
+    report.resolve_device(parser, args, DEFAULTS, may_miss=args.predict)
     if args.device == "cuda" and args.image_size is None:
         args.image_size = PAPERS_PROTOCOL["image_size"]
     try:

@@ -182,12 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["eager", "compile", "ours"])
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: 'cuda', but torch sees no CUDA device")
-    for name, value in DEFAULTS[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    report.resolve_device(parser, args, DEFAULTS)
     try:
         args.models = throughput.select_models(args.models)
     except ValueError as error:
