@@ -112,7 +112,7 @@ class Job:
 
     def make(self) -> nn.Module:
         if self.changes:
-            return convmixer_fast.create_model(self.model, **self.changes)
+            return throughput.plain(convmixer_fast.create_model(self.model, **self.changes))
         return throughput.build(self.model)
 
 

@@ -32,6 +32,8 @@ import report  # noqa: E402
 import throughput  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import convmixer_fast  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FIGURES = ["figure1_machine.png", "figure1_paper.png", "kernel_size.png", "resolution.png"]
@@ -73,6 +75,13 @@ def written(folder):
 def facts():
     pytest.importorskip("timm")
     return paper.table_facts(tqdm(disable=True))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(kernel_size=3)], ids=str)
+def test_the_others_run_pytorchs_convolution(changes):
+    model = paper.Job("kernel", "convmixer_256_8_k9_p2", {}, [], changes).make()
+    assert model.kernel_size == changes.get("kernel_size", 9)
+    assert not any(isinstance(module, convmixer_fast.DepthwiseConv2d) for module in model.modules())
 
 
 def test_parameters_are_the_papers(facts):
