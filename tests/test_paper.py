@@ -128,10 +128,10 @@ def test_everything_is_written(tiny, tmp_path, capsys):
 def test_what_is_missing_is_said_in_the_row(tiny, tmp_path, monkeypatch):
     """Out of memory in one backend, another that fails, no timm: the rest goes on."""
 
-    def no_memory(model):
+    def no_memory(model, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def no_compiler(model):
+    def no_compiler(model, images):
         raise RuntimeError("no compiler\nand a long explanation")
 
     def no_timm():
