@@ -82,8 +82,10 @@ def sources(*patterns: str) -> list[str]:
 
 
 cxx_flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall"]
-x86_only = {"csrc/cpu/depthwise_avx2.cpp", "csrc/cpu/depthwise_avx512.cpp"}
-cpu_sources = sources("csrc/cpu/*.cpp", *(f"csrc/bindings/{name}.cpp" for name in ("library", "cpu_ops", "explain")))
+x86_only = set(sources("csrc/cpu/*_avx*.cpp"))
+cpu_sources = sources(
+    "csrc/cpu/*.cpp", *(f"csrc/bindings/{name}.cpp" for name in ("library", "cpu_ops", "mixer_ops", "explain"))
+)
 if os.uname().machine != "x86_64":
     cpu_sources = [source for source in cpu_sources if source not in x86_only]
 

@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command and under ten minutes: `make gpu`.
 
-Builds in place for the GPU that is there, then runs the CUDA tests, both benchmarks with the paper's protocol, and the
-operators' tests under compute-sanitizer. It uses the active python3 and downloads nothing. After each step the results
-so far are in benchmarks/results/<device>/: README.md, JSON files, a chart and the steps' logs; also when a step fails,
-runs out of its time, or the whole is stopped.
+Builds in place for the GPU that is there, then runs the CUDA tests, the benchmarks of inference (with the paper's
+protocol) and of training, the operators' tests under compute-sanitizer, and as much of the paper's tables and figures
+(paper.py --full) as the time allows: the same command again, or more --minutes, goes on with them. It uses the active
+python3 and downloads nothing. After each step the results so far are in benchmarks/results/<device>/: README.md, JSON
+files, charts and the steps' logs; also when a step fails, runs out of its time, or the whole is stopped.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from pathlib import Path
 import report
 import torch
 
-BENCHMARKS = ("throughput", "peers", "depthwise", "compiled")  # the steps that write a table
+# The steps that write a table.
+BENCHMARKS = ("throughput", "peers", "depthwise", "compiled", "gradients", "training", "training-compiled")
+MINUTES = 9  # for everything
 GRACE = 10  # seconds between asking a step to end and killing it
 
 
@@ -39,8 +42,9 @@ class Step:
     missing: str = ""  # why it cannot run here
 
 
-def plan(out: Path, capability: tuple[int, int]) -> list[Step]:
-    """The steps, the most valuable first. The ConvMixers' peers go without torch.compile, which takes minutes."""
+def plan(out: Path, capability: tuple[int, int], seconds: float = MINUTES * 60) -> list[Step]:
+    """The steps, the most valuable first. The ConvMixers' peers go without torch.compile, which takes minutes; the
+    paper's tables, too, and they get what the others leave of the seconds."""
     target = "{}.{}".format(*capability) + ("a" if capability == (9, 0) else "")
     results = os.path.relpath(out, report.ROOT)
     pytest = [sys.executable, "-m", "pytest", "-q", "tests", "-m"]
@@ -49,6 +53,7 @@ def plan(out: Path, capability: tuple[int, int]) -> list[Step]:
     peers = [name for name in table1 if name not in convmixers]
 
     operators = ["--operators", "aten", "fused", "compile"]
+    in_both_types = ["--dtypes", "float16", "bfloat16"]
 
     def benchmark(name: str, script: str, seconds: float, *options: str) -> Step:
         output = ["--device", "cuda", "--json", f"{results}/{name}.json"]
@@ -65,7 +70,7 @@ def plan(out: Path, capability: tuple[int, int]) -> list[Step]:
             missing="" if program else "compute-sanitizer is not on PATH",
         )
 
-    return [
+    steps = [
         Step(
             "build",
             [sys.executable, "setup.py", "build_ext", "--inplace"],
@@ -76,11 +81,20 @@ def plan(out: Path, capability: tuple[int, int]) -> list[Step]:
         Step("tests", [*pytest, "cuda"], 90),
         benchmark("throughput", "throughput", 130, "--plot", f"{results}/throughput.png", "--models", *convmixers),
         benchmark("depthwise", "depthwise", 50),
+        benchmark("gradients", "gradients", 30, "--kernels", "3", "7", "9", "--maps", "1536x32x32", "768x32x32"),
+        benchmark("training", "training", 50, *in_both_types, "--backends", "eager", "ours"),
         benchmark("compiled", "depthwise", 40, "--maps", "1536x32x32", "--kernels", "3", "9", *operators),
         benchmark("peers", "throughput", 30, "--models", *peers, "--backends", "eager", "channels_last"),
+        benchmark("training-compiled", "training", 60, "--models", "convmixer_768_32"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
     ]
+    left = max(seconds - sum(step.seconds for step in steps), 50)
+    paper = [sys.executable, "benchmarks/paper.py", "--full", "--device", "cuda", "--out", f"{results}/paper"]
+    # The row that is being measured when its minutes are over, and the figures, take a while longer.
+    paper += ["--minutes", f"{(left - max(20, left / 10)) / 60:.2f}"]
+    paper += ["--backends", "eager", "channels_last", "fused"]
+    return [*steps, Step("paper", paper, left)]
 
 
 def limits(steps: list[Step], total: float) -> list[float]:
@@ -138,6 +152,8 @@ def write(out: Path, facts: dict[str, str], results: list[dict]) -> None:
         text = out / f"{benchmark}.md"
         if text.exists():
             parts += [f"## {benchmark}", text.read_text().strip()]
+    if (out / "paper" / "paper.html").exists():
+        parts += ["## paper", "[The paper's tables](paper/paper.md), and [with figures](paper/paper.html)"]
     report.write(out / "README.md", "\n\n".join(parts) + "\n")
 
 
@@ -185,7 +201,7 @@ def run(steps: list[Step], out: Path, facts: dict[str, str], total: float) -> in
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9, help="for everything (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (%(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the results (benchmarks/results/<device>)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -194,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = report.environment(torch.device("cuda", torch.cuda.current_device()))
     slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     out = (args.out or report.ROOT / "benchmarks" / "results" / slug).resolve()
-    return run(plan(out, torch.cuda.get_device_capability()), out, facts, args.minutes * 60)
+    seconds = args.minutes * 60
+    return run(plan(out, torch.cuda.get_device_capability(), seconds), out, facts, seconds)
 
 
 if __name__ == "__main__":

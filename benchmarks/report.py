@@ -80,8 +80,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def paper_rows() -> dict[str, dict[str, str]]:
-    """The paper's throughput on an RTX 8000, by our name of the model or timm's."""
-    with (Path(__file__).parent / "data" / "paper_throughput.csv").open(newline="") as file:
+    """The networks of the paper's Tables 1 and 2 with its figures, by our, timm's or peers.py's name."""
+    with (Path(__file__).parent / "data" / "paper_imagenet.csv").open(newline="") as file:
         return {row["model"]: row for row in csv.DictReader(file)}
 
 

@@ -5,6 +5,9 @@ such batches) is the default on a GPU. Here a round times one batch of every bac
 the median of a backend's 20 batches counts: the paper's 20 batches a model, made robust against a machine whose clock
 and company change from one minute to the next. On a CPU the default is small, and said not to be the paper's protocol.
 
+With `torchrun --nproc-per-node N` every rank times its own copy at the same time, on a GPU each or on its share of the
+CPU; the figure is the sum over the ranks.
+
 Before that, each backend's logits for the first images of the very batch that is timed are compared with those of the
 same weights in float64. Whatever is off by more than accuracy.limit() is reported, and not timed.
 """
@@ -21,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accuracy
+import peers
 import report
+import runtimes
 import timing
 import torch
 from torch import Tensor, nn
@@ -29,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import convmixer_fast
+from convmixer_fast import ranks
 from convmixer_fast.model import ALIASES
 
 CHECKED = 4  # images whose logits are compared
@@ -37,21 +43,31 @@ CALIBRATION = 8  # images that the BatchNorm statistics are taken from
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run a model: what becomes of a copy of it, and the memory format of the images."""
+    """A way to run a model: what a copy of it becomes for a batch of images, and the images' memory format."""
 
-    prepare: Callable[[nn.Module], nn.Module]
+    prepare: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
     memory_format: torch.memory_format = torch.contiguous_format
 
 
+def compiled(model: nn.Module, images: Tensor, max_autotune: bool = False) -> Callable[[Tensor], Tensor]:
+    """torch.compile; on a CPU with the weights as constants, which it then packs for its matrix products."""
+    if images.device.type == "cpu":
+        return torch.compile(model, options={"freezing": True, "max_autotune": max_autotune})
+    return torch.compile(model, mode="max-autotune" if max_autotune else None)
+
+
 BACKENDS = {
-    "eager": Backend(lambda model: model),
-    "channels_last": Backend(lambda model: model.to(memory_format=torch.channels_last), torch.channels_last),
-    "compile": Backend(torch.compile),
-    "compile-max-autotune": Backend(functools.partial(torch.compile, mode="max-autotune")),
-    "fused": Backend(convmixer_fast.optimize),
+    "eager": Backend(lambda model, images: model),
+    "channels_last": Backend(lambda model, images: model.to(memory_format=torch.channels_last), torch.channels_last),
+    "compile": Backend(compiled),
+    "compile-max-autotune": Backend(functools.partial(compiled, max_autotune=True)),
+    "onnxruntime": Backend(runtimes.onnxruntime),
+    "openvino": Backend(runtimes.openvino),
+    "fused": Backend(lambda model, images: convmixer_fast.optimize(model)),
 }
 DEFAULT_BACKENDS = ["eager", "channels_last", "compile", "fused"]
 OURS = "fused"
+CPU_ONLY = ("onnxruntime", "openvino")
 
 PAPERS_PROTOCOL = dict(device="cuda", batch=64, dtype="float16", batches=20, image_size=224)
 DEFAULTS = {
@@ -75,7 +91,7 @@ def select_models(patterns: list[str]) -> list[str]:
             names = [name for name in paper if name in ours]
         else:
             name = ALIASES.get(pattern, pattern)
-            names = convmixer_fast.list_models(name)
+            names = convmixer_fast.list_models(name) or [peer for peer in peers.MODELS if peer == name]
             if not names and has_timm:
                 names = _timm().list_models(name)
             if not names and not has_timm and name.isidentifier():
@@ -93,10 +109,23 @@ def _timm():
     return timm
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The same model with the depthwise convolutions of PyTorch."""
+    for module in model.modules():
+        if isinstance(module, convmixer_fast.DepthwiseConv2d):
+            module.__class__ = nn.Conv2d
+    return model
+
+
 def build(name: str) -> nn.Module:
-    """The model with random weights, of ours or timm's. Raises ImportError where timm is needed and missing."""
+    """The model in plain PyTorch with random weights, of ours or timm's.
+
+    Raises ImportError where timm is needed and missing.
+    """
     if name in convmixer_fast.list_models():
-        return convmixer_fast.create_model(name)
+        return plain(convmixer_fast.create_model(name))
+    if name in peers.MODELS:
+        return peers.MODELS[name]()
     return _timm().create_model(name)
 
 
@@ -141,13 +170,15 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 @torch.no_grad()
-def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]:
-    """A row for every backend: checked, then timed in rounds with the others."""
+def run_model(
+    name: str, args: argparse.Namespace, progress: tqdm, make: Callable[[], nn.Module] | None = None
+) -> list[dict]:
+    """A row for every backend: checked, then timed in rounds with the others. make: in place of build(name)."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows = {backend: dict(model=name, backend=backend, batch=args.batch) for backend in args.backends}
     try:
         torch.manual_seed(0)
-        model = build(name).to(device)
+        model = (make() if make else build(name)).to(device)
         size = args.image_size or default_image_size(model)
         calibrate(model, torch.randn(CALIBRATION, 3, size, size, device=device))
         model = model.to(dtype)
@@ -161,6 +192,7 @@ def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]
     except Exception as error:  # whatever ails one model, the others go on
         for row in rows.values():
             row.update(failure(error))
+        ranks.barrier()
         return list(rows.values())
 
     ready = {}
@@ -170,9 +202,12 @@ def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]
         if backend == OURS and not name.startswith("convmixer"):
             row.update(status="skipped", message="not applicable: not a ConvMixer")
             continue
+        if backend in CPU_ONLY and device.type != "cpu":
+            row.update(status="skipped", message="not applicable: runs on the CPU here")
+            continue
         try:
             batch = images.to(memory_format=BACKENDS[backend].memory_format)
-            prepared = BACKENDS[backend].prepare(copy.deepcopy(model))
+            prepared = BACKENDS[backend].prepare(copy.deepcopy(model), batch)
             row["error"] = accuracy.relative_error(prepared(batch)[:CHECKED], expected)
             row.update(accuracy.verdict(row["error"], eager_error, dtype))
             if row["status"] == "right":
@@ -182,8 +217,9 @@ def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]
             row.update(failure(error))
 
     progress.set_postfix_str(name)
+    ranks.barrier()  # that all of them compute while one is timed
     try:
-        seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update)
+        seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update, timing.settle_for(device))
         for backend, samples in seconds.items():
             rows[backend].update(status="timed", seconds=samples)
     except Exception as error:
@@ -192,12 +228,32 @@ def run_model(name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]
     return list(rows.values())
 
 
+def merge(rows_of_ranks: list[list[dict]]) -> list[dict]:
+    """The rows of rank 0 with all ranks' seconds; or, where some rank has none, with that rank's reason."""
+    if len(rows_of_ranks) == 1:
+        return rows_of_ranks[0]
+    merged = []
+    for rows in zip(*rows_of_ranks, strict=True):
+        row = dict(rows[0])
+        failed = next((rank for rank, other in enumerate(rows) if other["status"] != "timed"), None)
+        if failed is not None:
+            row.update(status=rows[failed]["status"], message=f"rank {failed}: {rows[failed]['message']}")
+        else:
+            row["rank_seconds"] = [other["seconds"] for other in rows]
+        merged.append(row)
+    return merged
+
+
 def summarise(rows: list[dict]) -> None:
-    """Derives the figures of the timed rows: images_per_second (of the median batch), teraflops_per_second,
-    over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network with kernel size 3)."""
+    """Derives the figures of the timed rows: images_per_second (of the median batch; summed over ranks),
+    teraflops_per_second, over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network
+    with kernel size 3)."""
     timed = [row for row in rows if row["status"] == "timed"]
     for row in timed:
-        row["images_per_second"] = row["batch"] / statistics.median(row["seconds"])
+        rates = [row["batch"] / statistics.median(seconds) for seconds in row.get("rank_seconds", [row["seconds"]])]
+        row["images_per_second"] = sum(rates)
+        if len(rates) > 1:
+            row["rank_images_per_second"] = rates
         row["teraflops_per_second"] = row["images_per_second"] * row["flops_per_image"] / 1e12
     rate = {(row["model"], row["backend"]): row["images_per_second"] for row in timed}
     mixers = [(row, (*row["sizes"][:-1], row["backend"]), row["sizes"][-1]) for row in timed if "sizes" in row]
@@ -223,7 +279,9 @@ def table(rows: list[dict]) -> str:
         names = "images_per_second", "over_best_other", "teraflops_per_second", "k9_over_k3"
         figures = [report.number(row.get(name)) for name in names]
         error = f"{row['error']:.1e}" if "error" in row else ""
-        lines.append([row["model"], row["backend"], *figures, error, figure, row["message"]])
+        of_ranks = " + ".join(map(report.number, row.get("rank_images_per_second", [])))
+        remark = "; ".join(filter(None, [of_ranks and f"ranks: {of_ranks}", row["message"]]))
+        lines.append([row["model"], row["backend"], *figures, error, figure, remark])
     return report.table(HEADER, lines)
 
 
@@ -285,6 +343,8 @@ def describe(args: argparse.Namespace) -> str:
     size = f"{args.image_size}x{args.image_size}" if args.image_size else "the models' own image sizes"
     settings = f"{args.device}, batches of {args.batch}, {args.dtype}, {size}, median of {args.batches} batches"
     same = all(getattr(args, name) == value for name, value in PAPERS_PROTOCOL.items())
+    if ranks.count() > 1:
+        settings += f", {ranks.count()} ranks"
     return f"{settings}: {'the' if same else 'NOT the'} paper's protocol"
 
 
@@ -333,19 +393,31 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
     args = parse(argv)
+    with ranks.joined(args.device):
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True  # PyTorch at its best
+    first = ranks.rank() == 0
     facts = report.environment(torch.device(args.device)) | {"settings": describe(args)}
-    print(report.facts_list(facts), end="\n\n", flush=True)
+    if first:
+        print(report.facts_list(facts), end="\n\n", flush=True)
     rows = []
-    with tqdm(total=len(args.models) * args.batches, unit="round", disable=None, leave=False) as progress:
+    bar = dict(total=len(args.models) * args.batches, unit="round", disable=None if first else True, leave=False)
+    with tqdm(**bar) as progress:
         for done, name in enumerate(args.models, 1):
             torch.compiler.reset()  # its limit of recompilations counts all models as one
-            rows += run_model(name, args, progress)
+            rows_of_ranks = ranks.gather(run_model(name, args, progress))
             progress.update(done * args.batches - progress.n)
-            summarise(rows)
-            if args.json:
-                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
-                report.write_results(args.json, dict(environment=facts, rows=rows), text)
+            if first:
+                rows += merge(rows_of_ranks)
+                summarise(rows)
+                if args.json:
+                    text = f"{report.facts_list(facts)}\n\n{table(rows)}"
+                    report.write_results(args.json, dict(environment=facts, rows=rows), text)
+    if not first:
+        return 0
     print(table(rows))
     if args.plot:
         plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batches of {args.batch}")

@@ -1,6 +1,7 @@
 """The timer of every benchmark: interleaved rounds, medians, CUDA events or perf_counter."""
 
 import ctypes
+import functools
 import math
 import sys
 import time
@@ -42,11 +43,17 @@ def clock_for(device: torch.device) -> type:
     return CudaClock if device.type == "cuda" else HostClock
 
 
+def settle_for(device: torch.device) -> Callable[[], object]:
+    """What to do before each call: on a CPU, wait until the last one's threads, which spin for a while, are asleep."""
+    return (lambda: None) if device.type == "cuda" else functools.partial(time.sleep, 0.02)
+
+
 def measure(
     functions: Mapping[str, Callable[[], object]],
     rounds: int,
     clock: type,
     on_round: Callable[[], object] = lambda: None,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Times every function once a round, in turn, so that what disturbs the machine disturbs all of them.
 
@@ -57,6 +64,7 @@ def measure(
         rounds: timed calls of each function.
         clock: HostClock, CudaClock or alike.
         on_round: called after each round, for a progress bar.
+        settle: called before each timed call.
 
     Returns:
         The seconds of each call, in order, by name.
@@ -70,6 +78,7 @@ def measure(
         before, queued = queued, {}
         if round_ < rounds:
             for name, function in functions.items():
+                settle()
                 start = clock.mark()
                 function()
                 queued[name] = start, clock.mark()

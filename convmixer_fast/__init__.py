@@ -1,16 +1,18 @@
 """Large-kernel depthwise convolution, and ConvMixer inference on it, at the speed of the hardware."""
 
-from . import ops, reference
+from . import autograd, ops, reference
 from ._library import build_info
 from ._version import __version__
 from .checkpoint import load_checkpoint
 from .explain import explain
 from .model import ConvMixer, create_model, list_models
+from .nn import DepthwiseConv2d, replace_depthwise
 from .ops import activate_pool, depthwise_conv2d, fused_depthwise
 from .optimize import optimize
 
 __all__ = [
     "ConvMixer",
+    "DepthwiseConv2d",
     "__version__",
     "activate_pool",
     "build_info",
@@ -23,4 +25,5 @@ __all__ = [
     "ops",
     "optimize",
     "reference",
+    "replace_depthwise",
 ]

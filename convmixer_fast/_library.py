@@ -7,7 +7,7 @@ import torch
 
 from ._version import __version__
 
-ALLOCATION_FAILED = "out of memory: could not allocate the output"  # csrc/bindings/operators.h
+ALLOCATION_FAILED = "out of memory: could not allocate"  # csrc/bindings/operators.h
 
 _FOLDER = Path(__file__).parent
 _CPU, _CUDA = _FOLDER / "_C.so", _FOLDER / "_C_cuda.so"

@@ -17,8 +17,8 @@ def load_checkpoint(path: str | os.PathLike, activation: str | None = None) -> C
 
     The file is ``.safetensors``, or else what torch.save wrote: a state dict, alone or as the entry "state_dict", whose
     keys may all begin with "module.". The keys are those of ConvMixer and timm, or of the authors' code
-    (github.com/locuslab/convmixer), one nn.Sequential. Sizes are taken from the tensors. Files are read with
-    weights_only=True: no code in them runs.
+    (github.com/locuslab/convmixer), one nn.Sequential. Sizes, residuals and norm are taken from the tensors. Files
+    are read with weights_only=True: no code in them runs.
 
     Args:
         path: the file.
@@ -34,11 +34,12 @@ def load_checkpoint(path: str | os.PathLike, activation: str | None = None) -> C
     if activation is not None:
         check_activation(activation)
     state = _named_like_ours(_state_dict(_read(path), path), path)
-    sizes = _sizes(state, path)
+    ablation = _ablation(state)
+    sizes = _sizes(state, ablation["residual"], path)
     if activation is None:
         activation = _activation_of_name(path, sizes)
     with torch.device("meta"):
-        model = ConvMixer(**sizes, activation=activation)
+        model = ConvMixer(**sizes, **ablation, activation=activation)
     _check_fits(state, model, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -90,7 +91,14 @@ def _named_like_ours(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {re.sub(r"^[0-9]+", rename, key): tensor for key, tensor in state.items()}
 
 
-def _sizes(state: dict[str, Tensor], path: Path) -> dict[str, int]:
+def _ablation(state: dict[str, Tensor]) -> dict[str, object]:
+    """The arguments residual and norm of ConvMixer, by the keys of the first layer and of BatchNorm's statistics."""
+    halves = {"spatial": "blocks.0.0.fn.", "channel": "blocks.0.1.fn."}
+    residual = tuple(half for half, prefix in halves.items() if any(key.startswith(prefix) for key in state))
+    return dict(residual=residual, norm="batch" if any(".running_" in key for key in state) else "layer")
+
+
+def _sizes(state: dict[str, Tensor], residual: tuple[str, ...], path: Path) -> dict[str, int]:
     """The arguments of ConvMixer that its tensors tell."""
 
     def shape(key: str, layout: str) -> torch.Size:
@@ -100,11 +108,12 @@ def _sizes(state: dict[str, Tensor], path: Path) -> dict[str, int]:
             raise ValueError(f"{path}: {key} has shape {tuple(state[key].shape)}, expected ({layout})")
         return state[key].shape
 
+    depthwise = "blocks.0.0.fn.0.weight" if "spatial" in residual else "blocks.0.0.0.weight"
     dim, in_channels, patch_size, _ = shape("stem.0.weight", "dim, in_channels, patch_size, patch_size")
     sizes = dict(
         dim=dim,
-        depth=sum(re.fullmatch(r"blocks\.[0-9]+\.1\.weight", key) is not None for key in state),
-        kernel_size=shape("blocks.0.0.fn.0.weight", "dim, 1, kernel_size, kernel_size")[2],
+        depth=sum(re.fullmatch(r"blocks\.[0-9]+\.1\.(fn\.0\.)?weight", key) is not None for key in state),
+        kernel_size=shape(depthwise, "dim, 1, kernel_size, kernel_size")[2],
         patch_size=patch_size,
         n_classes=shape("head.weight", "n_classes, dim")[0],
         in_channels=in_channels,

@@ -1,13 +1,14 @@
-"""The command line: ``python -m convmixer_fast info``, ``... classify`` and ``... explain``."""
+"""The command line: ``python -m convmixer_fast info``, ``... classify``, ``... weights`` and ``... explain``."""
 
 import argparse
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from . import ConvMixer, build_info, load_checkpoint, optimize
+from . import ConvMixer, build_info, load_checkpoint, optimize, ranks
 from .explain import GPUS, explain
 
 
@@ -44,7 +45,10 @@ def printable(text: object) -> str:
 
 
 def classify(args: argparse.Namespace) -> int:
-    """Prints the likeliest classes of each image; 1 if there are none for some image, else 0."""
+    """Prints the likeliest classes of each image; 1 if there are none for some image, else 0.
+
+    The ranks of torchrun take a batch each in turn; rank 0 prints, in the order of the images.
+    """
     try:
         from . import images  # here, for Pillow is optional
     except ImportError as error:
@@ -60,17 +64,50 @@ def classify(args: argparse.Namespace) -> int:
     model = load_model(args)
     labels = read_labels(args.labels, model.n_classes) if args.labels else None
     dtype = getattr(torch, args.dtype)
-    network = optimize(model, dtype=dtype).to(args.device)
     status = 0
-    for path, outcome in images.predict(network, paths, args.image_size, args.batch_size, args.device, dtype):
-        if isinstance(outcome, Exception):
-            print(printable(f"{path}: {type(outcome).__name__}: {outcome}"), file=sys.stderr)
-            status = 1
-            continue
-        for rank, (probability, index) in enumerate(zip(*outcome.topk(min(args.topk, model.n_classes))), 1):
-            columns = [path, rank, int(index), f"{probability:.6f}"] + ([labels[index]] if labels else [])
-            print(*map(printable, columns), sep="\t")
-    return status
+    with ranks.joined(args.device):
+        network = optimize(model, dtype=dtype).to(args.device)
+        paths = ranks.of_first(paths)  # a folder may change while the ranks look into it
+        for start in range(0, len(paths), args.batch_size * ranks.count()):
+            first = start + args.batch_size * ranks.rank()
+            batch = paths[first : first + args.batch_size]
+            outcomes = images.predict(network, batch, args.image_size, args.batch_size, args.device, dtype)
+            described = [describe_outcome(path, outcome, args.topk, labels) for path, outcome in outcomes]
+            for readable, lines in chain.from_iterable(ranks.gather(described) or []):
+                print(lines, file=sys.stdout if readable else sys.stderr)
+                status |= not readable
+    return int(status)
+
+
+def describe_outcome(
+    path: Path, outcome: torch.Tensor | Exception, topk: int, labels: list[str] | None
+) -> tuple[bool, str]:
+    """Whether there are probabilities for an image, and the lines to print: its likeliest classes, or why not."""
+    if isinstance(outcome, Exception):
+        return False, printable(f"{path}: {type(outcome).__name__}: {outcome}")
+    lines = []
+    for rank, (probability, index) in enumerate(zip(*outcome.topk(min(topk, len(outcome)))), 1):
+        columns = [path, rank, int(index), f"{probability:.6f}"] + ([labels[index]] if labels else [])
+        lines.append("\t".join(map(printable, columns)))
+    return True, "\n".join(lines)
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Draws the patch embedding and the depthwise kernels of each layer as PNG files, and prints their paths."""
+    try:
+        from .weights import draw_weights  # here, for Pillow is optional
+    except ImportError as error:
+        raise UsageError(f"weights needs Pillow (pip install pillow): {error}") from None
+    try:
+        model = load_checkpoint(args.checkpoint, activation="gelu")  # whichever: it has no weights
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument CHECKPOINT: {error}") from None
+    try:
+        paths = draw_weights(model, args.output)
+    except OSError as error:
+        raise UsageError(f"argument -o/--output: {error}") from None
+    print(*map(printable, paths), sep="\n")
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -119,7 +156,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="classify image files",
         description="Prints the likeliest classes of each image, a line each, separated by tabs: image, rank, index of "
         "the class, probability and, with --labels, its name. Unreadable images are named on stderr, the rest go on, "
-        "and the exit status is 1. Images are prepared as timm does for ConvMixer: ImageNet's mean and deviation.",
+        "and the exit status is 1. Images are prepared as timm does for ConvMixer: ImageNet's mean and deviation. "
+        "With `torchrun --nproc-per-node N -m convmixer_fast classify ...` N processes share the images.",
     )
     argument = command.add_argument
     argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file, or folder of them")
@@ -132,6 +170,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
     argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     command.set_defaults(run=classify, parser=command)
+
+    command = commands.add_parser("weights", help="draw a checkpoint's filters", description=draw.__doc__)
+    argument = command.add_argument
+    argument("checkpoint", metavar="CHECKPOINT", type=Path, help="the model's weights")
+    argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the pictures")
+    command.set_defaults(run=draw, parser=command)
 
     command = commands.add_parser(
         "explain", help="which CUDA kernel a shape gets, and how", description=explain_launch.__doc__

@@ -1,13 +1,17 @@
 """The module that optimize() makes: a ConvMixer's forward pass on the fused operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .cpu_engine import CpuEngine
+from .engine import Engine, Weights
 from .model import check_images
+from .reference import activate_and_normalize
 
 
 class OptimizedConvMixer(nn.Module):
@@ -18,7 +22,12 @@ class OptimizedConvMixer(nn.Module):
 
     It converts, moves, copies, pickles and saves as any module; the weights are buffers. The vectors of bias and
     BatchNorm stay float64 whatever the weights' dtype, and are used as float32 (float64 with float64 weights). It is
-    for inference: train() raises RuntimeError, and so does an input that requires a gradient in grad mode.
+    for inference: train() raises RuntimeError, and so does an input that requires a gradient in grad mode. It computes
+    in the weights' dtype under torch.autocast as well.
+
+    On a GPU it keeps two buffers of activations (dim, images of a chunk, map) for each stream in use, for at most four
+    calls at a time, and with CUDA graphs, besides two for all graphs, the images and logits of each. Any threads and
+    streams may call it, and the caller may capture it into a CUDA graph; what a call returns no later call touches.
     """
 
     def __init__(
@@ -30,6 +39,9 @@ class OptimizedConvMixer(nn.Module):
         head_weight: Tensor,
         head_bias: Tensor,
         activation: str,
+        residual: bool = True,
+        chunk: int | str = "auto",
+        cuda_graphs: bool = False,
     ):
         """
         Args:
@@ -40,6 +52,8 @@ class OptimizedConvMixer(nn.Module):
             head_weight: (n_classes, dim).
             head_bias: (n_classes,).
             activation: "gelu" or "relu".
+            residual: whether the spatial half of a layer adds its input.
+            chunk, cuda_graphs: see :func:`convmixer_fast.optimize`.
         """
         super().__init__()
         self.register_buffer("patch", patch)
@@ -49,18 +63,62 @@ class OptimizedConvMixer(nn.Module):
         self.register_buffer("head_weight", head_weight)
         self.register_buffer("head_bias", head_bias)
         self.activation = activation
+        self.residual = residual
+        self.chunk = chunk
+        self.cuda_graphs = cuda_graphs
         self.training = False
+        self._cpu = CpuEngine()
+        self._engine: tuple[tuple, Engine] | None = None  # on a GPU, with the state of the buffers that it was made of
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images (N, in_channels, H, W), both of the weights' dtype.
 
         Raises:
             TypeError: x is of another dtype.
-            ValueError: x is not of that shape, or smaller than a patch.
+            ValueError: x is on another device or not of that shape, or smaller than a patch.
+            RuntimeError: x requires a gradient, in grad mode.
         """
+        with self._inference(x):
+            if x.is_cuda and not torch.compiler.is_compiling():
+                return self.engine()(x)
+            if CpuEngine.runs(x) and self.residual:
+                return self._cpu(self, x)
+            x, epilogue = self._last_product(x)
+            return F.linear(ops.activate_pool(x, *epilogue, self.activation), self.head_weight, self.head_bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map (N, dim, H // ph, W // pw) before pooling, of the weights' dtype; x and errors as in forward."""
+        with self._inference(x):
+            x, epilogue = self._last_product(x)
+            return activate_and_normalize(x, *epilogue, self.activation).to(x.dtype)
+
+    @contextmanager
+    def _inference(self, x: Tensor) -> Iterator[None]:
+        """Checks the images; inside, nothing is recorded for gradients or converted by autocast."""
         if x.dtype != self.patch.dtype:
             raise TypeError(f"x must be {self.patch.dtype} as the weights, got {x.dtype}")
+        if x.device != self.patch.device:
+            raise ValueError(f"x must be on {self.patch.device} as the weights, got {x.device}")
         check_images(x, *self.patch.shape[1:])
+        ops.check_inference(x=x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            yield
+
+    def engine(self) -> Engine:
+        """What runs on a GPU; made anew whenever the weights are other ones."""
+        buffers = dict(self.named_buffers())
+        state = tuple((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in buffers.values())
+        if self._engine is None or self._engine[0] != state:
+            with torch.no_grad():
+                weights = Weights.prepare(**buffers, activation=self.activation, residual=self.residual)
+            self._engine = state, Engine(weights, self.chunk, self.cuda_graphs)
+        return self._engine[1]
+
+    def _last_product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The raw output of the last layer's 1x1 convolution, and its bias, scale and shift, still to be applied.
+
+        By operators alone, without memory of its own: what torch.export and torch.compile see.
+        """
         layout = torch.contiguous_format if x.is_cuda else torch.channels_last
         arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
         after_patch, *after = (vectors.unbind() for vectors in self.vectors.to(arithmetic).unbind())
@@ -70,23 +128,32 @@ class OptimizedConvMixer(nn.Module):
         prologue = after_patch
         layers = zip(self.depthwise.unbind(), after[::2], self.pointwise.unbind(), after[1::2])
         for depthwise, after_depthwise, pointwise, after_pointwise in layers:
-            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, residual=True, prologue=prologue)
+            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, self.residual, prologue)
             x = _pointwise_conv2d(x, pointwise)
             prologue = after_pointwise
-        return F.linear(ops.activate_pool(x, *prologue, self.activation), self.head_weight, self.head_bias)
+        return x, prologue
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_engine": None}  # locks, buffers and graphs stay here
 
     def train(self, mode: bool = True) -> "OptimizedConvMixer":
         if mode:
             raise RuntimeError("an optimized ConvMixer is for inference: train the model it was made from")
         return super().train(mode)
 
+    def load_state_dict(self, *args, **kwargs):
+        self._engine = None  # of tensors made in inference mode nothing tells that they change
+        return super().load_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OptimizedConvMixer":
         """Moves all buffers, and converts all but the vectors: they would lose precision, and weigh little."""
+        self._engine = None
 
         def keep_vectors(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if tensor is self.vectors and moved.dtype != tensor.dtype else moved
 
+        self._cpu = CpuEngine()
         return super()._apply(keep_vectors, recurse)
 
     def extra_repr(self) -> str:
@@ -94,7 +161,7 @@ class OptimizedConvMixer(nn.Module):
         return (
             f"dim={dim}, depth={depth}, kernel_size={tuple(kernel_size)}, patch_size={tuple(self.patch.shape[2:])}, "
             f"n_classes={len(self.head_bias)}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
-            f"dtype={self.patch.dtype}"
+            f"residual={self.residual}, dtype={self.patch.dtype}, chunk={self.chunk!r}, cuda_graphs={self.cuda_graphs}"
         )
 
 

@@ -1,11 +1,15 @@
-"""ConvMixer in plain PyTorch, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
+"""ConvMixer, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from .nn import DepthwiseConv2d
+
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+HALVES = ("spatial", "channel")  # of a layer: equations 2 and 3
 
 
 class Residual(nn.Module):
@@ -17,6 +21,16 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fn(x) + x
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel of (N, C, H, W), as in transformers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "layer": ChannelLayerNorm}
 
 
 class ConvMixer(nn.Module):
@@ -34,9 +48,12 @@ class ConvMixer(nn.Module):
         n_classes: number of logits.
         in_channels: channels of the images.
         activation: "gelu" (erf form) or "relu".
+        residual: the halves of a layer that add their input to their result: any of "spatial" (equation 2) and
+            "channel" (equation 3). Others than the default are ablations of the paper's Table 3.
+        norm: "batch", or "layer" for that table's LayerNorm: over the channels of each pixel.
 
     Raises:
-        TypeError, ValueError: an argument that is not a positive integer, or an unknown activation.
+        TypeError, ValueError: an argument that is not a positive integer, or an unknown activation, half or norm.
     """
 
     def __init__(
@@ -48,6 +65,8 @@ class ConvMixer(nn.Module):
         n_classes: int = 1000,
         in_channels: int = 3,
         activation: str = "gelu",
+        residual: Sequence[str] = ("spatial",),
+        norm: str = "batch",
     ):
         super().__init__()
         sizes = dict(
@@ -65,28 +84,29 @@ class ConvMixer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
             setattr(self, name, size)
         check_activation(activation)
+        if isinstance(residual, str) or not set(residual) <= set(HALVES):
+            raise ValueError(f"residual must be a tuple of any of {', '.join(map(repr, HALVES))}, got {residual!r}")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         self.activation = activation
+        self.residual = tuple(half for half in HALVES if half in residual)
+        self.norm = norm
 
         def activate_and_normalize() -> tuple[nn.Module, nn.Module]:
-            return ACTIVATIONS[activation](), nn.BatchNorm2d(dim)
+            return ACTIVATIONS[activation](), NORMS[norm](dim)
+
+        def layer() -> nn.Sequential:
+            spatial = nn.Sequential(DepthwiseConv2d(dim, kernel_size), *activate_and_normalize())
+            channel = nn.Sequential(nn.Conv2d(dim, dim, 1), *activate_and_normalize())
+            return nn.Sequential(
+                Residual(spatial) if "spatial" in residual else spatial,
+                *([Residual(channel)] if "channel" in residual else channel),
+            )
 
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, dim, patch_size, stride=patch_size), *activate_and_normalize()
         )
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(
-                    Residual(
-                        nn.Sequential(
-                            nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"), *activate_and_normalize()
-                        )
-                    ),
-                    nn.Conv2d(dim, dim, 1),
-                    *activate_and_normalize(),
-                )
-                for _ in range(depth)
-            )
-        )
+        self.blocks = nn.Sequential(*(layer() for _ in range(depth)))
         self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(dim, n_classes)
 
@@ -98,11 +118,15 @@ class ConvMixer(nn.Module):
         Raises:
             ValueError: x is not of that shape.
         """
+        return self.head(self.global_pool(self.forward_features(x)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map (N, dim, H // patch_size, W // patch_size) before pooling, for dense prediction; x as in forward."""
         check_images(x, self.in_channels, self.patch_size, self.patch_size)
-        return self.head(self.global_pool(self.blocks(self.stem(x))))
+        return self.blocks(self.stem(x))
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        return f"activation={self.activation!r}, residual={self.residual}, norm={self.norm!r}"
 
 
 def check_activation(activation: str) -> None:

@@ -4,8 +4,9 @@ All of them take tensors on CPU or CUDA, float64, float32, float16 or bfloat16, 
 other strides, with 64-bit indexing, and return the memory format of ``x``. Sums are float32 (float64 for float64) and
 the result is rounded once. :mod:`convmixer_fast.reference` defines each of them in plain PyTorch.
 
-Inference only: an argument that requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit
-raise TypeError, ValueError or RuntimeError with the argument's name, what it was and what is accepted.
+depthwise_conv2d is differentiable, by :mod:`convmixer_fast.autograd`. The other two are for inference: an argument that
+requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit raise TypeError, ValueError or
+RuntimeError with the argument's name, what it was and what is accepted.
 """
 
 import torch
@@ -21,6 +22,8 @@ _ops = torch.ops.convmixer_fast
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise convolution, stride 1, implicit zero "same" padding: ``F.conv2d(..., padding="same", groups=C)``.
 
+    Differentiable in x, weight and bias, any number of times; under torch.autocast it casts them as F.conv2d does.
+
     Args:
         x: (N, C, H, W); any of them may be 0.
         weight: (C, 1, kh, kw), of x's dtype; any sizes from 1 up. Even sizes pad (k - 1) // 2 in front, k // 2 behind.
@@ -29,7 +32,6 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Returns:
         (N, C, H, W), of x's dtype and memory format.
     """
-    _check_inference(x=x, weight=weight, bias=bias)
     return _call(_ops.depthwise_conv2d.default, x, weight, bias)
 
 
@@ -42,6 +44,8 @@ def fused_depthwise(
     activation: str = "gelu",
     residual: bool = True,
     prologue: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """act(conv(z) + bias) * scale + shift (+ z), in one pass over memory.
 
@@ -56,33 +60,43 @@ def fused_depthwise(
         activation: "gelu" (erf form), "relu" or "none"; of the epilogue and of the prologue.
         residual: whether z is added.
         prologue: None, or three vectors like bias, scale, shift.
+        out: (N, C, H, W), of x's dtype and any strides, to be written; it must not overlap x. None: a new tensor.
 
     Returns:
-        (N, C, H, W), of x's dtype and memory format.
+        (N, C, H, W), of x's dtype and memory format; or out.
     """
     if prologue is None:
         prologue = (None, None, None)
     elif not isinstance(prologue, (tuple, list)) or len(prologue) != 3:
         raise TypeError(f"prologue must be None or three tensors (bias, scale, shift), got {type(prologue).__name__}")
-    _check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue)
-    return _call(
-        _ops.fused_depthwise.default, x, weight, bias, scale, shift, _activation(activation), residual, *prologue
-    )
+    check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue)
+    arguments = (x, weight, bias, scale, shift, _activation(activation), residual, *prologue)
+    if out is None:
+        return _call(_ops.fused_depthwise.default, *arguments)
+    _call(_ops.fused_depthwise.out, *arguments, out=out)
+    return out
 
 
-def activate_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str = "gelu") -> Tensor:
+def activate_pool(
+    x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str = "gelu", *, out: Tensor | None = None
+) -> Tensor:
     """The mean over H and W of act(x + bias) * scale + shift: the end of a ConvMixer in one pass over memory.
 
     Args:
         x: (N, C, H, W).
         bias, scale, shift: (C,), float32 (float64 if x is).
         activation: "gelu" (erf form), "relu" or "none".
+        out: (N, C), of x's dtype, contiguous, to be written; it must not overlap x. None: a new tensor.
 
     Returns:
-        (N, C), of x's dtype; NaN where the map is empty, as torch.mean.
+        (N, C), of x's dtype; NaN where the map is empty, as torch.mean. Or out.
     """
-    _check_inference(x=x, bias=bias, scale=scale, shift=shift)
-    return _call(_ops.activate_pool.default, x, bias, scale, shift, _activation(activation))
+    check_inference(x=x, bias=bias, scale=scale, shift=shift)
+    arguments = (x, bias, scale, shift, _activation(activation))
+    if out is None:
+        return _call(_ops.activate_pool.default, *arguments)
+    _call(_ops.activate_pool.out, *arguments, out=out)
+    return out
 
 
 def _activation(name: str) -> int:
@@ -93,25 +107,25 @@ def _activation(name: str) -> int:
         raise ValueError(f"activation must be one of {accepted}, got {name!r}") from None
 
 
-def _check_inference(**arguments: Tensor | tuple | None) -> None:
+def check_inference(**arguments: Tensor | tuple | None) -> None:
     if not torch.is_grad_enabled():
         return
     for name, argument in arguments.items():
         for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{name} requires a gradient, which this operator cannot give yet: "
+                    f"{name} requires a gradient, which this operator does not give: "
                     "call it under torch.no_grad() or torch.inference_mode(), or detach the tensor"
                 )
 
 
-def _call(op: torch._ops.OpOverload, *arguments) -> Tensor:
+def _call(op: torch._ops.OpOverload, *arguments, **out: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
     """Runs an operator; says why when its device has no kernels, and keeps the type of out-of-memory errors."""
     x = arguments[0]
     if isinstance(x, Tensor) and x.is_cuda:
         _library.require_cuda()
     try:
-        return op(*arguments)
+        return op(*arguments, **out)
     except RuntimeError as error:
         if _library.ALLOCATION_FAILED in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
@@ -130,6 +144,12 @@ def _(x, weight, bias):
 @torch.library.register_fake("convmixer_fast::fused_depthwise")
 def _(x, weight, bias, scale, shift, activation, residual, prologue_bias, prologue_scale, prologue_shift):
     return _like(x)
+
+
+@torch.library.register_fake("convmixer_fast::fused_depthwise.out")
+@torch.library.register_fake("convmixer_fast::activate_pool.out")
+def _(*arguments, out):
+    pass
 
 
 @torch.library.register_fake("convmixer_fast::activate_pool")

@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .inference import OptimizedConvMixer
+from .model import Residual
 
 # Modules whose forward runs their children one after the other, by the name of that function: no import of timm.
 _CHAINS = {
@@ -17,10 +18,17 @@ _CHAINS = {
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d.forward",
 }
 _ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
+# What the fused step cannot express, and why, by module.
+_REASONS = {
+    Residual: "the fused step adds its input in the spatial half of every layer or of none, and nowhere else",
+    nn.LayerNorm: "its mean and variance depend on the image, so it is no fixed scale and shift",
+}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedConvMixer:
+def optimize(
+    model: nn.Module, dtype: torch.dtype | None = None, *, chunk: int | str = "auto", cuda_graphs: bool = False
+) -> OptimizedConvMixer:
     """A module for inference with the forward pass of a trained ConvMixer, on the fused operators.
 
     BatchNorm becomes a scale and a shift, computed in float64. The given model stays as it is and shares no memory
@@ -31,17 +39,27 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedCon
             patch convolution, then layers, then nn.AdaptiveAvgPool2d(1), nn.Flatten and nn.Linear. Every convolution
             has a bias and is followed by GELU (erf form) or ReLU, the same everywhere, and by nn.BatchNorm2d. The
             depthwise ones have one size and padding "same", or (k - 1) // 2 if it is odd, and are in a module with
-            one child fn (of any name) whose forward is fn(x) + x.
+            one child fn (of any name) whose forward is fn(x) + x; or all of them are in none, without a residual.
         dtype: torch.float64, float32, float16 or bfloat16, to convert the weights to; None: theirs.
+        chunk: on a GPU, how many images go through all layers before the next ones start, which bounds the memory of
+            the activations. "auto": as many as keep a layer's input, output and matrix in the L2 cache, or all, if
+            those would leave multiprocessors idle.
+        cuda_graphs: on a GPU, record the kernels of a forward pass once for each shape of images (the 8 used last are
+            kept) and replay them: no launch gaps, which matter for few images and small maps.
 
     Raises:
-        TypeError: model is not a module.
-        ValueError: dtype is another one; or the first module that is in training mode or does not match, by its path.
+        TypeError: model is not a module, or cuda_graphs not a bool.
+        ValueError: dtype or chunk is another one; or the first module that is in training mode or does not match, by
+            its path.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if isinstance(chunk, bool) or not (chunk == "auto" or isinstance(chunk, int) and chunk >= 1):
+        raise ValueError(f"chunk must be 'auto' or an int from 1 up, got {chunk!r}")
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs must be a bool, got {cuda_graphs!r}")
     if not _is_chain(model):
         raise ValueError(
             f"model is {type(model).__name__}, accepted: convmixer_fast.ConvMixer, timm's ConvMixer, nn.Sequential"
@@ -50,10 +68,10 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None) -> OptimizedCon
         if module.training:
             raise ValueError(f"{path} ({type(module).__name__}) is in training mode, accepted: eval mode, model.eval()")
     with torch.no_grad():
-        return _convert(model, dtype)
+        return _convert(model, dtype, chunk, cuda_graphs)
 
 
-def _convert(model: nn.Module, dtype: torch.dtype | None) -> OptimizedConvMixer:
+def _convert(model: nn.Module, dtype: torch.dtype | None, chunk: int | str, cuda_graphs: bool) -> OptimizedConvMixer:
     leaves = _Leaves(model)
     patch = leaves.take(nn.Conv2d)
     dim = patch.out_channels
@@ -61,8 +79,9 @@ def _convert(model: nn.Module, dtype: torch.dtype | None) -> OptimizedConvMixer:
     leaves.check(patch, stride=[patch.kernel_size], padding=["valid", (0, 0)], groups=[1], **plain)
     vectors, depthwise, pointwise = [leaves.take_vectors(patch)], [], []
     plain |= dict(in_channels=[dim], out_channels=[dim], stride=[(1, 1)])
+    residual = not leaves.next_is(nn.Conv2d)  # in the first layer, and so in all
     while not (depthwise and leaves.next_is(nn.AdaptiveAvgPool2d)):
-        with leaves.residual(dim):
+        with leaves.residual(dim) if residual else nullcontext():
             conv = leaves.take(nn.Conv2d)
             kernel_size = depthwise[0].kernel_size if depthwise else conv.kernel_size
             padding = ["same"]
@@ -92,6 +111,9 @@ def _convert(model: nn.Module, dtype: torch.dtype | None) -> OptimizedConvMixer:
         head_weight=converted(head.weight),
         head_bias=converted(head.bias),
         activation=leaves.activation,
+        residual=residual,
+        chunk=chunk,
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -169,7 +191,8 @@ class _Leaves:
         return module
 
     def _mismatch(self, module: nn.Module, accepted: str) -> ValueError:
-        return ValueError(f"{self._path} is {type(module).__name__}, accepted: {accepted}")
+        reason = next((f" ({reason})" for kind, reason in _REASONS.items() if isinstance(module, kind)), "")
+        return ValueError(f"{self._path} is {type(module).__name__}, accepted: {accepted}{reason}")
 
 
 def _is_chain(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 _ACTIVATIONS = {"none": lambda v: v, "gelu": F.gelu, "relu": F.relu}
 
 
-def _pointwise(v: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str) -> Tensor:
+def activate_and_normalize(v: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str) -> Tensor:
     """activation(v + bias) * scale + shift over the channels of (N, C, H, W), in the vectors' dtype."""
     bias, scale, shift = (vector.view(-1, 1, 1) for vector in (bias, scale, shift))
     return _ACTIVATIONS[activation](v.to(bias.dtype) + bias) * scale + shift
@@ -38,13 +38,13 @@ def fused_depthwise(
 ) -> Tensor:
     """act(conv(z) + bias) * scale + shift (+ z): one half of a ConvMixer layer ("Patches Are All You Need?", eq. 2),
     with z = x, or z = act(x + b) * s + t for prologue = (b, s, t): the other half (eq. 3) of the layer before."""
-    z = x if prologue is None else _pointwise(x, *prologue, activation).to(x.dtype)
+    z = x if prologue is None else activate_and_normalize(x, *prologue, activation).to(x.dtype)
     arithmetic = bias.dtype
     convolved = depthwise_conv2d(z.to(arithmetic), weight.to(arithmetic))
-    y = _pointwise(convolved, bias, scale, shift, activation)
+    y = activate_and_normalize(convolved, bias, scale, shift, activation)
     return (y + z if residual else y).to(x.dtype)
 
 
 def activate_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str = "gelu") -> Tensor:
     """The mean over H and W of act(x + bias) * scale + shift: (N, C)."""
-    return _pointwise(x, bias, scale, shift, activation).mean((2, 3)).to(x.dtype)
+    return activate_and_normalize(x, bias, scale, shift, activation).mean((2, 3)).to(x.dtype)

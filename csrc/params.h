@@ -71,4 +71,39 @@ struct PoolParams {
   PointwiseParams prologue;
 };
 
+// A whole ConvMixer in eval mode, as three kinds of numbers: its own sizes, its weights, and one run of it.
+struct MixerSizes {
+  int64_t in_channels, patch_h, patch_w;
+  int64_t dim, depth, kernel_h, kernel_w;
+  int64_t classes;
+  DType dtype;  // of the weights, the images and the logits: float32, float16 or bfloat16
+  Activation activation;
+};
+
+// Contiguous, of type `dtype` but for the vectors.
+struct MixerWeights {
+  const void* patch;       // (dim, in_channels, patch_h, patch_w)
+  const void* depthwise;   // (depth, dim, kernel_h, kernel_w)
+  const void* pointwise;   // (depth, dim, dim)
+  const float* vectors;    // (2 depth + 1, 3, dim): bias, scale and shift after each convolution, as they run
+  const void* head;        // (classes, dim)
+  const void* head_bias;   // (classes)
+};
+
+// What happens between two barriers. Layers are numbered from 0.
+struct MixerStep {
+  enum Kind : int32_t { kPatches, kProject, kDepthwise, kPointwise, kPool, kHead } kind;
+  int64_t layer;
+};
+
+struct MixerParams {
+  MixerSizes sizes;
+  const void* x;  // images (batch, in_channels, height, width)
+  Strides x_stride;
+  int64_t batch, height, width;
+  const void* packed;  // the weights as the kernels want them
+  void* workspace;     // for what the layers hand on
+  void* y;             // contiguous (batch, classes)
+};
+
 }  // namespace convmixer_fast

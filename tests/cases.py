@@ -48,6 +48,14 @@ def _embed(x, make_parent):
     return view.copy_(x)
 
 
+def planes(x):
+    """x as (channels, images, plane), every plane on a multiple of 8 elements: as an engine keeps its activations."""
+    n, c, h, w = x.shape
+    pitch = -(-h * w // 8) * 8
+    memory = torch.full((c, n, pitch), torch.nan, dtype=x.dtype, device=x.device)
+    return memory[..., : h * w].unflatten(2, (h, w)).transpose(0, 1).copy_(x)
+
+
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -55,6 +63,7 @@ LAYOUTS = {
     "channels_last_slice": lambda x: _embed(x, lambda p: p.contiguous(memory_format=torch.channels_last)),
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "every_second_column": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "planes": planes,
     "batch_expanded": lambda x: x[:1].expand(x.shape),
 }
 

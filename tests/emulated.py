@@ -118,11 +118,13 @@ class EmulatedOps:
     def depthwise_conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._depthwise(x, weight, (bias, None, None), "none")
 
-    def fused_depthwise(self, x, weight, bias, scale, shift, activation="gelu", residual=True, prologue=None) -> Tensor:
-        return self._depthwise(x, weight, (bias, scale, shift), activation, residual, prologue)
+    def fused_depthwise(
+        self, x, weight, bias, scale, shift, activation="gelu", residual=True, prologue=None, *, out=None
+    ) -> Tensor:
+        return self._depthwise(x, weight, (bias, scale, shift), activation, residual, prologue, out)
 
-    def activate_pool(self, x, bias, scale, shift, activation="gelu") -> Tensor:
-        y = x.new_empty(x.shape[:2])
+    def activate_pool(self, x, bias, scale, shift, activation="gelu", *, out=None) -> Tensor:
+        y = x.new_empty(x.shape[:2]) if out is None else out
         with self.device.scope():
             params = PoolParams(
                 **self._map(x, y), prologue=self._pointwise("prologue", (bias, scale, shift), activation)
@@ -172,8 +174,8 @@ class EmulatedOps:
                     self._download(getattr(params, name), result)
         return tuple(results)
 
-    def _depthwise(self, x, weight, epilogue, activation, residual=False, prologue=None, flip_taps=False):
-        y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+    def _depthwise(self, x, weight, epilogue, activation, residual=False, prologue=None, out=None, flip_taps=False):
+        y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x)) if out is None else out
         with self.device.scope():
             kernel_h, kernel_w = weight.shape[2:]
             params = DepthwiseParams(
@@ -195,10 +197,9 @@ class EmulatedOps:
 
     def _map(self, x, y) -> dict:
         batch, channels, height, width = x.shape
-        y_array = _as_numpy(y)
         return dict(
             x=self._upload("x", x),
-            y=self.device.alloc(y_array.nbytes, "y", offset=y_array.ctypes.data % 16, once=True),
+            y=self.device.alloc_view(_as_numpy(y), "y", once=True),
             batch=batch,
             channels=channels,
             height=height,

@@ -103,7 +103,8 @@ def run_exact(ops, case):
         name = "depthwise_conv2d"
         arguments = (x, weight, dyadic(case.channels, most=2, step=0.25, dtype=case.dtype) if case.bias else None)
     ops.device.order = case.order
-    return getattr(ops, name)(*arguments), getattr(reference, name)(*in_float64(arguments)).to(case.dtype)
+    options = dict(out=cases.planes(torch.empty_like(x))) if case.layout == "planes" and case.fused else {}
+    return getattr(ops, name)(*arguments, **options), getattr(reference, name)(*in_float64(arguments)).to(case.dtype)
 
 
 def plant(name, file, correct, planted):

@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
 import depthwise  # noqa: E402
 import gpu  # noqa: E402
+import peers  # noqa: E402
 import report  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
@@ -115,12 +116,13 @@ def test_depthwise_ratios():
 
 @pytest.mark.parametrize("name, size", [("convmixer_512_12_k8_p7", 224), ("convmixer_256_8_k3_p2", 32)])
 def test_flops_are_those_of_the_layers(name, size):
-    model = convmixer_fast.create_model(name)
+    plain, model = throughput.build(name), convmixer_fast.create_model(name)
     pixels = (size // model.patch_size) ** 2
     layer = model.dim * model.kernel_size**2 + model.dim**2
     patches = model.dim * 3 * model.patch_size**2
     multiply_adds = pixels * (patches + model.depth * layer) + model.dim * model.n_classes
-    assert throughput.flops_per_image(model, size) == 2 * multiply_adds
+    assert throughput.flops_per_image(plain, size) == 2 * multiply_adds
+    assert throughput.flops_per_image(model, size) == 2 * multiply_adds, "the package's operators are counted alike"
 
 
 def test_paper_models_exist():
@@ -129,7 +131,8 @@ def test_paper_models_exist():
     assert set(table2) == {name for name, variant in convmixer_fast.model.VARIANTS.items() if variant.n_classes == 1000}
     assert paper["convmixer_1536_20_k9_p7"]["rtx8000_images_per_second"] == "134"
     timm = pytest.importorskip("timm")
-    assert set(paper) - set(table2) <= set(timm.list_models())
+    assert set(paper) - set(table2) - set(peers.MODELS) - set(peers.EMPTY) <= set(timm.list_models())
+    assert throughput.select_models(["deit_tiny_patch7_224"]) == ["deit_tiny_patch7_224"]
 
 
 def test_select_models():
@@ -184,7 +187,7 @@ def run_throughput(tmp_path, *arguments: str) -> tuple[int, dict[tuple[str, str]
 
 @pytest.mark.parametrize("name, status", [("fused", 1), ("channels_last", 0)])
 def test_a_wrong_backend_is_reported_and_not_timed(tmp_path, monkeypatch, capsys, name, status):
-    monkeypatch.setitem(throughput.BACKENDS, name, throughput.Backend(Scaled))
+    monkeypatch.setitem(throughput.BACKENDS, name, throughput.Backend(lambda model, images: Scaled(model)))
     monkeypatch.setattr(Scaled, "calls", 0)
     model = PAIR[0]
     returned, rows = run_throughput(tmp_path, "--models", model, "--backends", "eager", name)
@@ -196,10 +199,10 @@ def test_a_wrong_backend_is_reported_and_not_timed(tmp_path, monkeypatch, capsys
 
 
 def test_what_one_backend_or_model_lacks_does_not_stop_the_rest(tmp_path, monkeypatch):
-    def no_memory(model):
+    def no_memory(model, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def no_compiler(model):
+    def no_compiler(model, images):
         raise RuntimeError("no compiler\nand a long explanation")
 
     def no_timm():
@@ -321,12 +324,18 @@ def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
 def test_gpu_plan_fits_its_time(tmp_path):
     steps = gpu.plan(tmp_path, (9, 0))
     names = [step.name for step in steps]
-    assert names == ["build", "tests", "throughput", "depthwise", "compiled", "peers", "memcheck", "racecheck"]
+    inference, training = ["throughput", "depthwise"], ["gradients", "training"]
+    late = ["compiled", "peers", "training-compiled", "memcheck", "racecheck", "paper"]
+    assert names == ["build", "tests", *inference, *training, *late]
     assert set(gpu.BENCHMARKS) <= set(names)
     assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert gpu.plan(tmp_path, (8, 9))[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.9"
     assert sum(gpu.limits(steps, 9 * 60)) <= 9 * 60
     assert sum(gpu.limits(steps, 60)) == pytest.approx(60)
+    longer = gpu.plan(tmp_path, (9, 0), seconds=20 * 60)  # all of it for the paper's tables and figures
+    assert sum(step.seconds for step in longer) == pytest.approx(20 * 60)
+    minutes = float(longer[-1].command[longer[-1].command.index("--minutes") + 1])
+    assert 0.8 * longer[-1].seconds < 60 * minutes < longer[-1].seconds - 15
 
 
 def python_step(name: str, code: str, seconds: float = 20, **options) -> gpu.Step:

@@ -10,7 +10,7 @@ import torch
 from networks import copy_weights, plain_convmixer, randomize
 from torch import nn
 
-from convmixer_fast import ConvMixer, create_model, load_checkpoint
+from convmixer_fast import ConvMixer, create_model, load_checkpoint, replace_depthwise
 
 SIZES = dict(dim=12, depth=3, kernel_size=4, patch_size=5, n_classes=7, in_channels=2)
 
@@ -18,7 +18,9 @@ SIZES = dict(dim=12, depth=3, kernel_size=4, patch_size=5, n_classes=7, in_chann
 @pytest.fixture(scope="module")
 def plain():
     torch.manual_seed(0)
-    return randomize(plain_convmixer(**SIZES))
+    model = randomize(plain_convmixer(**SIZES))
+    assert replace_depthwise(model).count == SIZES["depth"]  # the same kernels as ours, so the same bits
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +74,21 @@ def test_loads_what_was_saved(source, suffix, wrap, images, plain, tmp_path, req
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("residual", [("spatial",), ("spatial", "channel"), ("channel",), ()])
+def test_loads_ablations(residual, norm, images, tmp_path):
+    model = randomize(ConvMixer(**SIZES, residual=residual, norm=norm))
+    loaded = load_checkpoint(save(tmp_path / "gelu.pt", model.state_dict()))
+    assert (loaded.residual, loaded.norm, loaded.depth) == (residual, norm, 3)
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_loads_timms(tmp_path, images):
     convmixer = pytest.importorskip("timm.models.convmixer")
     sizes = dict(dim=12, depth=3, kernel_size=4, patch_size=5, num_classes=7, in_chans=2)
     model = randomize(convmixer.ConvMixer(**sizes, act_layer=nn.ReLU))
+    replace_depthwise(model)
     path = save(tmp_path / "model.safetensors", model.state_dict())
     assert torch.equal(load_checkpoint(path, activation="relu")(images), model(images))
 

@@ -8,7 +8,8 @@ import pytest
 
 import convmixer_fast
 
-KERNEL_TESTS = "cpu and (conv2d or fused_depthwise or fusion or pool or gelu or finite or threads)"
+FILES = "tests/test_ops.py", "tests/test_autograd.py"
+KERNEL_TESTS = "cpu and (conv2d or fused_depthwise or fusion or pool or gelu or finite or threads or wgrad)"
 
 
 def run(isa, *command):
@@ -24,7 +25,7 @@ def test_operators(isa):
     if "CMF_CPU_ISA must name" in info:
         pytest.skip(f"this CPU has no {isa}")
     assert isa in info
-    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", KERNEL_TESTS)
+    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", KERNEL_TESTS)
     assert tests.returncode == 0, tests.stdout
     assert int(tests.stdout.split(" passed")[0].split()[-1]) > 400
 

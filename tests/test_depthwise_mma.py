@@ -1,6 +1,7 @@
 """The tensor-core kernel on an emulated GPU: every instantiation, its traffic, what it promises, and planted bugs."""
 
 import contextlib
+import itertools
 import os
 import random
 
@@ -117,6 +118,38 @@ def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
     assert profile.shared["ldmatrix"].conflict == 1
 
 
+FLAT_MAPS = [(33, 29), (7, 7), (14, 14), (28, 28), (37, 36), (3, 62), (61, 9), (9, 2), (1, 31), (64, 63)]
+
+
+@dtype
+@pytest.mark.parametrize("kernel_size", [(3, 3), (9, 9), (8, 8), (11, 11), (4, 27)], ids=str)
+def test_flat_planes(ops, dtype, kernel_size):
+    """Planes on 16 bytes whose rows are not, in every shape that fits."""
+    for size, prologue in itertools.product(FLAT_MAPS, (True, False)):
+        batch = min(17, 2 + 1000 // (size[0] * size[1]))
+        case = Case(kernel_size, dtype, "planes", size, batch, 1, "reverse", True, prologue, True, False)
+        torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
+
+
+@dtype
+@pytest.mark.parametrize("size", FLAT_MAPS, ids=str)
+def test_traffic_of_flat_planes(dtype, size):
+    """16 bytes a thread, but for the end of a plane."""
+    case = Case((9, 9), dtype, "planes", size, 6, 3, "forward", True, True, True, False)
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=3, profile=True)) as ops:
+        torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
+        (launch,) = ops.launches
+    pieces = 6 * 3 * (size[0] * size[1] // 8)
+    assert "depthwise_mma_kernel" in launch.kernel
+    assert (launch.profile.loads.widths[16], launch.profile.stores.widths[16]) == (pieces, pieces)
+
+
+def test_planes_that_are_not_flat(ops):
+    """Maps too large to be held in registers go row by row."""
+    case = Case((5, 5), torch.float16, "planes", (65, 65), 2, 2, "forward", True, True, True, False)
+    torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
+
+
 @dtype
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("size, batch", [((32, 32), 16), ((16, 16), 64)], ids=str)
@@ -167,8 +200,8 @@ PLANTED = {
     ),
     "mma_no_barrier_before_the_sums": (
         KERNEL,
-        "    __syncthreads();\n\n    if (tile.prefetch && remaining > 1)",
-        "    if (tile.prefetch && remaining > 1)",
+        "    __syncthreads();\n\n    if (ahead && remaining > 1)",
+        "    if (ahead && remaining > 1)",
         {"race"},
     ),
     "mma_no_barrier_before_the_stores": (

@@ -8,7 +8,7 @@ import torch
 from networks import copy_weights, plain_convmixer, randomize
 from torch import nn
 
-from convmixer_fast import ConvMixer, create_model, list_models
+from convmixer_fast import ConvMixer, create_model, list_models, replace_depthwise
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 SIZES = ("dim", "depth", "kernel_size", "patch_size")
@@ -90,15 +90,15 @@ def test_aliases_are_timms_models(name):
         (16, 2, 8, 7, 3, 30, 45),  # even kernel; H and W not multiples of the patch
         (8, 3, 5, 1, 1, 6, 4),
         (8, 1, 3, 14, 3, 14, 14),  # a single patch
-        (1, 1, 1, 2, 4, 3, 2),
+        (2, 1, 1, 2, 4, 3, 2),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_equals_plain_convmixer(dim, depth, kernel_size, patch_size, in_channels, height, width, activation):
     torch.manual_seed(0)
     plain = plain_convmixer(dim, depth, kernel_size, patch_size, 5, in_channels, ACTIVATIONS[activation])
     model = ConvMixer(dim, depth, kernel_size, patch_size, 5, in_channels, activation)
     copy_weights(randomize(plain), model)
+    assert replace_depthwise(plain).count == depth  # the same kernels, so the same bits
     x = torch.randn(3, in_channels, height, width)
     assert torch.equal(model(x), plain(x))
 
@@ -109,6 +109,54 @@ def test_equals_plain_convmixer(dim, depth, kernel_size, patch_size, in_channels
         assert torch.equal(ours.grad, theirs.grad), name
     for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def layer_norm(x, norm):
+    mean, variance = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
+    weight, bias = (vector.view(-1, 1, 1) for vector in (norm.weight, norm.bias))
+    return (x - mean) / (variance + norm.eps).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("residual", [("spatial",), ("channel", "spatial"), ("channel",), ()])
+def test_ablations(residual, norm):
+    """The variants of Table 3 by the paper's equations, with the modules' weights; and that they train."""
+    torch.manual_seed(0)
+    model = randomize(ConvMixer(6, 2, 3, 2, 5, residual=residual, norm=norm)).double()
+    x = torch.randn(4, 3, 8, 10, dtype=torch.float64)
+
+    def stage(z, kind):
+        conv, activation, normalize = kind
+        y = activation(conv(z))
+        return layer_norm(y, normalize) if norm == "layer" else normalize(y)
+
+    z = stage(x, model.stem)
+    for block in model.blocks:
+        leaves = [leaf for leaf in block.modules() if not list(leaf.children())]
+        for half, kind in (("spatial", leaves[:3]), ("channel", leaves[3:])):
+            z = stage(z, kind) + (z if half in residual else 0)
+    torch.testing.assert_close(model.forward_features(x), z, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x), model.head(z.mean((2, 3))), rtol=1e-12, atol=1e-12)
+
+    labels = torch.arange(4)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    assert losses[-1] < losses[0] / 2
+
+
+def test_ablations_that_do_not_exist():
+    for residual in ("spatial", ("temporal",)):
+        with pytest.raises(ValueError, match="residual must be a tuple of any of 'spatial', 'channel', got "):
+            ConvMixer(4, 1, residual=residual)
+    with pytest.raises(ValueError, match="norm must be one of 'batch', 'layer', got 'group'"):
+        ConvMixer(4, 1, norm="group")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 7), (1, 3, 7, 6), (1, 1, 7, 7), (3, 7, 7)])

@@ -197,12 +197,16 @@ def test_opcheck(device, layout):
     torch.library.opcheck(torch.ops.convmixer_fast.depthwise_conv2d.default, (x, weight, None))
     torch.library.opcheck(torch.ops.convmixer_fast.fused_depthwise.default, (x, weight, *v[:3], 1, True, *v[3:]))
     torch.library.opcheck(torch.ops.convmixer_fast.activate_pool.default, (x, *v[:3], 1))
+    out = dict(out=torch.empty_like(x))
+    torch.library.opcheck(torch.ops.convmixer_fast.fused_depthwise.out, (x, weight, *v[:3], 1, True, *v[3:]), out)
+    out = dict(out=x.new_empty(x.shape[:2]))
+    torch.library.opcheck(torch.ops.convmixer_fast.activate_pool.out, (x, *v[:3], 1), out)
 
 
 class AllOps(torch.nn.Module):
     def forward(self, x, weight, v):
         y = cf.depthwise_conv2d(x, weight, v[0])
-        y = cf.fused_depthwise(y, weight, *v[:3], "relu", False, tuple(v[3:]))
+        y = cf.fused_depthwise(y, weight, *v[:3], "relu", False, tuple(v[3:]), out=torch.empty_like(y))
         return cf.activate_pool(y, *v[3:])
 
 
@@ -226,15 +230,57 @@ def test_export_with_dynamic_shapes():
         assert torch.equal(exported.module()(other, weight, v), AllOps()(other, weight, v))
 
 
-def test_gradients_are_refused():
+@device
+@dtype
+def test_given_output(device, dtype):
+    """Written in any strides, nothing beside it; the result is that tensor."""
+    x, weight = cases.make_input(SMALL, dtype, "contiguous", device), cases.make_weight(SMALL, dtype, device)
+    vectors = cases.make_vectors(SMALL, dtype, 3, device)
+    expected = cf.fused_depthwise(x, weight, *vectors)
+    n, c, h, w = x.shape
+    memory = torch.full((c, n, h * w + 3), 7, dtype=dtype, device=device)
+    out = memory[..., : h * w].unflatten(2, (h, w)).transpose(0, 1)
+    assert cf.fused_depthwise(x, weight, *vectors, out=out) is out
+    assert torch.equal(out, expected)
+    assert (memory[..., h * w :] == 7).all()
+    pooled = torch.empty(n, c, dtype=dtype, device=device)
+    assert cf.activate_pool(x, *vectors, out=pooled) is pooled
+    assert torch.equal(pooled, cf.activate_pool(x, *vectors))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda out: out.float(), "out must have x's dtype float64, got float32"),
+        (lambda out: out[:1], r"out must be \(2, 5, 6, 7\), got \(1, 5, 6, 7\)"),
+        (lambda out: out[0], r"out must be \(2, 5, 6, 7\), got \(5, 6, 7\)"),
+    ],
+)
+def test_given_output_that_does_not_fit(change, message):
+    x, weight = cases.make_input(SMALL, torch.float64), cases.make_weight(SMALL, torch.float64)
+    vectors = cases.make_vectors(SMALL, torch.float64, 3)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.convmixer_fast.fused_depthwise.out(x, weight, *vectors, 1, True, None, None, None, out=change(x.clone()))
+
+
+def test_given_output_apart_from_the_input():
+    both = torch.zeros(2, 5, 12, 7)
+    weight, vectors = torch.zeros(5, 1, 3, 3), cases.make_vectors(SMALL, torch.float32, 3)
+    with pytest.raises(RuntimeError, match="out must not share memory with x"):
+        cf.fused_depthwise(both[:, :, :6], weight, *vectors, out=both[:, :, 5:11])
+    with pytest.raises(RuntimeError, match="out must be contiguous"):
+        cf.activate_pool(both, *vectors, out=torch.zeros(5, 2).t())
+
+
+def test_gradients_of_the_fused_operators_are_refused():
     x, weight, v = small_arguments()
     weight.requires_grad_()
     with pytest.raises(RuntimeError, match="weight requires a gradient.*no_grad"):
-        cf.depthwise_conv2d(x, weight)
+        cf.fused_depthwise(x, weight, *v[:3])
     with pytest.raises(RuntimeError, match="prologue requires a gradient"):
         cf.fused_depthwise(x, weight.detach(), *v[:3], prologue=(v[3].requires_grad_(), *v[4:]))
     with torch.no_grad():
-        cf.depthwise_conv2d(x, weight)
+        cf.fused_depthwise(x, weight, *v[:3])
 
 
 @pytest.mark.parametrize(

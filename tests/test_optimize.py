@@ -53,6 +53,7 @@ MODELS = {
     "ours, even kernel": lambda: ConvMixer(DIM, DEPTH, 8, PATCH, CLASSES),
     "ours, 1x1": lambda: ConvMixer(DIM, DEPTH, 1, PATCH, CLASSES),
     "ours, ReLU": lambda: ConvMixer(DIM, DEPTH, KERNEL, PATCH, CLASSES, activation="relu"),
+    "ours, no residual": lambda: ConvMixer(DIM, DEPTH, KERNEL, PATCH, CLASSES, residual=()),
     "timm": timm_convmixer,
     "timm, ReLU": lambda: timm_convmixer(act_layer=nn.ReLU),
     "plain": lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES),
@@ -86,6 +87,26 @@ def test_error_at_most_eagers(kind, dtype, device):
     with torch.no_grad():
         eager = model(x)
     assert_error_at_most_peer(optimize(model)(x), eager, float64_logits(model, x), f"{kind}, {dtype}, {device}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["ours", "ours, ReLU", "ours, no residual"])
+def test_dense_features_error_at_most_eagers(kind, dtype):
+    """At several resolutions; and the logits are the classifier's, of their mean."""
+    model = build(kind).to(dtype=dtype)
+    optimized = optimize(model)
+    for height, width in ((23, 38), (4, 4), (61, 9)):
+        x = images(dtype, shape=(5, 3, height, width))
+        with torch.no_grad():
+            eager = model.forward_features(x)
+            exact = copy.deepcopy(model).double().forward_features(x.double())
+        features = optimized.forward_features(x)
+        assert features.shape == (5, DIM, height // PATCH, width // PATCH)
+        assert_error_at_most_peer(features, eager, exact, f"{kind}, {dtype}, {height}x{width}")
+    logits = optimized(x).double()
+    pooled = features.double().mean((2, 3))
+    expected = pooled @ optimized.head_weight.double().T + optimized.head_bias.double()
+    assert (logits - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -171,7 +192,9 @@ def test_exports_with_dynamic_shapes(model):
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(optimized, (images(),), dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}}).module()
     for x in (images(), images(shape=(2, 3, 40, 16))):
-        assert torch.equal(exported(x), optimized(x))
+        with torch.no_grad():
+            eager = model(x)
+        assert_error_at_most_peer(exported(x), eager, float64_logits(model, x), "exported")
 
 
 def test_is_for_inference(model):
@@ -188,9 +211,18 @@ def test_input_that_does_not_fit(model):
     optimized = optimize(model, torch.float16)
     with pytest.raises(TypeError, match="x must be torch.float16 as the weights, got torch.float32"):
         optimized(images())
+    with pytest.raises(ValueError, match="x must be on cpu as the weights, got meta"):
+        optimized(images(torch.float16).to("meta"))
     for shape in ((1, 3, 3, 4), (1, 3, 4, 3), (1, 4, 8, 8), (3, 8, 8)):
         with pytest.raises(ValueError, match=r"x must be of shape \(N, 3, H, W\) .* H >= 4 and W >= 4, got \("):
             optimized(images(torch.float16, shape=shape))
+
+
+def test_autocast_changes_nothing(model):
+    optimized, x = optimize(model), images()
+    logits = optimized(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(optimized(x), logits)
 
 
 def test_arguments_that_do_not_fit(model):
@@ -198,6 +230,11 @@ def test_arguments_that_do_not_fit(model):
         optimize(model.state_dict())
     with pytest.raises(ValueError, match="dtype must be None or one of torch.float64, .*, got torch.int8"):
         optimize(model, torch.int8)
+    for chunk in (0, -1, 1.5, True, "all"):
+        with pytest.raises(ValueError, match=f"chunk must be 'auto' or an int from 1 up, got {chunk!r}"):
+            optimize(model, chunk=chunk)
+    with pytest.raises(TypeError, match="cuda_graphs must be a bool, got 1"):
+        optimize(model, cuda_graphs=1)
     with pytest.raises(ValueError, match="model is Linear, accepted: convmixer_fast.ConvMixer, timm's"):
         optimize(nn.Linear(2, 2).eval())
 
@@ -255,7 +292,8 @@ def without(index):
             replaced("5.3", lambda _: nn.BatchNorm2d(DIM, track_running_stats=False)),
             "model.5.3.running_mean is None, accepted: a tensor",
         ),
-        (replaced("3.0", lambda residual: residual.fn), "model.3.0.0 is Conv2d, accepted: a module with one child fn"),
+        (replaced("4.0", lambda residual: residual.fn), "model.4.0.0 is Conv2d, accepted: a module with one child fn"),
+        (replaced("3.0", lambda residual: residual.fn), "model.4.0 is Residual, accepted: nn.Conv2d"),
         (
             replaced("4.0", lambda residual: Product(residual.fn)),
             "model.4.0 (Product) does not give fn(x) + x, accepted: a module with one child fn",
@@ -288,6 +326,25 @@ def test_models_that_do_not_match(change, message):
         model.eval()
     with pytest.raises(ValueError, match=re.escape(message)):
         optimize(model)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(residual=("spatial", "channel")),
+            "model.blocks.0.1 is Residual, accepted: nn.Conv2d (the fused step adds its input in the spatial half",
+        ),
+        (dict(residual=("channel",)), "model.blocks.0.1 is Residual, accepted: nn.Conv2d (the fused step adds its"),
+        (
+            dict(norm="layer"),
+            "model.stem.2 is ChannelLayerNorm, accepted: nn.BatchNorm2d (its mean and variance depend on the image",
+        ),
+    ],
+)
+def test_ablations_that_the_fused_step_cannot_express(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimize(ConvMixer(DIM, DEPTH, KERNEL, PATCH, CLASSES, **options).eval())
 
 
 @pytest.mark.parametrize(

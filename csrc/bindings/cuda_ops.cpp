@@ -14,6 +14,13 @@ struct Cuda {
   static void depthwise(const DepthwiseParams& params, const Tensor& x) {
     launch(x, [&](cudaStream_t stream) { return cuda::depthwise(params, stream); });
   }
+  static void depthwise_wgrad(WgradParams& params, const Tensor& x) {
+    size_t bytes = 0;
+    launch(x, [&](cudaStream_t) { return cuda::depthwise_wgrad_workspace(params, &bytes); });
+    const Tensor workspace = empty_workspace(x, static_cast<int64_t>(bytes));
+    params.workspace = workspace.mutable_data_ptr();
+    launch(x, [&](cudaStream_t stream) { return cuda::depthwise_wgrad(params, stream); });
+  }
   static void activate_pool(const PoolParams& params, const Tensor& x) {
     launch(x, [&](cudaStream_t stream) { return cuda::activate_pool(params, stream); });
   }

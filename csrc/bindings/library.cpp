@@ -4,19 +4,34 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/kernels.h"
+#include "../cpu/mixer.h"
 
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("depthwise_conv2d_dgrad(Tensor gy, Tensor weight) -> Tensor");
+  m.def(
+      "depthwise_conv2d_wgrad(Tensor x, Tensor gy, SymInt kernel_h, SymInt kernel_w, bool bias) -> (Tensor, Tensor)");
   m.def(
       "fused_depthwise(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, bool residual, "
       "Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift) -> Tensor");
+  m.def(
+      "fused_depthwise.out(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, "
+      "bool residual, Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift, *, Tensor(a!) out) -> ()");
   m.def("activate_pool(Tensor x, Tensor bias, Tensor scale, Tensor shift, int activation) -> Tensor");
+  m.def(
+      "activate_pool.out(Tensor x, Tensor bias, Tensor scale, Tensor shift, int activation, *, Tensor(a!) out) -> ()");
+  m.def(
+      "mixer_pack(Tensor patch, Tensor depthwise, Tensor pointwise, Tensor vectors, Tensor head_weight, "
+      "Tensor head_bias) -> Tensor");
+  m.def("mixer_workspace(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight) -> int");
+  m.def(
+      "mixer(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight, Tensor packed, Tensor(a!) workspace, "
+      "int activation, Tensor(b!)? seconds) -> Tensor");
 }
 
 // For convmixer_fast._library, through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
-  return convmixer_fast::cpu::kernels().isa;
+  return convmixer_fast::cpu::mixer_kernels().isa;
 } catch (const std::runtime_error& error) {  // ctypes knows no exceptions
   static const std::string message = error.what();
   return message.c_str();

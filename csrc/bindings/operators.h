@@ -1,6 +1,7 @@
 // The operators from torch's side: arguments checked, output allocated, params filled, a backend's kernels run.
 // One implementation for every backend; a backend is a type with
 //   static void depthwise(const DepthwiseParams&, const Tensor& x);
+//   static void depthwise_wgrad(WgradParams&, const Tensor& x);  // which sets the workspace
 //   static void activate_pool(const PoolParams&, const Tensor& x);
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,6 +13,8 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 
 #include "../params.h"
 
@@ -87,22 +90,37 @@ inline bool is_channels_last(const Tensor& t) {
 }
 
 // convmixer_fast/_library.py turns such errors into torch.OutOfMemoryError.
-constexpr const char* kAllocationFailed = "out of memory: could not allocate the output, ";
+constexpr const char* kAllocationFailed = "out of memory: could not allocate ";
 
-template <size_t kDims>
-Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std::array<int64_t, kDims> strides) {
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+// On x's device; null if there is no memory for it.
+inline AtenTensorHandle allocate(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                                 int32_t dtype) {
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError status = aoti_torch_empty_strided(
-      kDims, sizes.data(), strides.data(), dtype, device_type, device_index, &handle);
-  if (status != AOTI_TORCH_SUCCESS) {
+  const AOTITorchError status =
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle);
+  return status == AOTI_TORCH_SUCCESS ? handle : nullptr;
+}
+
+template <size_t kDims>
+Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std::array<int64_t, kDims> strides) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const AtenTensorHandle handle = allocate(x, kDims, sizes.data(), strides.data(), dtype);
+  if (!handle) {
     std::ostringstream shape;
     for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
-    check(false, kAllocationFailed, shape.str(), ") of ", name_of(x.scalar_type()));
+    check(false, kAllocationFailed, "the output, ", shape.str(), ") of ", name_of(x.scalar_type()));
   }
+  return Tensor(handle);
+}
+
+inline Tensor empty_workspace(const Tensor& x, int64_t bytes) {
+  const int64_t stride = 1;
+  const AtenTensorHandle handle = allocate(x, 1, &bytes, &stride, aoti_torch_dtype_uint8());
+  check(handle != nullptr, kAllocationFailed, "a workspace of ", bytes, " bytes");
   return Tensor(handle);
 }
 
@@ -119,17 +137,18 @@ inline void check_map(const char* argument, const Tensor& x) {
   check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
 }
 
-inline void check_beside(const char* argument, const Tensor& tensor, const Tensor& x) {
-  check(tensor.device() == x.device(), argument, " must be on x's device, got another one");
+inline void check_beside(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
+  check(tensor.device() == x.device(), argument, " must be on ", x_name, "'s device, got another one");
 }
 
-inline Tensor checked_weight(const Tensor& weight, const Tensor& x) {
-  check_beside("weight", weight, x);
-  check(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype ", name_of(x.scalar_type()), ", got ",
-        name_of(weight.scalar_type()));
+inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* x_name = "x") {
+  check_beside("weight", weight, x, x_name);
+  check(weight.scalar_type() == x.scalar_type(), "weight must have ", x_name, "'s dtype ", name_of(x.scalar_type()),
+        ", got ", name_of(weight.scalar_type()));
   check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(2) >= 1 &&
             weight.size(3) >= 1,
-        "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as x and kh, kw >= 1, got ", ShapeOf{weight});
+        "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as ", x_name, " and kh, kw >= 1, got ",
+        ShapeOf{weight});
   return torch::stable::contiguous(weight);
 }
 
@@ -157,6 +176,29 @@ struct Pointwise {
               type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32, activation};
   }
 };
+
+// The caller's own output. Kernels read x while others write y, so that they must not overlap; of strided tensors the
+// extents are compared.
+template <size_t kDims>
+void check_output(const Tensor& out, const Tensor& x, std::array<int64_t, kDims> sizes) {
+  check_beside("out", out, x);
+  check(out.scalar_type() == x.scalar_type(), "out must have x's dtype ", name_of(x.scalar_type()), ", got ",
+        name_of(out.scalar_type()));
+  bool fits = out.dim() == static_cast<int64_t>(kDims);
+  for (size_t d = 0; d < kDims && fits; d++) fits = out.size(d) == sizes[d];
+  std::ostringstream shape;
+  for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
+  check(fits, "out must be ", shape.str(), "), got ", ShapeOf{out});
+  const auto range = [](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); d++) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+    return std::pair(begin, begin + (tensor.numel() > 0 ? (last + 1) * tensor.element_size() : 0));
+  };
+  const auto [begin, end] = range(out);
+  const auto [x_begin, x_end] = range(x);
+  check(end <= x_begin || x_end <= begin, "out must not share memory with x");
+}
 
 inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
   DepthwiseParams params{};
@@ -186,11 +228,62 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   return y;
 }
 
+// The gradient of depthwise_conv2d's x, given that of its output.
 template <class Backend>
-Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
-                       const Tensor& shift, int64_t activation, bool residual,
-                       const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
-                       const std::optional<Tensor>& prologue_shift) {
+Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
+  check_map("gy", gy);
+  dtype_of("gy", gy);
+  const Tensor taps = checked_weight(weight, gy, "gy");
+  Tensor gx = empty_output(gy);
+  DepthwiseParams params = depthwise_params(gy, taps, gx);
+  params.flip_taps = true;
+  params.pad_top = params.kernel_h / 2, params.pad_left = params.kernel_w / 2;
+  params.epilogue.vector_dtype = params.dtype;
+  if (gx.numel() > 0) Backend::depthwise(params, gy);
+  return gx;
+}
+
+// The gradients of depthwise_conv2d's weight and, if `bias`, of its bias (else of no elements).
+template <class Backend>
+std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor& gy, int64_t kernel_h, int64_t kernel_w,
+                                                  bool bias) {
+  check_map("x", x);
+  const DType dtype = dtype_of("x", x);
+  check_beside("gy", gy, x);
+  check(gy.scalar_type() == x.scalar_type(), "gy must have x's dtype ", name_of(x.scalar_type()), ", got ",
+        name_of(gy.scalar_type()));
+  check_map("gy", gy);
+  bool same_shape = true;
+  for (int64_t d = 0; d < 4; d++) same_shape = same_shape && gy.size(d) == x.size(d);
+  check(same_shape, "gy must have x's shape ", ShapeOf{x}, ", got ", ShapeOf{gy});
+  check(kernel_h >= 1 && kernel_w >= 1, "kernel_h and kernel_w must be at least 1, got ", kernel_h, " and ", kernel_w);
+  const int64_t channels = x.size(1);
+  Tensor gweight = empty_strided_like<4>(x, {channels, 1, kernel_h, kernel_w},
+                                         {kernel_h * kernel_w, kernel_h * kernel_w, kernel_w, 1});
+  Tensor gbias = empty_strided_like<1>(x, {bias ? channels : 0}, {1});
+  if (x.numel() == 0) {
+    torch::stable::zero_(gweight);
+    torch::stable::zero_(gbias);
+    return {gweight, gbias};
+  }
+  WgradParams params{};
+  params.x = x.const_data_ptr(), params.gy = gy.const_data_ptr();
+  params.gweight = gweight.mutable_data_ptr();
+  params.gbias = bias ? gbias.mutable_data_ptr() : nullptr;
+  params.batch = x.size(0), params.channels = channels, params.height = x.size(2), params.width = x.size(3);
+  params.x_stride = strides_of(x), params.gy_stride = strides_of(gy);
+  params.kernel_h = kernel_h, params.kernel_w = kernel_w;
+  params.pad_top = (kernel_h - 1) / 2, params.pad_left = (kernel_w - 1) / 2;
+  params.dtype = dtype;
+  Backend::depthwise_wgrad(params, x);
+  return {gweight, gbias};
+}
+
+template <class Backend>
+Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                            const Tensor& scale, const Tensor& shift, int64_t activation, bool residual,
+                            const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                            const std::optional<Tensor>& prologue_shift) {
   check_map("x", x);
   dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
@@ -202,7 +295,8 @@ Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias
   if (prologue_bias)
     prologue.emplace(x, *prologue_bias, "prologue[0] (bias)", *prologue_scale, "prologue[1] (scale)", *prologue_shift,
                      "prologue[2] (shift)", activation_of(activation));
-  Tensor y = empty_output(x);
+  if (out) check_output<4>(*out, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  Tensor y = out ? *out : empty_output(x);
   DepthwiseParams params = depthwise_params(x, taps, y);
   params.residual = residual;
   params.epilogue = epilogue.params;
@@ -213,24 +307,63 @@ Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias
 }
 
 template <class Backend>
-Tensor activate_pool(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
-                     int64_t activation) {
+Tensor fused_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
+                       const Tensor& shift, int64_t activation, bool residual,
+                       const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                       const std::optional<Tensor>& prologue_shift) {
+  return fused_depthwise_into<Backend>(nullptr, x, weight, bias, scale, shift, activation, residual, prologue_bias,
+                                       prologue_scale, prologue_shift);
+}
+
+template <class Backend>
+void fused_depthwise_out(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale,
+                         const Tensor& shift, int64_t activation, bool residual,
+                         const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
+                         const std::optional<Tensor>& prologue_shift, const Tensor& out) {
+  fused_depthwise_into<Backend>(&out, x, weight, bias, scale, shift, activation, residual, prologue_bias,
+                                prologue_scale, prologue_shift);
+}
+
+template <class Backend>
+Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias, const Tensor& scale,
+                          const Tensor& shift, int64_t activation) {
   check_map("x", x);
   const DType dtype = dtype_of("x", x);
   const Pointwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   const int64_t channels = x.size(1);
-  Tensor y = empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
+  if (out) {
+    check_output<2>(*out, x, {x.size(0), channels});
+    check(out->is_contiguous(), "out must be contiguous");
+  }
+  Tensor y = out ? *out : empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
   PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0),     channels, x.size(2), x.size(3),
                     strides_of(x),      dtype,                prologue.params};
   if (y.numel() > 0) Backend::activate_pool(params, x);
   return y;
 }
 
+template <class Backend>
+Tensor activate_pool(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
+                     int64_t activation) {
+  return activate_pool_into<Backend>(nullptr, x, bias, scale, shift, activation);
+}
+
+template <class Backend>
+void activate_pool_out(const Tensor& x, const Tensor& bias, const Tensor& scale, const Tensor& shift,
+                       int64_t activation, const Tensor& out) {
+  activate_pool_into<Backend>(&out, x, bias, scale, shift, activation);
+}
+
 }  // namespace convmixer_fast
 
 #define CONVMIXER_FAST_IMPL(DISPATCH_KEY, BACKEND)                                                   \
   STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                                       \
-    m.impl("depthwise_conv2d", TORCH_BOX(&convmixer_fast::depthwise_conv2d<convmixer_fast::BACKEND>)); \
-    m.impl("fused_depthwise", TORCH_BOX(&convmixer_fast::fused_depthwise<convmixer_fast::BACKEND>));   \
-    m.impl("activate_pool", TORCH_BOX(&convmixer_fast::activate_pool<convmixer_fast::BACKEND>));       \
+    using namespace convmixer_fast;                                                                  \
+    m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d<BACKEND>));                               \
+    m.impl("depthwise_conv2d_dgrad", TORCH_BOX(&depthwise_conv2d_dgrad<BACKEND>));                   \
+    m.impl("depthwise_conv2d_wgrad", TORCH_BOX(&depthwise_conv2d_wgrad<BACKEND>));                   \
+    m.impl("fused_depthwise", TORCH_BOX(&fused_depthwise<BACKEND>));                                 \
+    m.impl("fused_depthwise.out", TORCH_BOX(&fused_depthwise_out<BACKEND>));                         \
+    m.impl("activate_pool", TORCH_BOX(&activate_pool<BACKEND>));                                     \
+    m.impl("activate_pool.out", TORCH_BOX(&activate_pool_out<BACKEND>));                             \
   }

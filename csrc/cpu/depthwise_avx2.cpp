@@ -2,7 +2,9 @@
 #pragma GCC target("avx2,fma,f16c")
 #define CMF_ISA "avx2"
 #define CMF_VECTOR_BYTES 32
-#include "depthwise_kernel.h"
+#define CMF_VECTOR_REGISTERS 16
+#define CMF_F16C
+#include "entry_points.h"
 
 namespace convmixer_fast::cpu {
 

@@ -2,7 +2,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define CMF_ISA "avx512"
 #define CMF_VECTOR_BYTES 64
-#include "depthwise_kernel.h"
+#define CMF_VECTOR_REGISTERS 32
+#define CMF_F16C
+#include "entry_points.h"
 
 namespace convmixer_fast::cpu {
 

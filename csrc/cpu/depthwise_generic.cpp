@@ -1,7 +1,12 @@
 // Any CPU: 16-byte vectors (SSE2, NEON).
 #define CMF_ISA "generic"
 #define CMF_VECTOR_BYTES 16
-#include "depthwise_kernel.h"
+#if defined(__aarch64__)
+#define CMF_VECTOR_REGISTERS 32
+#else
+#define CMF_VECTOR_REGISTERS 16
+#endif
+#include "entry_points.h"
 
 namespace convmixer_fast::cpu {
 

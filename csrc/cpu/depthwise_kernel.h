@@ -1,5 +1,6 @@
-// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp sets CMF_ISA and CMF_VECTOR_BYTES,
-// is compiled with its own machine flags and includes this file once. Vectors are the compiler's (GCC, Clang), so the
+// The CPU kernels, one source for every instruction set. Each depthwise_<isa>.cpp has its target pragma, says what
+// it brings in macros of ours (GCC 12 sets none of its own for a pragma in C++) and includes entry_points.h, and by it
+// this file, once. Vectors are the compiler's (GCC, Clang), so the
 // code below is plain arithmetic. Everything has internal linkage and no function of the standard library is
 // instantiated: nothing compiled for a wide instruction set can be linked into the path of a narrower one.
 //
@@ -15,7 +16,7 @@
 #include <cstdint>
 #include <new>
 #include <utility>
-#if defined(__F16C__)
+#if defined(CMF_F16C)
 #include <immintrin.h>
 #endif
 
@@ -92,14 +93,14 @@ struct BFloat16 {
 struct Float16 {
   using Real = float;
   uint16_t value;
-#if defined(__AVX512F__)
+#if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
   static CMF_INLINE Bits16 narrow(Vec<float> v) {  // (the forms without a mask make GCC 12 warn)
     return bit_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), 0));
   }
   static CMF_INLINE Vec<float> widen(Bits16 v) {
     return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
   }
-#elif defined(__F16C__)
+#elif defined(CMF_F16C)
   static CMF_INLINE Bits16 narrow(Vec<float> v) { return bit_cast<Bits16>(_mm256_cvtps_ph(bit_cast<__m256>(v), 0)); }
   static CMF_INLINE Vec<float> widen(Bits16 v) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(v))); }
 #else
@@ -249,6 +250,15 @@ struct Pointwise {
   }
 };
 
+template <class V>
+void reverse(V* v, int64_t n) {
+  for (int64_t i = 0; i < n / 2; ++i) {
+    const V first = v[i];
+    v[i] = v[n - 1 - i];
+    v[n - 1 - i] = first;
+  }
+}
+
 template <class S, class Real = typename S::Real>
 Vec<Real> load_vector(const void* from, bool is_storage, int64_t channel, int64_t channels, Real otherwise) {
   Vec<Real> v = otherwise + Vec<Real>{};
@@ -270,9 +280,9 @@ Pointwise<Real> load_pointwise(const PointwiseParams& p, DType dtype, int64_t ch
 
 // ---------------------------------------------------------------------------------------------------- depthwise
 
-#if defined(__AVX512F__) || defined(__aarch64__)  // 32 vector registers: 16 sums, 9 weights, the input
+#if CMF_VECTOR_REGISTERS == 32  // 16 sums, 9 weights, the input
 constexpr int kMaxColumns = 16, kMaxTaps = 9;
-#else  // 16 vector registers
+#else  // 16
 constexpr int kMaxColumns = 8, kMaxTaps = 5;
 #endif
 constexpr int64_t kTapsAtOnce = 40;  // are summed before they are added to the rest: more accurate than one long sum
@@ -284,47 +294,70 @@ struct Lines {
   int64_t column;  // bytes from the strip's first line to that of a strip one column to the right
 };
 
+template <class V>
+struct CompensatedSum {
+  V sum = {};
+  V lost = {};  // what the additions to `sum` rounded away; NaN once `sum` is infinite
+
+  CMF_INLINE void add(V v) {
+    const V total = sum + v, kept = total - sum;
+    lost += (sum - (total - kept)) + (v - kept);
+    sum = total;
+  }
+  CMF_INLINE void add(const CompensatedSum& other) {
+    add(other.sum);
+    lost += other.lost;
+  }
+  CMF_INLINE V value() const { return lost == lost ? sum + lost : sum; }
+};
+
 // What a strip of neighbouring outputs of one row and one channel vector reads.
-template <class Real>
+// Input: a vector for each pixel.
+template <class Real, class Input = Vec<Real>>
 struct Strip {
-  const Vec<Real>* first;       // the input under the first tap of the first output
-  const Vec<Real>* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
-  const Vec<Real>* ring_end;
+  const Input* first;       // the input under the first tap of the first output
+  const Input* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
+  const Input* ring_end;
   int64_t pitch;  // from row to row
-  const Vec<Real>* weight;
+  const Input* weight;
   int64_t weight_pitch;
   int64_t tap_rows, taps;
   Vec<Real> start;    // of the sums
   Lines read, write;  // that are needed soon
 };
 
+template <class V>
+CMF_INLINE V multiply_add(V sum, V a, V b) {
+  return sum + a * b;
+}
+
 // sum[c] += input[c + t] * weight[t]: an input vector is loaded once for all its taps.
-template <int kTaps, class V, int kColumns>
-CMF_INLINE void add_taps(const V* input, const V* weight, V (&sum)[kColumns]) {
-  V w[kTaps];
+template <int kTaps, class Input, class V, int kColumns>
+CMF_INLINE void add_taps(const Input* input, const Input* weight, V (&sum)[kColumns]) {
+  Input w[kTaps];
 #pragma GCC unroll 16
   for (int t = 0; t < kTaps; ++t) w[t] = weight[t];
 #pragma GCC unroll 32
   for (int i = 0; i < kColumns + kTaps - 1; ++i) {
-    const V in = input[i];
+    const Input in = input[i];
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t)
-      if (i >= t && i - t < kColumns) sum[i - t] += in * w[t];
+      if (i >= t && i - t < kColumns) sum[i - t] = multiply_add(sum[i - t], in, w[t]);
   }
 }
 
-template <class V, int kColumns, int... kGroup>
-CMF_INLINE void add_tap_group(int64_t taps, const V* input, const V* weight, V (&sum)[kColumns],
+template <class Input, class V, int kColumns, int... kGroup>
+CMF_INLINE void add_tap_group(int64_t taps, const Input* input, const Input* weight, V (&sum)[kColumns],
                               std::integer_sequence<int, kGroup...>) {
   (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(input, weight, sum), true)) || ...);
 }
 
-template <class Real, int kColumns>
-void convolve_strip(const Strip<Real>& strip, Vec<Real>* out) {
+template <class Real, class Input, int kColumns>
+void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
   const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
   const int64_t rows_at_once = ceil_div(kTapsAtOnce, strip.taps);
-  const Vec<Real>* row = strip.first;
-  const Vec<Real>* weight = strip.weight;
+  const Input* row = strip.first;
+  const Input* weight = strip.weight;
   for (int64_t begin = 0; begin < strip.tap_rows; begin += rows_at_once) {
     Vec<Real> sum[kColumns];
 #pragma GCC unroll 16
@@ -348,9 +381,11 @@ void convolve_strip(const Strip<Real>& strip, Vec<Real>* out) {
 }
 
 // The outputs of a row, in strips of nearly the same length.
-template <class Real, int... kColumns>
-void convolve_row(Strip<Real> strip, int64_t columns, Vec<Real>* out, std::integer_sequence<int, kColumns...>) {
-  static constexpr void (*kConvolve[])(const Strip<Real>&, Vec<Real>*) = {convolve_strip<Real, kColumns + 1>...};
+template <class Real, class Input, int... kColumns>
+void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out,
+                  std::integer_sequence<int, kColumns...>) {
+  static constexpr void (*kConvolve[])(const Strip<Real, Input>&, Vec<Real>*) = {
+      convolve_strip<Real, Input, kColumns + 1>...};
   for (int64_t strips = ceil_div(columns, kMaxColumns); strips > 0; --strips) {
     const int64_t length = ceil_div(columns, strips);
     kConvolve[length - 1](strip, out);
@@ -431,6 +466,31 @@ CMF_INLINE void for_pixel_groups(int64_t rows, int64_t columns, bool joined, F f
     for (int64_t i = 0; i < length; i += kGroup) f(run + i / columns, i % columns, min(kGroup, length - i));
 }
 
+// The pixels of `rows` x `columns` from memory: those of channel vector v and of a row, after `change(v, pixels, n)`, to
+// the vectors from `row_of(v, row)` on. `joined`: a row starts in memory where the one before it ends.
+template <class S, class RowOf, class Change, class V = Vec<typename S::Real>>
+CMF_INLINE void pack_pixels(const S* x, const Strides& stride, int64_t channels, int64_t rows, int64_t columns,
+                            bool joined, RowOf row_of, Change change) {
+  constexpr int kLanes = cpu::kLanes<typename S::Real>;
+  for_pixel_groups<kLanes>(rows, columns, joined, [&](int64_t row, int64_t column, int64_t n) {
+    const S* from = x + row * stride.h + column * stride.w;
+    for (int64_t v = 0; v * kLanes < channels; ++v) {
+      V* to = row_of(v, row) + column;
+      V buffer[kLanes];
+      V* z = column + n <= columns ? to : buffer;  // one row, or the end of one and the start of the next
+      load_pixels(from + v * kLanes * stride.c, stride.c, stride.w, min(kLanes, channels - v * kLanes), n, z);
+      change(v, z, n);
+      if (z == buffer) {
+        int64_t r = row, c = column;
+        for (int64_t i = 0; i < n; ++i) {
+          *to++ = z[i];
+          if (++c == columns) c = 0, to = row_of(v, ++r);
+        }
+      }
+    }
+  });
+}
+
 template <class S>
 class Depthwise {
   using Real = typename S::Real;
@@ -486,6 +546,7 @@ class Depthwise {
       const S* weight = static_cast<const S*>(p_.weight) + channel * taps;
       for (int64_t t = 0; t < taps; t += kLanes)
         load_pixels(weight + t, taps, 1, channels_of(v), min(kLanes, taps - t), weight_ + v * taps + t);
+      if (p_.flip_taps) reverse(weight_ + v * taps, taps);
       prologue_[v] = load_pointwise<S>(p_.prologue, p_.dtype, channel, channels_of(v));
       epilogue_[v] = load_pointwise<S>(p_.epilogue, p_.dtype, channel, channels_of(v));
       // Few taps: the sums start from the bias, which saves a rounding. Many: it would enlarge every partial sum.
@@ -528,27 +589,15 @@ class Depthwise {
         for (int64_t i = last - origin_; i < plan_.pitch; ++i) to[i] = V{};
       }
     }
-    const S* x = static_cast<const S*>(p_.x) + image_ * stride.n + channel_ * stride.c;
-    for_pixel_groups<kLanes>(end - begin, last - first, joined, [&](int64_t row, int64_t column, int64_t n) {
-      const S* from = x + (begin + row) * stride.h + (first + column) * stride.w;
-      for (int64_t v = 0; v * kLanes < channels_; ++v) {
-        V* to = tile_row(v, begin + row) + first - origin_ + column;
-        V buffer[kLanes];
-        V* z = column + n <= last - first ? to : buffer;  // one row, or the end of one and the start of the next
-        load_pixels(from + v * kLanes * stride.c, stride.c, stride.w, channels_of(v), n, z);
-        if (p_.has_prologue) {
+    const S* x = static_cast<const S*>(p_.x) + image_ * stride.n + channel_ * stride.c + begin * stride.h;
+    pack_pixels<S>(
+        x + first * stride.w, stride, channels_, end - begin, last - first, joined,
+        [&](int64_t v, int64_t row) { return tile_row(v, begin + row) + first - origin_; },
+        [&](int64_t v, V* z, int64_t n) {
+          if (!p_.has_prologue) return;
           prologue_[v].apply(z, n);
           for (int64_t i = 0; i < n; ++i) z[i] = S::round(z[i]);
-        }
-        if (z == buffer) {
-          int64_t r = row, c = column;
-          for (int64_t i = 0; i < n; ++i) {
-            *to++ = z[i];
-            if (++c == last - first) c = 0, to = tile_row(v, begin + ++r) + first - origin_;
-          }
-        }
-      }
-    });
+        });
   }
 
   // Those of a row that one channel vector's strip will touch; of the map's rows only.
@@ -627,7 +676,7 @@ void pool(const PoolParams& p, int64_t begin, int64_t end) {
     const int64_t image = task / blocks, channel = task % blocks * n, channels = min(n, p.channels - channel);
     const S* x = static_cast<const S*>(p.x) + image * stride.n + channel * stride.c;
     const Pointwise<Real> prologue = load_pointwise<S>(p.prologue, p.dtype, channel, channels);
-    Vec<Real> sum = {}, lost = {};  // lost: what the additions to `sum` rounded away; NaN once `sum` is infinite
+    CompensatedSum<Vec<Real>> sum;
     if (p.height * p.width > 0)
       for_pixel_groups<n>(p.height, p.width, joined, [&](int64_t row, int64_t column, int64_t pixels) {
         Vec<Real> z[n];
@@ -636,47 +685,12 @@ void pool(const PoolParams& p, int64_t begin, int64_t end) {
         for (int64_t i = pixels; i < n; ++i) z[i] = Vec<Real>{};
         for (int half = n / 2; half > 0; half /= 2)
           for (int i = 0; i < half; ++i) z[i] += z[i + half];
-        const Vec<Real> total = sum + z[0], kept = total - sum;
-        lost += (sum - (total - kept)) + (z[0] - kept);
-        sum = total;
+        sum.add(z[0]);
       });
-    const Vec<Real> mean = (lost == lost ? sum + lost : sum) / Real(p.height * p.width);
+    const Vec<Real> mean = sum.value() / Real(p.height * p.width);
     store_pixels(static_cast<S*>(p.y) + image * p.channels + channel, 1, 0, channels, 1, &mean);
   }
 }
-
-// ---------------------------------------------------------------------------------------------------- entry points
-
-template <class F>
-CMF_INLINE auto with_storage(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(Native<double>());
-    case DType::kFloat32: return f(Native<float>());
-    case DType::kFloat16: return f(Float16());
-    case DType::kBFloat16: return f(BFloat16());
-  }
-  __builtin_unreachable();
-}
-
-int64_t depthwise_tasks(const DepthwiseParams& p) {
-  return with_storage(p.dtype, [&](auto storage) { return Plan<typename decltype(storage)::Real>(p).tasks; });
-}
-
-void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end) {
-  if (begin == end) return;
-  thread_local Scratch scratch;
-  with_storage(p.dtype, [&](auto storage) { Depthwise<decltype(storage)>(p, scratch).run(begin, end); });
-}
-
-int64_t activate_pool_tasks(const PoolParams& p) {
-  return with_storage(p.dtype, [&](auto storage) { return pool_tasks<typename decltype(storage)::Real>(p); });
-}
-
-void activate_pool(const PoolParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto storage) { pool<decltype(storage)>(p, begin, end); });
-}
-
-constexpr Kernels kKernels = {CMF_ISA, depthwise_tasks, depthwise, activate_pool_tasks, activate_pool};
 
 }  // namespace
 }  // namespace convmixer_fast::cpu

@@ -4,45 +4,54 @@
 #include <string>
 
 #include "kernels.h"
+#include "mixer.h"
 
 namespace convmixer_fast::cpu {
 namespace {
 
-bool has_avx2() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
-}
+struct InstructionSet {
+  const char* name;
+  bool available;
+  const Kernels& (*kernels)();
+  const MixerKernels& (*mixer)();
+};
 
-bool has_avx512() {
+const InstructionSet& choose() {
 #if defined(__x86_64__)
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-}
-
-const Kernels& choose() {
+  static const InstructionSet widest_first[] = {
+#if defined(__x86_64__)
+      {"avx512_bf16", avx512_bf16, avx512_kernels, avx512_bf16_mixer},
+      {"avx512", avx512, avx512_kernels, avx512_mixer},
+      {"avx2", avx2, avx2_kernels, avx2_mixer},
+#endif
+      {"generic", true, generic_kernels, generic_mixer},
+  };
   const char* variable = std::getenv("CMF_CPU_ISA");
   const std::string wanted = variable ? variable : "";
-#if defined(__x86_64__)
-  if (has_avx512() && (wanted.empty() || wanted == "avx512")) return avx512_kernels();
-  if (has_avx2() && (wanted.empty() || wanted == "avx2")) return avx2_kernels();
-#endif
-  if (wanted.empty() || wanted == "generic") return generic_kernels();
-  throw std::runtime_error("CMF_CPU_ISA must name an instruction set that this CPU has (generic" +
-                           std::string(has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : "") + "), got '" +
+  std::string available;
+  for (const InstructionSet& set : widest_first) {
+    if (!set.available) continue;
+    if (wanted.empty() || wanted == set.name) return set;
+    available = set.name + (available.empty() ? "" : ", " + available);
+  }
+  throw std::runtime_error("CMF_CPU_ISA must name an instruction set that this CPU has (" + available + "), got '" +
                            wanted + "'");
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet& set = choose();
+  return set;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
+const Kernels& kernels() { return chosen().kernels(); }
+const MixerKernels& mixer_kernels() { return chosen().mixer(); }
 
 }  // namespace convmixer_fast::cpu

@@ -11,6 +11,12 @@ struct Kernels {
   const char* isa;
   int64_t (*depthwise_tasks)(const DepthwiseParams&);
   void (*depthwise)(const DepthwiseParams&, int64_t begin, int64_t end);
+  // The gradients of weight and bias: partial sums to the workspace (bytes, aligned to 64), which are then added up.
+  int64_t (*depthwise_wgrad_workspace)(const WgradParams&);
+  int64_t (*depthwise_wgrad_tasks)(const WgradParams&);
+  void (*depthwise_wgrad)(const WgradParams&, int64_t begin, int64_t end);
+  int64_t (*depthwise_wgrad_sum_tasks)(const WgradParams&);
+  void (*depthwise_wgrad_sum)(const WgradParams&, int64_t begin, int64_t end);
   int64_t (*activate_pool_tasks)(const PoolParams&);
   void (*activate_pool)(const PoolParams&, int64_t begin, int64_t end);
 };
@@ -22,7 +28,7 @@ const Kernels& avx512_kernels();
 #endif
 
 // The widest instruction set this CPU has, or the one that the environment variable CMF_CPU_ISA
-// (generic, avx2, avx512) names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
+// (generic, avx2, avx512, avx512_bf16) names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
 const Kernels& kernels();
 
 }  // namespace convmixer_fast::cpu

@@ -175,10 +175,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
   // Blocks share the items evenly. Two that work on the octets of the same sectors do so at the same time.
   const int partners = kChannelsLast ? tile.partners : 1, channel_step = channels * partners;
-  const int block = blockIdx.x / partners, blocks = gridDim.x / partners;
+  const int index = static_cast<int>(blockIdx.x), block = index / partners, blocks = gridDim.x / partners;
   const int64_t first = tile.items / partners * block / blocks;
   const int count = static_cast<int>(tile.items / partners * (block + 1) / blocks - first);
-  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channel_step + blockIdx.x % partners * channels,
+  MmaItem item{static_cast<int>(first / tile.items_a_channel) * channel_step + index % partners * channels,
                static_cast<int>(first % tile.items_a_channel)};
   const auto has_channel = [&](const MmaItem& item, int i) {
     return !kChannelsLast || item.channel + i < static_cast<int>(params.channels);
@@ -215,9 +215,56 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   };
 
   Piece<8> next[kPrefetch];
+  // Of flat planes: pieces of the whole plane, cut into rows between registers and shared memory.
+  const int plane = height * width;
+  const auto for_each_flat_piece = [&](const MmaPlace& place, const auto& f) {
+#pragma unroll
+    for (int step = 0; step < kPrefetch; step++) {
+      const int piece = thread + step * threads;
+      const int image = tile.plane_pieces.divide(piece);
+      if (image < place.images) f(next[step], image, 8 * (piece - image * tile.plane_pieces.value));
+    }
+  };
+  // f(address, i) for elements first + i of a plane, two at a time where rows are even, first at `at`.
+  const auto cut_into_rows = [&](T* at, int first, int top, int row_pitch, int band_gap, const auto& f) {
+    const auto cut = [&](auto elements) {
+      constexpr int kElements = decltype(elements)::value;
+      int row = tile.row.divide(first), col = first - row * width;
+      at += (row + top) * row_pitch + (row + top) / kUnit * band_gap + col;
+#pragma unroll
+      for (int i = 0; i < 8; i += kElements) {
+        if (first + i < plane) f(at, i, elements);
+        at += kElements, col += kElements;
+        if (col == width) {
+          col = 0, row++;
+          at += row_pitch - width + ((row + top) % kUnit == 0 ? band_gap : 0);
+        }
+      }
+    };
+    if (width % 2 == 0) cut(Int<2>{});
+    else cut(Int<1>{});
+  };
+
   const auto prefetch = [&](const MmaItem& item) {
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
+    if constexpr (!kChannelsLast) {
+      if (tile.flat) {
+        const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
+                           place.image * params.x_stride.n;
+        for_each_flat_piece(place, [&](Piece<8>& piece, int image, int first) {
+          const T* const from = x + image * params.x_stride.n + first;
+          if (first + 8 <= plane) {
+            piece = load_global<8>(from);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 7; i++)
+              if (first + i < plane) piece.values[i] = load_global<1>(from + i).values[0];
+          }
+        });
+        return;
+      }
+    }
     const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
                        place.image * params.x_stride.n + my_load;
 #pragma unroll
@@ -244,6 +291,16 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
           if (has_piece(place, step)) store_inputs(to + i * channel_pitch + step * (2 * tile.input_step), pair);
         }
       }
+    } else if (tile.flat) {
+      const Fast prologue = pointwise[0];
+      for_each_flat_piece(place, [&](Piece<8>& piece, int image, int first) {
+        if constexpr (Traits::kPrologue) prologue.apply(piece);
+        cut_into_rows(inputs + image * tile.image_pitch + left, first, pad_top, pitch, tile.band_gap,
+                      [&](T* to, int i, auto elements) {
+                        constexpr int kElements = decltype(elements)::value;
+                        store_inputs(to, reinterpret_cast<const Piece<kElements>&>(piece.values[i]));
+                      });
+      });
     } else {
       const Fast prologue = pointwise[0];
 #pragma unroll
@@ -395,6 +452,28 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     T* const y = static_cast<T*>(params.y) + item.channel * params.y_stride.c + place.image * params.y_stride.n;
+    if constexpr (!kChannelsLast) {
+      if (tile.flat) {
+        for_each_flat_piece(place, [&](Piece<8>&, int image, int first) {
+          Piece<8> piece;
+          cut_into_rows(outputs + image * tile.out_image_pitch, first, 0, out_pitch, tile.out_band_gap,
+                        [&](const T* from, int i, auto elements) {
+                          constexpr int kElements = decltype(elements)::value;
+                          using Some = Piece<kElements>;
+                          reinterpret_cast<Some&>(piece.values[i]) = *reinterpret_cast<const Some*>(from);
+                        });
+          T* const to = y + image * params.y_stride.n + first;
+          if (first + 8 <= plane) {
+            *reinterpret_cast<Piece<8>*>(to) = piece;
+          } else {
+#pragma unroll
+            for (int i = 0; i < 7; i++)
+              if (first + i < plane) reinterpret_cast<uint16_t*>(to)[i] = piece.values[i];
+          }
+        });
+        return;
+      }
+    }
     if (tile.prefetch) {
 #pragma unroll
       for (int step = 0; step < kSteps; step++)
@@ -436,7 +515,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   // The implicit padding, once: nothing below writes there, but for tiles, which bring their own zeros.
   for (int i = thread; i < (tile.input_elements + tile.output_elements + tile.tap_elements) / 8; i += threads)
     reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
-  if (tile.prefetch) prefetch(item);
+  const bool ahead = tile.prefetch || tile.flat;
+  if (ahead) prefetch(item);
 
   MmaUnits units(tile, team_warp, shared_address(inputs_of(team)));
   bool new_channel = true;
@@ -452,11 +532,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       }
       __syncthreads();
     }
-    if (tile.prefetch) write_prefetched_inputs();
+    if (ahead) write_prefetched_inputs();
     else write_inputs();
     __syncthreads();
 
-    if (tile.prefetch && remaining > 1) prefetch(item.following(tile, channel_step));
+    if (ahead && remaining > 1) prefetch(item.following(tile, channel_step));
     if constexpr (kKernelH > 0)
       if (new_channel)
 #pragma unroll

@@ -29,6 +29,16 @@ constexpr int max_channels(int k_steps) { return k_steps == 1 ? 2 * kOctet : kOc
 constexpr int kMaxChannelsLastKSteps = 2;
 constexpr int kOctetGap = 32;    // elements after each octet in shared memory, so that two octets lie in different banks
 
+// Divides integers below 2^16 by a value from 2 to 2^16, in one multiplication.
+struct Divisor {
+  int value;
+  uint32_t reciprocal;
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ int divide(int n) const { return __umulhi(n, reciprocal); }
+#endif
+};
+
 struct MmaTile {
   bool channels_last;      // x and y
   int channels;            // of one item
@@ -52,6 +62,9 @@ struct MmaTile {
   int rows_a_step;         // rows that the block loads at once
   bool prefetch;           // an item is kPrefetch vectors of 8 a thread, at equal distances: loaded one item ahead. In
                            // channels_last they are pairs, the octets of two neighbouring pixels
+  bool flat;               // instead: the planes start on 16 bytes, but their rows do not; pieces of planes are loaded
+                           // one item ahead, and cut into rows on the way to and from shared memory
+  Divisor plane_pieces, row;                     // flat: pieces of a plane, elements of a row
   int load_step, input_step, output_step, store_step;  // these distances: in x, stored inputs, stored outputs, y
   int input_elements, output_elements, tap_elements;  // of the parts of shared memory, in this order; last the pointwise
   int items_a_channel;     // or to the channels of an item
@@ -69,12 +82,25 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // units lie in different banks, for ldmatrix and for the stores of the outputs.
 constexpr int gap_to_slot(int stride, int slot) { return ((8 * slot - stride) % 64 + 64) % 64; }
 
+// Of dimensions of one element any stride will do: 0 is a multiple of everything.
+inline Strides used_strides(const DepthwiseParams& params, Strides stride) {
+  if (params.batch == 1) stride.n = 0;
+  if (params.channels == 1) stride.c = 0;
+  if (params.height == 1) stride.h = 0;
+  if (params.width == 1) stride.w = 0;
+  return stride;
+}
+
 // Elements that one access may move: what base address, the extent of the contiguous dimension and all strides are
 // multiples of.
 inline int vector_width(const void* base, int64_t extent, const Strides& stride, bool channels_last) {
   const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(base) / 2) | extent | stride.n | stride.h |
                        (channels_last ? stride.w : stride.c);
   return bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
+}
+
+inline Divisor divisor(int64_t value) {
+  return {static_cast<int>(value), static_cast<uint32_t>(((int64_t{1} << 32) + value - 1) / value)};
 }
 
 inline int lanes_for(int64_t pieces) {
@@ -160,8 +186,9 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   if (!found) return false;
 
   const int64_t extent = tile.channels_last ? params.channels : params.width;
-  tile.load_vector = vector_width(params.x, extent, params.x_stride, tile.channels_last);
-  tile.store_vector = vector_width(params.y, extent, params.y_stride, tile.channels_last);
+  const Strides x_stride = used_strides(params, params.x_stride), y_stride = used_strides(params, params.y_stride);
+  tile.load_vector = vector_width(params.x, extent, x_stride, tile.channels_last);
+  tile.store_vector = vector_width(params.y, extent, y_stride, tile.channels_last);
   if (tile.channels_last && std::min(tile.load_vector, tile.store_vector) < kOctet)
     tile.load_vector = tile.store_vector = 1;
   if (!tile.channels_last && tile.tiled) tile.load_vector = std::min(tile.load_vector, 4);  // as the halo is aligned
@@ -178,6 +205,16 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   tile.prefetch = may_prefetch && tile.load_lanes * load_cols >= params.width &&
                   (within_image || tile.rows_a_step % params.height == 0) &&
                   ceil_div(tile.images * params.height, tile.rows_a_step) <= prefetch_steps;
+  // A plane of 8 elements or fewer is not worth it.
+  const int64_t plane_pieces = ceil_div(params.height * params.width, 8);
+  const auto flat_planes = [&](const void* base, const Strides& stride) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && (stride.n | stride.c) % 8 == 0 &&
+           (params.height == 1 || stride.h == params.width);
+  };
+  tile.flat = !tile.channels_last && !tile.tiled && !tile.prefetch && params.width > 1 && plane_pieces > 1 &&
+              tile.images * plane_pieces <= kPrefetch * 32 * tile.warps && flat_planes(params.x, x_stride) &&
+              flat_planes(params.y, y_stride);
+  if (tile.flat) tile.plane_pieces = divisor(plane_pieces), tile.row = divisor(params.width);
   const int step_rows = within_image ? tile.rows_a_step : 0;
   const int step_images = within_image ? 0 : static_cast<int>(tile.rows_a_step / params.height);
   tile.load_step = static_cast<int>(step_images * params.x_stride.n + step_rows * params.x_stride.h);

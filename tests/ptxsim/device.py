@@ -242,14 +242,20 @@ class Device:
 
         What lies between its elements is not accessible.  Returns the address of the first element.
         """
+        address = self._place(array, name, SH_INIT | (SH_RO if readonly else 0))
+        np.ndarray(array.shape, array.dtype, self._data, address - WIN_GLOBAL, array.strides)[...] = array
+        return address
+
+    def alloc_view(self, array: np.ndarray, name: str = None, once: bool = False) -> int:
+        """Like upload_view, but uninitialised. once: writing a byte twice is an error."""
+        return self._place(array, name, SH_VALID | (SH_ONCE if once else 0))
+
+    def _place(self, array, name, state) -> int:
         extent = _extent(array)
         address = self.alloc(extent, name or f"view of {array.dtype}{list(array.shape)}", offset=array.ctypes.data % 16)
         off = address - WIN_GLOBAL
         self._shadow[off : off + extent] = 0
-        elements = np.ndarray(array.shape, array.dtype, self._data, off, array.strides)
-        elements[...] = array
-        shadow = np.ndarray((*array.shape, array.itemsize), np.uint8, self._shadow, off, (*array.strides, 1))
-        shadow[...] = SH_INIT | (SH_RO if readonly else 0)
+        np.ndarray((*array.shape, array.itemsize), np.uint8, self._shadow, off, (*array.strides, 1))[...] = state
         return address
 
     def download(self, address: int, shape, dtype=None, complete: bool = False) -> np.ndarray:
@@ -258,7 +264,7 @@ class Device:
         complete: unwritten elements raise.
         """
         like = shape if isinstance(shape, np.ndarray) else np.empty(shape, dtype)
-        off = self._range(address, _extent(like), "read")
+        off = self._range(address, _extent(like), "read", ((*like.shape, like.itemsize), (*like.strides, 1)))
         out = np.ndarray(like.shape, like.dtype, self._data, off, like.strides).copy()
         if complete:
             shadow = np.ndarray((*like.shape, like.itemsize), np.uint8, self._shadow, off, (*like.strides, 1))
@@ -295,12 +301,18 @@ class Device:
     def is_device(self, address: int) -> bool:
         return WIN_GLOBAL <= address < WIN_GLOBAL + self.memory
 
-    def _range(self, address, size, what):
+    def _range(self, address, size, what, layout=None):
+        """The offset of memory that must be accessible: all bytes, or those of an array laid out as (shape, strides)."""
         off = address - WIN_GLOBAL
-        if off < 0 or off + size > self._high or not np.all(self._shadow[off : off + size] & 1):
+        inside = 0 <= off and off + size <= self._high
+        if inside:
+            shape, strides = layout or ((size,), (1,))
+            accessible = np.ndarray(shape, np.uint8, self._shadow, off, strides) & 1
+        if not inside or not accessible.all():
             bad = address
-            if 0 <= off and off + size <= self._high:
-                bad += int(np.argmin(self._shadow[off : off + size] & 1))
+            if inside:
+                at = np.unravel_index(np.argmin(accessible), shape)
+                bad += sum(int(i) * stride for i, stride in zip(at, strides))
             raise DeviceError(
                 "out-of-bounds",
                 "host code",

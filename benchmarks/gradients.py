@@ -1,0 +1,140 @@
+"""The gradients of the depthwise convolution alone: of its input (dgrad) and of its weight and bias (wgrad).
+
+Ours beside PyTorch's (cuDNN, ATen), each against a copy of the same tensor in the same rounds. Both read or write two
+tensors of the map's size, so a copy's bandwidth is the ceiling of either. Settings, checks, cold tensors and figures
+are those of depthwise.py, whose table this is.
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+
+import accuracy
+import depthwise
+import report
+import timing
+import torch
+from depthwise import COPY, FMA, LAYOUTS
+from throughput import failure
+from torch import Tensor
+from tqdm import tqdm
+
+import convmixer_fast  # noqa: F401: registers the operators
+
+CHECKED = 1  # images of the batch that results are compared on
+
+
+def aten(x: Tensor, gy: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    padding = [size // 2 for size in weight.shape[2:]]
+    return torch.ops.aten.convolution_backward(
+        gy, x, weight, [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], wanted
+    )
+
+
+_ours = torch.ops.convmixer_fast
+# By gradient and operator, of x, gy and the weight.
+GRADIENTS: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "dgrad": {
+        "aten": lambda x, gy, weight: aten(x, gy, weight, [True, False, False])[0],
+        "ours": lambda x, gy, weight: _ours.depthwise_conv2d_dgrad(gy, weight),
+    },
+    "wgrad": {
+        "aten": lambda x, gy, weight: aten(x, gy, weight, [False, True, True])[1],
+        "ours": lambda x, gy, weight: _ours.depthwise_conv2d_wgrad(x, gy, *weight.shape[2:], True)[0],
+    },
+}
+
+
+def run_case(
+    gradient: str, sizes: tuple[int, int, int], kernel: int, args: argparse.Namespace, peak, progress: tqdm
+) -> list[dict]:
+    """A row for every operator and layout: checked, then timed in rounds with the others and the yardsticks."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    elements = args.batch * sizes[0] * sizes[1] * sizes[2]
+    facts = dict(
+        map=f"{gradient} {'x'.join(map(str, sizes))}",
+        kernel=kernel,
+        bytes=2 * elements * dtype.itemsize,
+        flops=2 * elements * kernel * kernel,
+    )
+    operators = GRADIENTS[gradient]
+    variants = itertools.product(operators, args.layouts)
+    rows = {(operator, layout): facts | dict(operator=operator, layout=layout) for operator, layout in variants}
+    try:
+        torch.manual_seed(0)
+        x, gy = (torch.randn(args.batch, *sizes, device=device, dtype=dtype) for _ in range(2))
+        weight = torch.randn(sizes[0], 1, kernel, kernel, device=device, dtype=dtype) / kernel
+        checked = x[:CHECKED], gy[:CHECKED], weight
+        expected = operators["aten"](*(tensor.double() for tensor in checked))
+        eager_error = accuracy.relative_error(operators["aten"](*checked), expected)
+        pairs = {
+            layout: itertools.cycle(zip(*(timing.cold_copies(t.to(memory_format=LAYOUTS[layout])) for t in (x, gy))))
+            for layout in args.layouts
+        }
+    except Exception as error:  # whatever ails one case, the others go on
+        for row in rows.values():
+            row.update(failure(error))
+        return list(rows.values())
+
+    functions = {}
+    for (operator, layout), row in rows.items():
+        function = operators[operator]
+        try:
+            tensors = (tensor.contiguous(memory_format=LAYOUTS[layout]) for tensor in checked[:2])
+            row["error"] = accuracy.relative_error(function(*tensors, weight), expected)
+            row.update(accuracy.verdict(row["error"], eager_error, dtype))
+        except Exception as error:
+            row.update(failure(error))
+        if row["status"] == "right":
+            row["message"] = accuracy.remark(row["error"], eager_error) if operator == "ours" else ""
+            functions[operator, layout] = functools.partial(
+                lambda function, pair: function(*next(pair), weight), function, pairs[layout]
+            )
+    yardsticks = {COPY: lambda: next(pairs[args.layouts[0]])[0].clone()} | ({FMA: peak} if peak else {})
+    try:
+        seconds = timing.measure(functions | yardsticks, args.rounds, timing.clock_for(device), progress.update)
+    except Exception as error:
+        for variant in functions:
+            rows[variant].update(failure(error))
+    else:
+        for variant in functions:
+            rows[variant].update(status="timed", seconds=seconds[variant], copy_seconds=seconds[COPY])
+            if peak:
+                rows[variant].update(fma_seconds=seconds[FMA], fma_flops=peak.flops)
+    return list(rows.values())
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
+    args = depthwise.parse(argv)
+    even = [kernel for kernel in args.kernels if kernel % 2 == 0]
+    if even:
+        sys.exit(f"argument --kernels: PyTorch's own gradient pads both sides alike, accepted: odd sizes, got {even[0]}")
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # PyTorch at its best
+    peak = None
+    if device.type == "cpu":
+        timing.keep_freed_memory()
+        peak = depthwise.FmaPeak() if args.dtype != "float64" else None
+    settings = f"{args.device}, batches of {args.batch}, {args.dtype}, median of {args.rounds} calls"
+    facts = report.environment(device) | {"settings": settings}
+    print(report.facts_list(facts), end="\n\n", flush=True)
+    rows = []
+    cases = list(itertools.product(GRADIENTS, args.maps, args.kernels))
+    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
+        for done, (gradient, sizes, kernel) in enumerate(cases, 1):
+            rows += run_case(gradient, sizes, kernel, args, peak, progress)
+            progress.update(done * args.rounds - progress.n)
+            depthwise.summarise(rows)
+            if args.json:
+                text = f"{report.facts_list(facts)}\n\n{depthwise.table(rows)}"
+                report.write_results(args.json, dict(environment=facts, rows=rows), text)
+    print(depthwise.table(rows))
+    return int(any(row["operator"] == "ours" and row["status"] in ("wrong", "failed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

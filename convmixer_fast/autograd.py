@@ -1,0 +1,266 @@
+"""The gradients of depthwise_conv2d to any order, and how it goes through autocast, vmap and the count of FLOPs.
+
+The convolution is linear in x and in the weight. So its derivatives are three operators in turn, each the derivative of
+the others:
+    y  = depthwise_conv2d(x, weight, bias)
+    gx = depthwise_conv2d_dgrad(gy, weight)
+    gweight, gbias = depthwise_conv2d_wgrad(x, gy, kernel_h, kernel_w, bias)
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from .ops import _call, _like
+
+_ops = torch.ops.convmixer_fast
+_library = torch.library.Library("convmixer_fast", "FRAGMENT")
+_AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _call(_ops.depthwise_conv2d.default, x, weight, bias)
+
+
+def _dgrad(gy: Tensor, weight: Tensor) -> Tensor:
+    return _call(_ops.depthwise_conv2d_dgrad.default, gy, weight)
+
+
+def _wgrad(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of the weight (C, 1, kernel_h, kernel_w) and of the bias (C,), or (0,) if it is not wanted."""
+    return _call(_ops.depthwise_conv2d_wgrad.default, x, gy, kernel_h, kernel_w, bias)
+
+
+# -------------------------------------------------------------------------------------------------- derivatives
+#
+# torch.library.register_autograd would do, were it not for torch.func.grad, which it refuses, and for forward mode,
+# where it silently gives zeros. So the kernels of the key Autograd are registered here. _SingleLevelFunction is the
+# base of autograd.Function that leaves the levels of torch.func to the dispatcher, as torch's own operators do.
+
+
+def _save(ctx, first: Tensor, second: Tensor) -> None:
+    """The factors of a product: one is needed for the other's gradient."""
+    need_first, need_second = ctx.needs_input_grad[1:3]
+    ctx.save_for_backward(first if need_second else None, second if need_first else None)
+    ctx.save_for_forward(first, second)
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    terms = [term for term in terms if term is not None]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _primals(ctx) -> Iterator[Tensor]:
+    return (forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)
+
+
+def _for_levels_below(jvp: Callable) -> Callable:
+    """Derivatives of a derivative in forward mode: the level of torch.func below sees this one's arithmetic."""
+
+    @functools.wraps(jvp)
+    def enabled(*arguments):
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(*arguments)
+
+    return enabled
+
+
+class _Conv(torch.autograd.function._SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, run, x, weight, bias):
+        _save(ctx, x, weight)
+        ctx.kernel_size = weight.shape[2:]
+        return run(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, weight = ctx.saved_tensors
+        _, need_x, need_weight, need_bias = ctx.needs_input_grad
+        gx = _dgrad(gy, weight) if need_x else None
+        gweight = gbias = None
+        if need_weight:
+            gweight, gbias = _wgrad(x, gy, *ctx.kernel_size, need_bias)
+        elif need_bias:
+            gbias = gy.sum((0, 2, 3))
+        return None, gx, gweight, gbias if need_bias else None
+
+    @staticmethod
+    @_for_levels_below
+    def jvp(ctx, _, x_tangent, weight_tangent, bias_tangent):
+        x, weight = _primals(ctx)
+        return _sum(
+            None if x_tangent is None else _conv(x_tangent, weight),
+            None if weight_tangent is None else _conv(x, weight_tangent),
+            None if bias_tangent is None else bias_tangent.view(-1, 1, 1).expand(x.shape),
+        )
+
+
+class _Dgrad(torch.autograd.function._SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, run, gy, weight):
+        _save(ctx, gy, weight)
+        ctx.kernel_size = weight.shape[2:]
+        return run(gy, weight)
+
+    @staticmethod
+    def backward(ctx, ggx):
+        gy, weight = ctx.saved_tensors
+        _, need_gy, need_weight = ctx.needs_input_grad
+        ggy = _conv(ggx, weight) if need_gy else None
+        return None, ggy, _wgrad(ggx, gy, *ctx.kernel_size, False)[0] if need_weight else None
+
+    @staticmethod
+    @_for_levels_below
+    def jvp(ctx, _, gy_tangent, weight_tangent):
+        gy, weight = _primals(ctx)
+        return _sum(
+            None if gy_tangent is None else _dgrad(gy_tangent, weight),
+            None if weight_tangent is None else _dgrad(gy, weight_tangent),
+        )
+
+
+class _Wgrad(torch.autograd.function._SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, run, x, gy, *sizes_and_bias):
+        _save(ctx, x, gy)
+        ctx.sizes_and_bias = sizes_and_bias
+        return run(x, gy, *sizes_and_bias)
+
+    @staticmethod
+    def backward(ctx, ggweight, ggbias):
+        x, gy = ctx.saved_tensors
+        _, need_x, need_gy, *_ = ctx.needs_input_grad
+        gx = _dgrad(gy, ggweight) if need_x else None
+        ggy = _conv(x, ggweight, ggbias if ctx.sizes_and_bias[-1] else None) if need_gy else None
+        return None, gx, ggy, None, None, None
+
+    @staticmethod
+    @_for_levels_below
+    def jvp(ctx, _, x_tangent, gy_tangent, *__):
+        x, gy = _primals(ctx)
+        kernel_h, kernel_w, bias = ctx.sizes_and_bias
+        no_gradient = x.new_zeros((x.shape[1], 1, kernel_h, kernel_w)), x.new_zeros((x.shape[1] if bias else 0,))
+        by_x, _ = no_gradient if x_tangent is None else _wgrad(x_tangent, gy, kernel_h, kernel_w, False)
+        by_gy, bias_tangent = no_gradient if gy_tangent is None else _wgrad(x, gy_tangent, kernel_h, kernel_w, bias)
+        return by_x + by_gy, bias_tangent
+
+
+def _register(name: str, function: type) -> None:
+    op = getattr(_ops, name).default
+
+    def kernel(keyset, *arguments):
+        def run(*arguments):  # function.apply turns gradients off, but they are on for the level of torch.func below
+            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        forward_mode = forward_ad._current_level >= 0
+        if forward_mode or torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            with enable_single_level_autograd_function():
+                return function.apply(run, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_register("depthwise_conv2d", _Conv)
+_register("depthwise_conv2d_dgrad", _Dgrad)
+_register("depthwise_conv2d_wgrad", _Wgrad)
+
+
+@torch.library.register_fake("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
+def _(gy, weight):
+    return _like(gy)
+
+
+@torch.library.register_fake("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
+def _(x, gy, kernel_h, kernel_w, bias):
+    channels = x.shape[1]
+    return x.new_empty((channels, 1, kernel_h, kernel_w)), x.new_empty((channels if bias else 0,))
+
+
+# ----------------------------------------------------------------------------------------------------- autocast
+
+
+def _register_autocast(device_type: str) -> None:
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        """As torch.conv2d's: float64 and what is on another device stay as they are."""
+        if tensor is None or tensor.device.type != device_type or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device_type)) if tensor.is_floating_point() else tensor
+
+    def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST[device_type])):
+            return _ops.depthwise_conv2d.default(cast(x), cast(weight), cast(bias))
+
+    _library.impl("depthwise_conv2d", depthwise_conv2d, _AUTOCAST[device_type].name)
+
+
+for _device_type in _AUTOCAST:
+    _register_autocast(_device_type)
+
+
+# --------------------------------------------------------------------------------------------------------- vmap
+
+
+def _fold(tensor: Tensor | None, batch_dim: int | None, size: int, dim: int) -> Tensor | None:
+    """The vmapped dimension, or copies of what has none, in front of dimension dim and joined with it."""
+    if tensor is None:
+        return None
+    if batch_dim is None:
+        tensor = tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
+    else:
+        tensor = tensor.movedim(batch_dim, dim)
+    return tensor.flatten(dim, dim + 1)
+
+
+def _unfold(tensor: Tensor, size: int, dim: int) -> Tensor:
+    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
+
+
+@torch.library.register_vmap("convmixer_fast::depthwise_conv2d", lib=_library)
+def _(info, in_dims, x, weight, bias):
+    size, (x_dim, *weight_dims) = info.batch_size, in_dims
+    if weight_dims == [None, None]:
+        return _unfold(_conv(_fold(x, x_dim, size, 0), weight, bias), size, 0), 0
+    weight, bias = (_fold(tensor, dim, size, 0) for tensor, dim in zip((weight, bias), weight_dims))
+    return _unfold(_conv(_fold(x, x_dim, size, 1), weight, bias), size, 1), 1
+
+
+@torch.library.register_vmap("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
+def _(info, in_dims, gy, weight):
+    size, (gy_dim, weight_dim) = info.batch_size, in_dims
+    if weight_dim is None:
+        return _unfold(_dgrad(_fold(gy, gy_dim, size, 0), weight), size, 0), 0
+    return _unfold(_dgrad(_fold(gy, gy_dim, size, 1), _fold(weight, weight_dim, size, 0)), size, 1), 1
+
+
+@torch.library.register_vmap("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
+def _(info, in_dims, x, gy, kernel_h, kernel_w, bias):
+    size = info.batch_size
+    x, gy = (_fold(tensor, dim, size, 1) for tensor, dim in zip((x, gy), in_dims))
+    gweight, gbias = _wgrad(x, gy, kernel_h, kernel_w, bias)
+    return (_unfold(gweight, size, 0), _unfold(gbias, size, 0)), (0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def _flops(shape: torch.Size, kernel_h: int, kernel_w: int) -> int:
+    """2 an output and tap, those on the padding included, as torch.utils.flop_counter counts convolutions."""
+    return 2 * shape.numel() * kernel_h * kernel_w
+
+
+@register_flop_formula([_ops.depthwise_conv2d, _ops.depthwise_conv2d_dgrad, _ops.fused_depthwise])
+def _(x_shape, weight_shape, *_, **__):
+    return _flops(x_shape, *weight_shape[2:])
+
+
+@register_flop_formula(_ops.depthwise_conv2d_wgrad)
+def _(x_shape, gy_shape, kernel_h, kernel_w, *_, **__):
+    return _flops(x_shape, kernel_h, kernel_w)

@@ -1,0 +1,333 @@
+"""The forward pass of an optimized ConvMixer as a schedule of kernels over two buffers that are reused.
+
+A layer is one library GEMM and one depthwise kernel, which takes the GEMM's raw output through bias, activation and
+BatchNorm on its way in; nothing else passes over the activations. They are (channels, images, plane): then a 1x1
+convolution over all images is a single matrix product, and a plane of any size starts on 16 bytes.
+
+Nothing here asks for a GPU: on CPU tensors the same schedule runs on the CPU's operators.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_PLANE_ALIGNMENT = 8  # elements: 16 bytes of a 16-bit type, what one access of the tensor-core kernel moves
+_GEMM_TILE = (128, 256)  # of the output, of the usual library kernel: tells how many images keep a GPU busy
+_MAX_IDLE_ARENAS = 4
+_MAX_GRAPHS = 8
+
+Vectors = tuple[Tensor, Tensor, Tensor]  # bias, scale, shift
+Step = tuple[str, Callable[[], object]]  # the part of the network it belongs to, and what to run
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights as the steps take them.
+
+    Attributes:
+        patch: (dim, in_channels * ph * pw, padded with zeros to a multiple of 8), a GEMM's left operand.
+        patch_size: (in_channels, ph, pw).
+        after_patch: bias, scale, shift after the patch convolution.
+        layers: (depthwise (dim, 1, kh, kw), its vectors, pointwise (dim, dim), its vectors), one a layer.
+        head: weight (dim, n_classes) and bias (n_classes,).
+        activation: "gelu" or "relu".
+        residual: whether the depthwise half of a layer adds its input.
+    """
+
+    patch: Tensor
+    patch_size: tuple[int, int, int]
+    after_patch: Vectors
+    layers: list[tuple[Tensor, Vectors, Tensor, Vectors]]
+    head: tuple[Tensor, Tensor]
+    activation: str
+    residual: bool
+
+    @staticmethod
+    def prepare(patch, depthwise, pointwise, vectors, head_weight, head_bias, activation, residual) -> "Weights":
+        """From the buffers of an OptimizedConvMixer; copies only the patch weight and the vectors."""
+        arithmetic = torch.float64 if patch.dtype == torch.float64 else torch.float32
+        after_patch, *after = (vectors.unbind() for vectors in vectors.to(arithmetic).unbind())
+        flat = patch.flatten(1)
+        return Weights(
+            patch=torch.nn.functional.pad(flat, (0, -flat.shape[1] % _PLANE_ALIGNMENT)),
+            patch_size=tuple(patch.shape[1:]),
+            after_patch=after_patch,
+            layers=list(zip(depthwise.unbind(), after[::2], pointwise.unbind(), after[1::2])),
+            head=(head_weight.t(), head_bias),
+            activation=activation,
+            residual=residual,
+        )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the activations of some images.
+
+    Attributes:
+        images: at most as many as go through all layers together.
+        height, width: of a map.
+        pitch: elements from one plane to the next.
+    """
+
+    images: int
+    height: int
+    width: int
+
+    @property
+    def pitch(self) -> int:
+        return -(-self.height * self.width // _PLANE_ALIGNMENT) * _PLANE_ALIGNMENT
+
+    def matrix(self, buffer: Tensor, rows: int, images: int) -> Tensor:
+        """The start of a buffer as (rows, images * pitch)."""
+        return buffer[: rows * images * self.pitch].view(rows, images * self.pitch)
+
+    def maps(self, matrix: Tensor, images: int) -> Tensor:
+        """Such a matrix as maps (images, rows, height, width)."""
+        strides = (self.pitch, images * self.pitch, self.width, 1)
+        return matrix.as_strided((images, matrix.shape[0], self.height, self.width), strides, matrix.storage_offset())
+
+
+class Arena:
+    """The memory of a forward pass: two buffers, made on the stream on which they are used."""
+
+    def __init__(self, weights: Weights, geometry: Geometry):
+        with torch.inference_mode(False):  # a later call, outside of inference mode, may write to them
+            self.first, self.second = (weights.patch.new_empty(size) for size in self._sizes(weights, geometry))
+
+    def holds(self, weights: Weights, geometry: Geometry) -> bool:
+        first, second = self._sizes(weights, geometry)
+        return len(self.first) >= first and len(self.second) >= second
+
+    @staticmethod
+    def _sizes(weights: Weights, geometry: Geometry) -> tuple[int, int]:
+        dim, patch_elements = weights.patch.shape
+        columns = geometry.images * geometry.pitch
+        return dim * columns, max(dim, patch_elements) * columns  # the patches lie where depthwise outputs will
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self.first, self.second
+
+
+def map_size(x: Tensor, weights: Weights) -> tuple[int, int]:
+    _, patch_height, patch_width = weights.patch_size
+    return x.shape[2] // patch_height, x.shape[3] // patch_width
+
+
+def images_a_chunk(chunk: int | str, x: Tensor, weights: Weights) -> int:
+    """How many of the images x go through all layers before the next ones start.
+
+    "auto", on a GPU: as many as keep both buffers and a layer's matrix within the L2 cache, so that a kernel finds
+    there what the one before it wrote; all of them if those would be too few to occupy every multiprocessor with two
+    tiles of a GEMM. On other devices: all.
+    """
+    batch = max(1, len(x))
+    if chunk != "auto":
+        return min(chunk, batch)
+    if not x.is_cuda:
+        return batch
+    device = torch.cuda.get_device_properties(x.device)
+    return min(batch, _images_in_cache(weights, map_size(x, weights), device.L2_cache_size, device.multi_processor_count))
+
+
+def _images_in_cache(weights: Weights, size: tuple[int, int], cache_bytes: int, multiprocessors: int) -> float:
+    dim, element = weights.patch.shape[0], weights.patch.element_size()
+    pitch = Geometry(1, *size).pitch
+    images = (cache_bytes - dim * dim * element) // (2 * dim * pitch * element)
+    tiles = -(-dim // _GEMM_TILE[0]) * (-(-images * pitch // _GEMM_TILE[1]))
+    return images if tiles >= 2 * multiprocessors else float("inf")
+
+
+def steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
+    """The forward pass: what to run, in order. Allocates nothing and waits for nothing.
+
+    Args:
+        x: images (N, in_channels, H, W), of any strides.
+        logits: (N, n_classes), written.
+        geometry: of a chunk of x.
+        arena: which holds it.
+    """
+    for images, rows in zip(x.split(geometry.images), logits.split(geometry.images)):
+        yield from _chunk_steps(weights, images, rows, geometry, arena)
+
+
+def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
+    images, (dim, patch_elements) = len(x), weights.patch.shape
+    patches = geometry.matrix(arena.second, patch_elements, images)
+    pointwise_out = geometry.matrix(arena.first, dim, images)
+    depthwise_out = geometry.matrix(arena.second, dim, images)
+    depthwise_in, depthwise_out_maps = geometry.maps(pointwise_out, images), geometry.maps(depthwise_out, images)
+
+    yield "patchify", partial(_patchify, x, weights.patch_size, geometry, patches)
+    yield "GEMM", partial(torch.mm, weights.patch, patches, out=pointwise_out)
+    prologue = weights.after_patch
+    for depthwise, after_depthwise, pointwise, after_pointwise in weights.layers:
+        yield (
+            "depthwise",
+            partial(
+                ops.fused_depthwise,
+                depthwise_in,
+                depthwise,
+                *after_depthwise,
+                weights.activation,
+                weights.residual,
+                prologue,
+                out=depthwise_out_maps,
+            ),
+        )
+        yield "GEMM", partial(torch.mm, pointwise, depthwise_out, out=pointwise_out)
+        prologue = after_pointwise
+    pooled = arena.second[: images * dim].view(images, dim)
+    yield "pool", partial(ops.activate_pool, depthwise_in, *prologue, weights.activation, out=pooled)
+    weight, bias = weights.head
+    yield "head", partial(torch.addmm, bias, pooled, weight, out=logits)
+
+
+def _patchify(x: Tensor, patch_size: tuple[int, int, int], geometry: Geometry, patches: Tensor) -> None:
+    """Every patch of x as a column of `patches`, in the order of the patch weight, below it the zeros of its padding."""
+    channels, patch_height, patch_width = patch_size
+    height, width, images = geometry.height, geometry.width, len(x)
+    whole = x[:, :, : height * patch_height, : width * patch_width]
+    by_patch = whole.unflatten(2, (height, patch_height)).unflatten(4, (width, patch_width))
+    elements = channels * patch_height * patch_width
+    to = geometry.maps(patches[:elements], images).unflatten(1, patch_size)
+    to.copy_(by_patch.permute(0, 1, 3, 5, 2, 4))
+    patches[elements:].zero_()
+
+
+class Recorded:
+    """The forward pass on images of one shape as a CUDA graph, on memory that stays where it is."""
+
+    def __init__(self, weights: Weights, x: Tensor, geometry: Geometry, arena: Arena):
+        with torch.inference_mode(False):  # replays, outside of inference mode too, write to them
+            self.images = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            self.logits = x.new_empty(len(x), weights.head[1].shape[0])
+        self.memory = (self.images, self.logits, *arena.buffers(), weights.patch, weights.after_patch[0])
+        with torch.cuda.device(x.device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):  # the libraries choose their kernels and set up their workspaces
+                run_all(steps(weights, self.images, self.logits, geometry, arena))
+            current.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads may go on allocating.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                run_all(steps(weights, self.images, self.logits, geometry, arena))
+
+    def replay(self, x: Tensor) -> Tensor:
+        self.images.copy_(x)
+        for tensor in self.memory:  # should it be freed, then not before this stream is through
+            tensor.record_stream(torch.cuda.current_stream(x.device))
+        self.graph.replay()
+        return self.logits.clone()
+
+
+class GraphCache:
+    """What `record` made of the shapes used last, replayed one after the other whatever the streams.
+
+    Args:
+        record: gives the Recorded for images like these.
+        fence: an event: wait(stream) and record(stream).
+        limit: how many shapes are kept.
+    """
+
+    def __init__(self, record: Callable[[Tensor], Recorded], fence: torch.cuda.Event, limit: int = _MAX_GRAPHS):
+        self._record, self._fence, self._limit = record, fence, limit
+        self._lock = threading.Lock()
+        self._recorded: OrderedDict[torch.Size, Recorded] = OrderedDict()
+
+    def __call__(self, x: Tensor, stream: torch.cuda.Stream | None = None) -> Tensor:
+        """The logits of x. stream: on which the caller works."""
+        with self._lock:
+            self._fence.wait(stream)  # all graphs use one arena
+            if x.shape not in self._recorded:
+                self._recorded[x.shape] = self._record(x)
+            self._recorded.move_to_end(x.shape)
+            logits = self._recorded[x.shape].replay(x)
+            self._fence.record(stream)
+            while len(self._recorded) > self._limit:
+                self._recorded.popitem(last=False)
+        return logits
+
+    def shapes(self) -> list[torch.Size]:
+        """Least recently used first."""
+        return list(self._recorded)
+
+
+class Engine:
+    """Runs forward passes of one network, from any thread and on any stream.
+
+    Buffers are kept from call to call, for each stream, and are lent to one call at a time: calls of several threads
+    never share one. What a call returns is its own. A stream that the caller captures into a CUDA graph of his own
+    gets buffers that belong to that graph.
+
+    Args:
+        weights: prepared ones; all on one device.
+        chunk: images that go through all layers together, or "auto": see images_a_chunk.
+        cuda_graphs: on a GPU, record a CUDA graph for each shape of x and replay it.
+    """
+
+    def __init__(self, weights: Weights, chunk: int | str, cuda_graphs: bool):
+        self.weights, self.chunk = weights, chunk
+        self._lock = threading.Lock()
+        self._idle: list[tuple[object, Arena]] = []  # with their streams; the one used last comes last
+        self._recording: Arena | None = None  # that of the graph recorded last
+        self.graphs = None
+        if cuda_graphs and weights.patch.is_cuda:
+            with torch.cuda.device(weights.patch.device):
+                self.graphs = GraphCache(self._record, torch.cuda.Event())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits (N, n_classes) of images x (N, in_channels, H, W)."""
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.graphs and len(x) and not captured:
+            return self.graphs(x, stream)
+        logits = x.new_empty(len(x), self.weights.head[1].shape[0])
+        if len(x):
+            geometry = self.geometry(x)
+            with self._arena(geometry, stream, captured) as arena:
+                run_all(steps(self.weights, x, logits, geometry, arena))
+        return logits
+
+    def geometry(self, x: Tensor) -> Geometry:
+        """Of chunks of about one size."""
+        chunks = -(-len(x) // images_a_chunk(self.chunk, x, self.weights))
+        return Geometry(-(-len(x) // chunks), *map_size(x, self.weights))
+
+    def arena_bytes(self) -> int:
+        """Of the buffers that no call uses at present."""
+        return sum(buffer.nbytes for _, arena in self._idle for buffer in arena.buffers())
+
+    @contextmanager
+    def _arena(self, geometry: Geometry, stream: object, captured: bool) -> Iterator[Arena]:
+        if captured:
+            yield Arena(self.weights, geometry)
+            return
+        with self._lock:
+            last = next((i for i, (its, _) in reversed(list(enumerate(self._idle))) if its == stream), None)
+            arena = None if last is None else self._idle.pop(last)[1]
+        if arena is None or not arena.holds(self.weights, geometry):
+            del arena  # before the larger one is made
+            arena = Arena(self.weights, geometry)
+        yield arena
+        with self._lock:
+            self._idle = [*self._idle, (stream, arena)][-_MAX_IDLE_ARENAS:]
+
+    def _record(self, x: Tensor) -> Recorded:
+        geometry = self.geometry(x)
+        if self._recording is None or not self._recording.holds(self.weights, geometry):
+            self._recording = Arena(self.weights, geometry)
+        return Recorded(self.weights, x, geometry, self._recording)
+
+
+def run_all(schedule: Iterator[Step]) -> None:
+    for _, run in schedule:
+        run()

@@ -1,0 +1,130 @@
+// A whole ConvMixer on the CPU, from torch's side: for convmixer_fast/cpu_engine.py, which keeps the arguments right.
+#include <chrono>
+
+#include "../cpu/mixer.h"
+#include "operators.h"
+
+namespace convmixer_fast {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight, int64_t activation) {
+  check(patch.dim() == 4, "patch must be (dim, in_channels, ph, pw), got ", ShapeOf{patch});
+  check(depthwise.dim() == 5 && depthwise.size(1) == patch.size(0) && depthwise.size(2) == 1,
+        "depthwise must be (depth, dim, 1, kh, kw) with dim = ", patch.size(0), ", got ", ShapeOf{depthwise});
+  check(head_weight.dim() == 2 && head_weight.size(1) == patch.size(0), "head_weight must be (n_classes, dim) with dim = ",
+        patch.size(0), ", got ", ShapeOf{head_weight});
+  MixerSizes sizes{};
+  sizes.in_channels = patch.size(1), sizes.patch_h = patch.size(2), sizes.patch_w = patch.size(3);
+  sizes.dim = depthwise.size(1), sizes.depth = depthwise.size(0);
+  sizes.kernel_h = depthwise.size(3), sizes.kernel_w = depthwise.size(4);
+  sizes.classes = head_weight.size(0);
+  sizes.dtype = dtype_of("patch", patch);
+  sizes.activation = activation_of(activation);
+  check(sizes.dtype != DType::kFloat64, "patch must be float32, float16 or bfloat16, got float64");
+  return sizes;
+}
+
+MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
+  check_map("x", x);
+  check(dtype_of("x", x) == sizes.dtype, "x must have the weights' dtype, got ", name_of(x.scalar_type()));
+  check(x.size(1) == sizes.in_channels && x.size(2) >= sizes.patch_h && x.size(3) >= sizes.patch_w,
+        "x must be (N, ", sizes.in_channels, ", H, W) with H >= ", sizes.patch_h, " and W >= ", sizes.patch_w, ", got ",
+        ShapeOf{x});
+  MixerParams params{};
+  params.sizes = sizes;
+  params.x = x.const_data_ptr();
+  params.x_stride = strides_of(x);
+  params.batch = x.size(0), params.height = x.size(2), params.width = x.size(3);
+  return params;
+}
+
+// A new tensor of float32 with at least so many bytes.
+Tensor empty_bytes(const Tensor& like, int64_t bytes) {
+  return empty_strided_like<1>(like, {(bytes + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float))}, {1});
+}
+
+void check_bytes(const char* argument, const Tensor& tensor, int64_t bytes) {
+  check(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() * 4 >= bytes, argument,
+        " must be contiguous float32 of ", bytes, " bytes, got ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
+  check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0, argument, " must be aligned to ",
+        kAlignment, " bytes");
+}
+
+void check_shape(const char* argument, const Tensor& tensor, std::initializer_list<int64_t> shape, ScalarType type) {
+  bool fits = tensor.scalar_type() == type && tensor.is_contiguous() && tensor.dim() == int64_t(shape.size());
+  int64_t d = 0;
+  for (int64_t size : shape) fits = fits && tensor.size(d++) == size;
+  check(fits, argument, " must be contiguous, ", name_of(type), " and fit the other weights, got ",
+        name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
+}
+
+Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& pointwise, const Tensor& vectors,
+                  const Tensor& head_weight, const Tensor& head_bias) {
+  const MixerSizes s = sizes_of(patch, depthwise, head_weight, 0);
+  const ScalarType type = patch.scalar_type();
+  check_shape("patch", patch, {s.dim, s.in_channels, s.patch_h, s.patch_w}, type);
+  check_shape("depthwise", depthwise, {s.depth, s.dim, 1, s.kernel_h, s.kernel_w}, type);
+  check_shape("pointwise", pointwise, {s.depth, s.dim, s.dim}, type);
+  check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Float);
+  check_shape("head_weight", head_weight, {s.classes, s.dim}, type);
+  check_shape("head_bias", head_bias, {s.classes}, type);
+  const cpu::MixerKernels& kernels = cpu::mixer_kernels();
+  Tensor packed = empty_bytes(vectors, kernels.packed_bytes(s));
+  const MixerWeights weights{patch.const_data_ptr(),
+                             depthwise.const_data_ptr(),
+                             pointwise.const_data_ptr(),
+                             static_cast<const float*>(vectors.const_data_ptr()),
+                             head_weight.const_data_ptr(),
+                             head_bias.const_data_ptr()};
+  kernels.pack(s, weights, packed.mutable_data_ptr());
+  return packed;
+}
+
+int64_t mixer_workspace(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight) {
+  return cpu::mixer_kernels().workspace_bytes(params_of(x, sizes_of(patch, depthwise, head_weight, 0)));
+}
+
+// `seconds`, if it is given, float64 (2 depth + 4), receives the time of every step: patches, project, depthwise and
+// pointwise of each layer, pool, head.
+Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight,
+             const Tensor& packed, const Tensor& workspace, int64_t activation, const std::optional<Tensor>& seconds) {
+  const cpu::MixerKernels& kernels = cpu::mixer_kernels();
+  MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, activation));
+  const MixerSizes& s = params.sizes;
+  check_bytes("packed", packed, kernels.packed_bytes(s));
+  check_bytes("workspace", workspace, kernels.workspace_bytes(params));
+  if (seconds) check_shape("seconds", *seconds, {2 * s.depth + 4}, ScalarType::Double);
+  params.packed = packed.const_data_ptr();
+  params.workspace = workspace.mutable_data_ptr();
+  Tensor y = empty_strided_like<2>(x, {params.batch, s.classes}, {s.classes > 0 ? s.classes : 1, 1});
+  params.y = y.mutable_data_ptr();
+  if (y.numel() == 0) return y;
+
+  double* elapsed = seconds ? static_cast<double*>(seconds->mutable_data_ptr()) : nullptr;
+  const auto run = [&](MixerStep step) {
+    const auto start = std::chrono::steady_clock::now();
+    torch::stable::parallel_for(0, kernels.tasks(params, step), 1,
+                                [&](int64_t begin, int64_t end) { kernels.run(params, step, begin, end); });
+    if (elapsed) *elapsed++ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  run({MixerStep::kPatches, 0});
+  run({MixerStep::kProject, 0});
+  for (int64_t layer = 0; layer < s.depth; ++layer) {
+    run({MixerStep::kDepthwise, layer});
+    run({MixerStep::kPointwise, layer});
+  }
+  run({MixerStep::kPool, 0});
+  run({MixerStep::kHead, 0});
+  return y;
+}
+
+}  // namespace
+}  // namespace convmixer_fast
+
+STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, CPU, m) {
+  m.impl("mixer_pack", TORCH_BOX(&convmixer_fast::mixer_pack));
+  m.impl("mixer_workspace", TORCH_BOX(&convmixer_fast::mixer_workspace));
+  m.impl("mixer", TORCH_BOX(&convmixer_fast::mixer));
+}

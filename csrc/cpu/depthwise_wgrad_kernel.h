@@ -1,0 +1,294 @@
+// The gradients of the weight and the bias, in the vectors of depthwise_kernel.h: neighbouring channels of one pixel.
+//
+// A task is (part of the batch, block of channels). It slides down the maps of its images: `pack` turns the next rows of
+// x into zero-padded rows of vectors in a ring and those of gy into plain ones, `accumulate` adds their products, a row
+// of taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
+// A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap of its channel into NaN.
+#pragma once
+#include "depthwise_kernel.h"
+
+namespace convmixer_fast::cpu {
+namespace {
+
+// The innermost loop keeps two sums of each of kMaxTaps taps, these columns of gy and one vector of x in registers.
+constexpr int kWgradColumns = kMaxColumns / 2;
+
+template <class Real>
+struct WgradPlan {
+  static constexpr int64_t kColumns = 64;              // of a band, at most
+  static constexpr int64_t kPixels = 128;              // of a step, at least: 8 KiB of gy, which stay in the L1 cache
+  static constexpr int64_t kScratchBytes = 512 << 10;  // half of a usual L2 cache
+  static constexpr int64_t kChannels = 64;             // of a block, at most: 256 bytes of float32 at a time
+  static constexpr int64_t kTasks = 32;                // wanted, for the threads to share
+
+  int64_t first_tap = 0, taps = 0;  // the kernel's columns that meet the map at all
+  int64_t sums = 0;                 // of a channel: kernel_h x taps, and the bias
+  int64_t chain = 16;               // products are summed before they are added to the rest: about the root of all
+  int64_t band_width = 0, pitch = 0;
+  int64_t step_rows = 0, ring_rows = 0;
+  int64_t vectors = 0;  // of all channels
+  int64_t block = 0, blocks = 0;
+  int64_t part = 0, parts = 0;  // images
+  int64_t tasks = 0;
+  int64_t workspace = 0;  // bytes
+
+  explicit WgradPlan(const WgradParams& p) {
+    if (p.channels == 0) return;
+    vectors = ceil_div(p.channels, kLanes<Real>);
+    if (p.batch == 0 || p.height == 0 || p.width == 0) return;
+    first_tap = max(0, p.pad_left - p.width + 1);
+    taps = min(p.kernel_w, p.pad_left + p.width) - first_tap;
+    sums = p.kernel_h * taps + 1;
+    while (chain < 128 && chain * chain < p.batch * p.height * p.width) chain *= 2;
+    band_width = ceil_div(p.width, ceil_div(p.width, kColumns));
+    pitch = band_width + taps - 1;
+    step_rows = min(p.height, ceil_div(kPixels, band_width));
+    ring_rows = min(p.height, step_rows + p.kernel_h - 1);
+    const int64_t bytes = (ring_rows * pitch + step_rows * band_width + 2 * sums) * CMF_VECTOR_BYTES;
+    block = min(kChannels / kLanes<Real>, min(kScratchBytes / bytes, vectors / kTasks));
+    block = max(1, block);
+    blocks = ceil_div(vectors, block);
+    part = ceil_div(p.batch, ceil_div(kTasks, blocks));
+    parts = ceil_div(p.batch, part);
+    tasks = parts * blocks;
+    workspace = parts * vectors * sums * CMF_VECTOR_BYTES;
+  }
+};
+
+// Rows of a ring, from one of them on.
+template <class V>
+struct RingRows {
+  const V* row;
+  const V* begin;
+  const V* end;
+  int64_t pitch;
+
+  CMF_INLINE void next() {
+    row += pitch;
+    if (row >= end) row = begin;
+  }
+};
+
+// sum[t] += x[c + t] * gy[c]: a vector of x is loaded once for all its taps. The columns take turns in several sets of
+// sums: an addition waits for the one before it, and short sums are more accurate.
+template <int kColumns, int kSets, int kTaps, class V>
+CMF_INLINE void add_products(const V* x, const V* gy, V (&sum)[kSets][kTaps]) {
+  V g[kColumns];
+#pragma GCC unroll 16
+  for (int c = 0; c < kColumns; ++c) g[c] = gy[c];
+#pragma GCC unroll 32
+  for (int i = 0; i < kColumns + kTaps - 1; ++i) {
+    const V in = x[i];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t)
+      if (i >= t && i - t < kColumns) sum[(i - t) % kSets][t] += in * g[i - t];
+  }
+}
+
+// total[t] += the sum over rows and columns of x[row][column + t] * gy[row][column].
+template <class V, int kTaps>
+void correlate(RingRows<V> x, const V* gy, int64_t rows, int64_t columns, CompensatedSum<V>* total) {
+  constexpr int kSets = kTaps >= 3 ? 2 : 4;
+  V sum[kSets][kTaps] = {};
+  for (int64_t row = 0; row < rows; ++row, gy += columns, x.next()) {
+    int64_t c = 0;
+    for (; c + kWgradColumns <= columns; c += kWgradColumns) add_products<kWgradColumns>(x.row + c, gy + c, sum);
+    for (; c + kSets <= columns; c += kSets) add_products<kSets>(x.row + c, gy + c, sum);
+    for (; c < columns; ++c) add_products<1>(x.row + c, gy + c, sum);
+  }
+#pragma GCC unroll 4
+  for (int s = 1; s < kSets; ++s)
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) sum[0][t] += sum[s][t];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTaps; ++t) total[t].add(sum[0][t]);
+}
+
+// The same for any number of taps, in groups of nearly the same size.
+template <class V, int... kTaps>
+CMF_INLINE void correlate_taps(RingRows<V> x, const V* gy, int64_t rows, int64_t columns, int64_t taps,
+                               CompensatedSum<V>* total, std::integer_sequence<int, kTaps...>) {
+  static constexpr void (*kCorrelate[])(RingRows<V>, const V*, int64_t, int64_t, CompensatedSum<V>*) = {
+      correlate<V, kTaps + 1>...};
+  for (int64_t groups = ceil_div(taps, kMaxTaps); groups > 0; --groups) {
+    const int64_t group = ceil_div(taps, groups);
+    kCorrelate[group - 1](x, gy, rows, columns, total);
+    x.row += group;
+    x.begin += group;
+    x.end += group;
+    total += group;
+    taps -= group;
+  }
+}
+
+template <class S>
+class DepthwiseWgrad {
+  using Real = typename S::Real;
+  using V = Vec<Real>;
+  static constexpr int kLanes = cpu::kLanes<Real>;
+
+ public:
+  DepthwiseWgrad(const WgradParams& p, Scratch& scratch) : p_(p), plan_(p) {
+    const int64_t x_rows = plan_.block * plan_.ring_rows * plan_.pitch;
+    const int64_t gy_rows = plan_.block * plan_.step_rows * plan_.band_width;
+    const int64_t vectors = x_rows + gy_rows + 2 * plan_.block * plan_.sums;
+    x_ = static_cast<V*>(scratch.reserve(vectors * sizeof(V)));
+    gy_ = x_ + x_rows;
+    total_ = reinterpret_cast<CompensatedSum<V>*>(gy_ + gy_rows);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / plan_.blocks, first = task % plan_.blocks * plan_.block;
+      channel_ = first * kLanes;
+      channels_ = min(plan_.block * kLanes, p_.channels - channel_);
+      for (int64_t i = 0; i < plan_.block * plan_.sums; ++i) total_[i] = {};
+      last_image_ = min((part + 1) * plan_.part, p_.batch);
+      for (image_ = part * plan_.part; image_ < last_image_; ++image_)
+        for (int64_t w = 0; w < p_.width; w += plan_.band_width) run_band(w, min(w + plan_.band_width, p_.width));
+      V* to = static_cast<V*>(p_.workspace) + (part * plan_.vectors + first) * plan_.sums;
+      for (int64_t v = 0; v * kLanes < channels_; ++v)
+        for (int64_t i = v * plan_.sums; i < (v + 1) * plan_.sums; ++i) to[i] = total_[i].value();
+    }
+  }
+
+ private:
+  V* x_row(int64_t v, int64_t row) const {
+    return x_ + (v * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch;
+  }
+  V* gy_row(int64_t v, int64_t row) const { return gy_ + (v * plan_.step_rows + row) * columns_; }
+
+  // Adds what columns [w_begin, w_end) of gy contribute.
+  void run_band(int64_t w_begin, int64_t w_end) {
+    w_begin_ = w_begin;
+    columns_ = w_end - w_begin;
+    int64_t packed = 0;
+    for (int64_t h = 0; h < p_.height; h += plan_.step_rows) {
+      const int64_t rows = min(plan_.step_rows, p_.height - h);
+      const int64_t needed = min(p_.height, h + rows - 1 + p_.kernel_h - p_.pad_top);
+      pack_gy(h, rows);
+      if (p_.gweight) pack_x(packed, needed);
+      packed = max(packed, needed);
+      for (int64_t v = 0; v * kLanes < channels_; ++v) {
+        CompensatedSum<V>* total = total_ + v * plan_.sums;
+        if (p_.gweight) accumulate(v, h, rows, total);
+        if (p_.gbias) accumulate_bias(gy_row(v, 0), rows * columns_, total[plan_.sums - 1]);
+      }
+    }
+  }
+
+  void pack_gy(int64_t h, int64_t rows) {
+    const Strides& stride = p_.gy_stride;
+    const bool joined = columns_ == p_.width && stride.h == p_.width * stride.w;
+    const S* gy = static_cast<const S*>(p_.gy) + image_ * stride.n + channel_ * stride.c + h * stride.h;
+    pack_pixels<S>(
+        gy + w_begin_ * stride.w, stride, channels_, rows, columns_, joined,
+        [&](int64_t v, int64_t row) { return gy_row(v, row); }, [](int64_t, V*, int64_t) {});
+  }
+
+  // Rows [begin, end) of x into the ring, with zeros left and right of the map.
+  void pack_x(int64_t begin, int64_t end) {
+    const int64_t origin = w_begin_ + plan_.first_tap - p_.pad_left;  // the map's column in the ring's column 0
+    const int64_t first = max(0, origin), last = min(p_.width, origin + columns_ + plan_.taps - 1);
+    const Strides& stride = p_.x_stride;
+    const bool joined = last - first == p_.width && stride.h == p_.width * stride.w;
+    for (int64_t v = 0; v * kLanes < channels_; ++v) {
+      for (int64_t row = begin; row < end; ++row) {
+        V* to = x_row(v, row);
+        for (int64_t i = 0; i < first - origin; ++i) to[i] = V{};
+        for (int64_t i = last - origin; i < plan_.pitch; ++i) to[i] = V{};
+      }
+    }
+    const S* x = static_cast<const S*>(p_.x) + image_ * stride.n + channel_ * stride.c + begin * stride.h;
+    pack_pixels<S>(
+        x + first * stride.w, stride, channels_, end - begin, last - first, joined,
+        [&](int64_t v, int64_t row) { return x_row(v, begin + row) + first - origin; }, [](int64_t, V*, int64_t) {});
+  }
+
+  // The products of gy's rows [h, h + rows) with x, for every tap; rows outside the map are left out.
+  void accumulate(int64_t v, int64_t h, int64_t rows, CompensatedSum<V>* total) const {
+    RingRows<V> x{nullptr, x_row(v, 0), x_row(v, 0) + plan_.ring_rows * plan_.pitch, plan_.pitch};
+    const int64_t rows_at_once = max(1, plan_.chain / columns_);
+    int64_t fetched = 0;
+    for (int64_t i = 0; i < p_.kernel_h; ++i, total += plan_.taps) {
+      const int64_t shift = i - p_.pad_top, first = max(h, -shift), last = min(h + rows, p_.height - shift);
+      for (int64_t row = first; row < last; row += rows_at_once) {
+        x.row = x_row(v, row + shift);
+        correlate_taps(x, gy_row(v, row - h), min(rows_at_once, last - row), columns_, plan_.taps, total,
+                       std::make_integer_sequence<int, kMaxTaps>());
+      }
+      // What the next step packs, spread over the taps: a burst of misses would fill the queues and stall.
+      for (; fetched * p_.kernel_h < rows * (i + 1); ++fetched) {
+        prefetch(p_.gy, p_.gy_stride, v, h + rows + fetched);
+        prefetch(p_.x, p_.x_stride, v, h + rows + p_.kernel_h - p_.pad_top - 1 + fetched);
+      }
+    }
+  }
+
+  static void accumulate_bias(const V* gy, int64_t pixels, CompensatedSum<V>& total) {
+    constexpr int64_t kSums = 4;  // an addition waits for the one before it
+    CompensatedSum<V> sum[kSums];
+    for (int64_t i = 0; i < pixels; i += kSums)
+      for (int64_t s = 0; s < min(kSums, pixels - i); ++s) sum[s].add(gy[i + s]);
+    for (const CompensatedSum<V>& part : sum) total.add(part);
+  }
+
+  // Has a row of one channel vector brought into the L2 cache; those after the map's last are the next image's.
+  void prefetch(const void* tensor, const Strides& stride, int64_t v, int64_t row) const {
+    const int64_t image = image_ + row / p_.height;
+    if (image >= last_image_ || (image > image_ && columns_ < p_.width)) return;
+    const int64_t channel = channel_ + v * kLanes;
+    const S* first = static_cast<const S*>(tensor) + image * stride.n + channel * stride.c +
+                     row % p_.height * stride.h + w_begin_ * stride.w;
+    constexpr int64_t kLine = 64 / sizeof(S);
+    if (stride.c == 1) {
+      for (int64_t i = 0; i < columns_; ++i) __builtin_prefetch(first + i * stride.w, 0, 2);
+    } else if (stride.w == 1) {
+      for (int64_t c = 0; c < min(kLanes, p_.channels - channel); ++c)
+        for (int64_t i = 0; i < columns_; i += kLine) __builtin_prefetch(first + c * stride.c + i, 0, 2);
+    }
+  }
+
+  const WgradParams& p_;
+  const WgradPlan<Real> plan_;
+  V *x_, *gy_;
+  CompensatedSum<V>* total_;
+  int64_t channel_, channels_;  // of the block
+  int64_t image_, last_image_;  // of the part
+  int64_t w_begin_, columns_;  // of the band
+};
+
+// The gradients of channel vectors [begin, end), from the sums of all parts.
+template <class S, class Real = typename S::Real>
+void sum_parts(const WgradParams& p, int64_t begin, int64_t end) {
+  using V = Vec<Real>;
+  constexpr int n = kLanes<Real>;
+  const WgradPlan<Real> plan(p);
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  for (int64_t vector = begin; vector < end; ++vector) {
+    const int64_t channel = vector * n, channels = min(n, p.channels - channel);
+    const auto total = [&](int64_t i) {
+      CompensatedSum<V> sum;
+      for (int64_t part = 0; part < plan.parts; ++part)
+        sum.add(static_cast<const V*>(p.workspace)[(part * plan.vectors + vector) * plan.sums + i]);
+      return sum.value();
+    };
+    for (int64_t t = 0; p.gweight && t < taps; t += n) {
+      V z[n];
+      const int64_t count = min(n, taps - t);
+      for (int64_t q = 0; q < count; ++q) {
+        const int64_t column = (t + q) % p.kernel_w - plan.first_tap;
+        const bool meets_map = 0 <= column && column < plan.taps;
+        z[q] = meets_map ? total((t + q) / p.kernel_w * plan.taps + column) : V{};
+      }
+      store_pixels(static_cast<S*>(p.gweight) + channel * taps + t, taps, 1, channels, count, z);
+    }
+    if (p.gbias) {
+      const V bias = total(plan.sums - 1);
+      store_pixels(static_cast<S*>(p.gbias) + channel, 1, 0, channels, 1, &bias);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace convmixer_fast::cpu

@@ -1,0 +1,73 @@
+// The table of kernels of the instruction set that depthwise_<isa>.cpp includes this file for.
+#pragma once
+#include "depthwise_kernel.h"
+#include "depthwise_wgrad_kernel.h"
+#include "kernels.h"
+
+namespace convmixer_fast::cpu {
+namespace {
+
+template <class F>
+CMF_INLINE auto with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(Native<double>());
+    case DType::kFloat32: return f(Native<float>());
+    case DType::kFloat16: return f(Float16());
+    case DType::kBFloat16: return f(BFloat16());
+  }
+  __builtin_unreachable();
+}
+
+int64_t depthwise_tasks(const DepthwiseParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return Plan<typename decltype(storage)::Real>(p).tasks; });
+}
+
+void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  thread_local Scratch scratch;
+  with_storage(p.dtype, [&](auto storage) { Depthwise<decltype(storage)>(p, scratch).run(begin, end); });
+}
+
+int64_t depthwise_wgrad_workspace(const WgradParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return WgradPlan<typename decltype(storage)::Real>(p).workspace; });
+}
+
+int64_t depthwise_wgrad_tasks(const WgradParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return WgradPlan<typename decltype(storage)::Real>(p).tasks; });
+}
+
+void depthwise_wgrad(const WgradParams& p, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  thread_local Scratch scratch;
+  with_storage(p.dtype, [&](auto storage) { DepthwiseWgrad<decltype(storage)>(p, scratch).run(begin, end); });
+}
+
+int64_t depthwise_wgrad_sum_tasks(const WgradParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return WgradPlan<typename decltype(storage)::Real>(p).vectors; });
+}
+
+void depthwise_wgrad_sum(const WgradParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, [&](auto storage) { sum_parts<decltype(storage)>(p, begin, end); });
+}
+
+int64_t activate_pool_tasks(const PoolParams& p) {
+  return with_storage(p.dtype, [&](auto storage) { return pool_tasks<typename decltype(storage)::Real>(p); });
+}
+
+void activate_pool(const PoolParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, [&](auto storage) { pool<decltype(storage)>(p, begin, end); });
+}
+
+constexpr Kernels kKernels = {CMF_ISA,
+                              depthwise_tasks,
+                              depthwise,
+                              depthwise_wgrad_workspace,
+                              depthwise_wgrad_tasks,
+                              depthwise_wgrad,
+                              depthwise_wgrad_sum_tasks,
+                              depthwise_wgrad_sum,
+                              activate_pool_tasks,
+                              activate_pool};
+
+}  // namespace
+}  // namespace convmixer_fast::cpu

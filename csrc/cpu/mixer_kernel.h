@@ -1,0 +1,535 @@
+// A whole ConvMixer on the CPU, one source for every instruction set: each mixer_<isa>.cpp includes this file once.
+//
+// Two buffers take turns. `planes` holds activations by channel vector: (image, vector, row, column), each row with its
+// zero padding left and right, so that the depthwise convolution reads it as it stands. `panels` holds the left operand
+// of a matrix product: (panel of kRows pixels, channel vector, pixel), so that the product reads it from end to end. A
+// step reads one and writes the other, applies bias, activation and BatchNorm while its results are in registers or in
+// the L1 cache, and ends at a barrier:
+//   patches: images -> panels    project: panels -> planes    depthwise: planes -> panels    pointwise: panels -> planes
+//   pool: planes -> panels       head: panels -> logits
+// Every output is one thread's sum in one order: any number of threads gives the same bits.
+#pragma once
+#include "depthwise_kernel.h"
+#include "mixer.h"
+
+namespace convmixer_fast::cpu {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------- operands
+
+// An operand type is a storage type with which the convolutions multiply: weights, panels and planes are made of it.
+// They take kDepth neighbouring values at once, as one Group: the product those of channels, the depthwise convolution
+// those of rows, for which `interleave` makes vectors of groups from two rows' vectors.
+struct FloatOperand : Native<float> {
+  using Group = float;
+  using Groups = Vec<float>;
+  static constexpr int kDepth = 1;
+  static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
+  static CMF_INLINE FloatOperand from(float value) { return {value}; }
+};
+
+#if defined(CMF_BF16_DOT)
+struct BFloat16Operand : BFloat16 {
+  using Group = int32_t;
+  struct Groups {
+    __m512bh pairs;
+  };
+  static constexpr int kDepth = 2;
+  static CMF_INLINE Groups broadcast(Group group) { return {bit_cast<__m512bh>(group + Bits{})}; }
+  static CMF_INLINE void store(BFloat16* to, Vec<float> v) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
+    memcpy(to, &narrow, sizeof narrow);
+  }
+  static CMF_INLINE BFloat16Operand from(float value) { return {uint16_t(bit_cast<uint32_t>(value) >> 16)}; }
+  static CMF_INLINE Groups interleave(const BFloat16* first, const BFloat16* second) {
+    return {bit_cast<__m512bh>(load_bits16(second) << 16 | load_bits16(first))};
+  }
+};
+
+CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Operand::Groups a, BFloat16Operand::Groups b) {
+  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), a.pairs, b.pairs));
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------- matrix product
+
+#if CMF_VECTOR_REGISTERS == 32  // 28 sums, 2 weights, the left operand
+constexpr int kRows = 14;
+#else  // 16: 12 sums
+constexpr int kRows = 6;
+#endif
+constexpr int kVectors = 2;  // of output channels
+constexpr int kColumns = kVectors * kLanes<float>;
+constexpr int64_t kSummedAtOnce = 256;  // steps, before they are added to the rest: more accurate than one long sum
+
+using Tile = Vec<float>[kVectors][kRows];
+
+// tile = left (kRows x depth) times right (depth x kColumns), depth in channel vectors. Not inline: its loop wants all
+// vector registers.
+template <class Operand>
+__attribute__((noinline)) void multiply(const Operand* left, const Operand* right, int64_t depth, Tile& tile) {
+  using Groups = typename Operand::Groups;
+  constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
+  constexpr int64_t kAtOnce = kSummedAtOnce * kDepth / n;
+  for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
+    Vec<float> sum[kVectors][kRows] = {};
+    for (int64_t end = min(depth, begin + kAtOnce), i = begin; i < end; ++i) {
+#pragma GCC unroll 1
+      for (int k = 0; k < n; k += kDepth) {
+        Groups weight[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) memcpy(&weight[v], right + v * n * kDepth, sizeof(Groups));
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          typename Operand::Group group;
+          memcpy(&group, left + r * n + k, sizeof group);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v)
+            sum[v][r] = multiply_add(sum[v][r], Operand::broadcast(group), weight[v]);
+        }
+        right += kColumns * kDepth;
+      }
+      left += kRows * n;
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) tile[v][r] = begin > 0 ? tile[v][r] + sum[v][r] : sum[v][r];
+  }
+}
+
+// How a product of panels and tiles of columns is cut into tasks.
+template <class Operand>
+struct ProductPlan {
+  static constexpr int64_t kLeftBytes = 384 << 10;  // of panels that stay in the L2 cache while the weights pass by
+  static constexpr int64_t kTasks = 256;            // wanted, for the threads to share
+
+  int64_t panels, tiles, group, tasks;
+
+  ProductPlan(int64_t panels, int64_t tiles, int64_t depth) : panels(panels), tiles(tiles) {
+    const int64_t fitting = kLeftBytes / (kRows * depth * kLanes<float> * int64_t(sizeof(Operand)));
+    group = max(1, min(fitting, ceil_div(panels * tiles, kTasks)));
+    tasks = ceil_div(panels, group) * tiles;
+  }
+};
+
+// f(panel, column tile, tile of results) for the tasks [begin, end).
+template <class Operand, class F>
+void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t depth,
+                    int64_t begin, int64_t end, F f) {
+  constexpr int64_t n = kLanes<float>;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task / plan.tiles * plan.group, column = task % plan.tiles;
+    for (int64_t panel = first; panel < min(plan.panels, first + plan.group); ++panel) {
+      Tile tile;
+      multiply(left + panel * kRows * depth * n, right + column * kColumns * depth * n, depth, tile);
+      f(panel, column, tile);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- layouts
+
+// Where the weights lie, packed. Offsets and sizes count elements of the operand type.
+template <class Operand>
+struct Layout {
+  static constexpr int64_t n = kLanes<float>;
+  static constexpr int64_t kFloat = sizeof(float) / sizeof(Operand);
+
+  const MixerSizes& sizes;
+  int64_t patch;                             // values of a patch
+  int64_t patch_depth, depth;                // channel vectors of a patch and of the network
+  int64_t tiles, head_tiles;                 // of output channels
+  int64_t tap_rows;                          // of the depthwise kernel, kDepth of its rows in each
+  int64_t pointwise_layer, depthwise_layer;  // sizes of a layer's weights
+  int64_t pointwise, depthwise, head, vectors, head_bias, end;
+
+  explicit Layout(const MixerSizes& s) : sizes(s) {
+    patch = s.in_channels * s.patch_h * s.patch_w;
+    patch_depth = ceil_div(patch, n);
+    depth = ceil_div(s.dim, n);
+    tiles = ceil_div(s.dim, kColumns), head_tiles = ceil_div(s.classes, kColumns);
+    tap_rows = ceil_div(s.kernel_h, Operand::kDepth);
+    pointwise_layer = tiles * kColumns * depth * n;
+    depthwise_layer = depth * tap_rows * s.kernel_w * n * Operand::kDepth;
+    pointwise = tiles * kColumns * patch_depth * n;  // the patch convolution's come first
+    depthwise = pointwise + s.depth * pointwise_layer;
+    head = depthwise + s.depth * depthwise_layer;
+    vectors = head + head_tiles * kColumns * depth * n;
+    head_bias = vectors + (2 * s.depth + 1) * 3 * tiles * kColumns * kFloat;
+    end = head_bias + head_tiles * kColumns * kFloat;
+  }
+
+  int64_t vector(int64_t convolution, int which) const {
+    return vectors + (convolution * 3 + which) * tiles * kColumns * kFloat;
+  }
+};
+
+// Where the activations of a run lie in its workspace.
+template <class Operand>
+struct Workspace : Layout<Operand> {
+  using Layout<Operand>::n;
+  using Layout<Operand>::depth;
+
+  int64_t height, width, pixels;  // of a map; pixels: of all of them
+  int64_t pitch;                  // vectors from row to row of a plane, padding included
+  int64_t pad_top, pad_left;
+  int64_t plane;                           // elements
+  int64_t panels_size, row_panels, image_panels;
+  int64_t panels, pooled, end;  // offsets; the planes come first
+
+  explicit Workspace(const MixerParams& p) : Layout<Operand>(p.sizes) {
+    const MixerSizes& s = p.sizes;
+    height = p.height / s.patch_h, width = p.width / s.patch_w, pixels = p.batch * height * width;
+    pad_top = (s.kernel_h - 1) / 2, pad_left = (s.kernel_w - 1) / 2;
+    pitch = width + s.kernel_w - 1;
+    plane = height * pitch * n;
+    row_panels = ceil_div(pixels, kRows), image_panels = ceil_div(p.batch, kRows);
+    panels = p.batch * depth * plane;
+    pooled = panels + row_panels * kRows * n * max(this->patch_depth, depth);
+    end = pooled + image_panels * kRows * n * depth;
+  }
+};
+
+template <class Operand>
+int64_t bytes(int64_t elements) {
+  return ceil_div(elements * int64_t(sizeof(Operand)), 64) * 64;
+}
+
+// ---------------------------------------------------------------------------------------------------- packing
+
+template <class S, class Operand>
+class Packing {
+  static constexpr int64_t n = kLanes<float>, kDepth = Operand::kDepth;
+
+ public:
+  Packing(const MixerSizes& sizes, const MixerWeights& weights, void* packed)
+      : layout_(sizes), weights_(weights), packed_(static_cast<Operand*>(packed)) {
+    memset(packed, 0, bytes<Operand>(layout_.end));
+  }
+
+  void run() {
+    const MixerSizes& s = layout_.sizes;
+    pack_right(weights_.patch, s.dim, layout_.patch, packed_);
+    for (int64_t l = 0; l < s.depth; ++l) {
+      const S* pointwise = static_cast<const S*>(weights_.pointwise) + l * s.dim * s.dim;
+      pack_right(pointwise, s.dim, s.dim, packed_ + layout_.pointwise + l * layout_.pointwise_layer);
+      pack_taps(l);
+    }
+    pack_right(weights_.head, s.classes, s.dim, packed_ + layout_.head);
+    for (int64_t c = 0; c < 2 * s.depth + 1; ++c)
+      for (int which = 0; which < 3; ++which)
+        memcpy(packed_ + layout_.vector(c, which), weights_.vectors + (c * 3 + which) * s.dim, s.dim * sizeof(float));
+    memcpy(packed_ + layout_.head_bias, row(weights_.head_bias, 0, s.classes), s.classes * sizeof(float));
+  }
+
+ private:
+  // `values` values in float32.
+  const float* row(const void* from, int64_t offset, int64_t values) {
+    float* to = static_cast<float*>(scratch_.reserve(ceil_div(values, n) * n * sizeof(float)));
+    for (int64_t i = 0; i < values; i += n) {
+      Vec<float> v;
+      load_pixels(static_cast<const S*>(from) + offset + i, 1, 0, min(n, values - i), 1, &v);
+      memcpy(to + i, &v, sizeof v);
+    }
+    return to;
+  }
+
+  // The right operand of a product: by tiles of columns, then by groups of kDepth products.
+  void pack_right(const void* weight, int64_t columns, int64_t depth, Operand* to) {
+    const int64_t tile = ceil_div(depth, n) * n * kColumns;
+    for (int64_t c = 0; c < columns; ++c) {
+      const float* from = row(weight, c * depth, depth);
+      Operand* column = to + c / kColumns * tile + c % kColumns * kDepth;
+      for (int64_t k = 0; k < depth; ++k)
+        column[k / kDepth * kColumns * kDepth + k % kDepth] = Operand::from(from[k]);
+    }
+  }
+
+  void pack_taps(int64_t layer) {
+    const MixerSizes& s = layout_.sizes;
+    Operand* to = packed_ + layout_.depthwise + layer * layout_.depthwise_layer;
+    for (int64_t c = 0; c < s.dim; ++c) {
+      const float* from = row(weights_.depthwise, (layer * s.dim + c) * s.kernel_h * s.kernel_w, s.kernel_h * s.kernel_w);
+      Operand* channel = to + c / n * layout_.tap_rows * s.kernel_w * n * kDepth + c % n * kDepth;
+      for (int64_t i = 0; i < s.kernel_h; ++i)
+        for (int64_t j = 0; j < s.kernel_w; ++j)
+          channel[(i / kDepth * s.kernel_w + j) * n * kDepth + i % kDepth] = Operand::from(from[i * s.kernel_w + j]);
+    }
+  }
+
+  const Layout<Operand> layout_;
+  const MixerWeights& weights_;
+  Operand* packed_;
+  Scratch scratch_;
+};
+
+// ---------------------------------------------------------------------------------------------------- steps
+
+template <class S, class Operand>
+class Mixer {
+  static constexpr int64_t n = kLanes<float>;
+  static constexpr int64_t kTasks = 64;      // of a depthwise convolution, wanted, for the threads to share
+  static constexpr int64_t kBandRows = 8;    // of such a task, at least
+  using Groups = typename Operand::Groups;
+
+ public:
+  explicit Mixer(const MixerParams& p)
+      : p_(p),
+        s_(p.sizes),
+        w_(p),
+        packed_(static_cast<const Operand*>(p.packed)),
+        planes_(static_cast<Operand*>(p.workspace)),
+        panels_(planes_ + w_.panels),
+        pooled_(planes_ + w_.pooled) {
+    const int64_t wanted = ceil_div(kTasks, max(1, p.batch * w_.depth));
+    band_rows_ = max(min(w_.height, kBandRows), ceil_div(w_.height, wanted));
+    bands_ = ceil_div(w_.height, band_rows_);
+  }
+
+  int64_t tasks(MixerStep step) const {
+    switch (step.kind) {
+      case MixerStep::kPatches: return w_.row_panels + p_.batch * w_.depth;
+      case MixerStep::kProject: return product(w_.patch_depth).tasks;
+      case MixerStep::kDepthwise: return p_.batch * w_.depth * bands_;
+      case MixerStep::kPointwise: return product(w_.depth).tasks;
+      case MixerStep::kPool: return p_.batch * w_.depth;
+      case MixerStep::kHead: return head_product().tasks;
+    }
+    __builtin_unreachable();
+  }
+
+  void run(MixerStep step, int64_t begin, int64_t end, Scratch& scratch) const {
+    switch (step.kind) {
+      case MixerStep::kPatches: return patches(begin, end, scratch);
+      case MixerStep::kProject: return pointwise(packed_, w_.patch_depth, 0, begin, end);
+      case MixerStep::kDepthwise: return depthwise(step.layer, begin, end, scratch);
+      case MixerStep::kPointwise: {
+        const Operand* weight = packed_ + w_.pointwise + step.layer * w_.pointwise_layer;
+        return pointwise(weight, w_.depth, 2 * step.layer + 2, begin, end);
+      }
+      case MixerStep::kPool: return pool(begin, end);
+      case MixerStep::kHead: return head(begin, end);
+    }
+  }
+
+ private:
+  ProductPlan<Operand> product(int64_t depth) const { return {w_.row_panels, w_.tiles, depth}; }
+  ProductPlan<Operand> head_product() const { return {w_.image_panels, w_.head_tiles, w_.depth}; }
+  Operand* plane(int64_t image, int64_t vector) const { return planes_ + (image * w_.depth + vector) * w_.plane; }
+
+  Pointwise<float> vectors(int64_t convolution, int64_t vector) const {
+    Pointwise<float> result;
+    Vec<float>* const all[] = {&result.bias, &result.scale, &result.shift};
+    for (int which = 0; which < 3; ++which)
+      memcpy(all[which], packed_ + w_.vector(convolution, which) + vector * n * w_.kFloat, sizeof(Vec<float>));
+    result.activation = s_.activation;
+    return result;
+  }
+
+  // Panels of the images' patches; and zeros into the planes' padding.
+  void patches(int64_t begin, int64_t end, Scratch& scratch) const {
+    int64_t* offset = static_cast<int64_t*>(scratch.reserve(w_.patch * sizeof(int64_t)));
+    for (int64_t k = 0; k < w_.patch; ++k)
+      offset[k] = k / (s_.patch_h * s_.patch_w) * p_.x_stride.c + k / s_.patch_w % s_.patch_h * p_.x_stride.h +
+                  k % s_.patch_w * p_.x_stride.w;
+    for (int64_t task = begin; task < end; ++task) {
+      if (task < w_.row_panels) {
+        for (int64_t r = 0; r < kRows; ++r) pack_patch(task, r, offset);
+      } else {
+        Operand* row = planes_ + (task - w_.row_panels) * w_.plane;
+        for (int64_t h = 0; h < w_.height; ++h, row += w_.pitch * n) {
+          memset(row, 0, w_.pad_left * n * sizeof(Operand));
+          const int64_t right = w_.pad_left + w_.width;
+          memset(row + right * n, 0, (w_.pitch - right) * n * sizeof(Operand));
+        }
+      }
+    }
+  }
+
+  void pack_patch(int64_t panel, int64_t r, const int64_t* offset) const {
+    const int64_t pixel = panel * kRows + r, h = pixel / w_.width % w_.height, w = pixel % w_.width;
+    const S* x = static_cast<const S*>(p_.x) + pixel / (w_.width * w_.height) * p_.x_stride.n +
+                 h * s_.patch_h * p_.x_stride.h + w * s_.patch_w * p_.x_stride.w;
+    for (int64_t k = 0; k < w_.patch_depth; ++k) {
+      S lanes[n] = {};
+      if (pixel < w_.pixels)
+        for (int64_t i = k * n; i < min(w_.patch, k * n + n); ++i) lanes[i - k * n] = x[offset[i]];
+      Operand::store(panels_ + ((panel * w_.patch_depth + k) * kRows + r) * n, S::load(lanes));
+    }
+  }
+
+  // A 1x1 convolution, or that of the patches: panels -> planes.
+  void pointwise(const Operand* weight, int64_t depth, int64_t convolution, int64_t begin, int64_t end) const {
+    multiply_tasks(product(depth), panels_, weight, depth, begin, end, [&](int64_t panel, int64_t column, Tile& tile) {
+      const int64_t pixel = panel * kRows, rows = min(kRows, w_.pixels - pixel);
+      for (int64_t v = 0; v < min(kVectors, w_.depth - column * kVectors); ++v) {
+        vectors(convolution, column * kVectors + v).apply(tile[v], rows);
+        int64_t h = pixel / w_.width % w_.height, w = pixel % w_.width;
+        Operand* image = plane(pixel / (w_.width * w_.height), column * kVectors + v);
+        for (int64_t r = 0; r < rows; ++r) {
+          Operand::store(image + (h * w_.pitch + w_.pad_left + w) * n, tile[v][r]);
+          if (++w == w_.width) w = 0, ++h;
+          if (h == w_.height) h = 0, image += w_.depth * w_.plane;
+        }
+      }
+    });
+  }
+
+  // Planes -> panels.
+  void depthwise(int64_t layer, int64_t begin, int64_t end, Scratch& scratch) const {
+    const int64_t groups = Operand::kDepth > 1 ? (band_rows_ + s_.kernel_h) * w_.pitch : 0;
+    Vec<float>* out = static_cast<Vec<float>*>(scratch.reserve((w_.width + groups) * sizeof(Vec<float>)));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t band = task % bands_, vector = task / bands_ % w_.depth, image = task / bands_ / w_.depth;
+      const int64_t first = band * band_rows_, last = min(w_.height, first + band_rows_);
+      const Operand* from = plane(image, vector);
+      const Operand* weight = packed_ + w_.depthwise + layer * w_.depthwise_layer +
+                              vector * w_.tap_rows * s_.kernel_w * n * Operand::kDepth;
+      const Pointwise<float> epilogue = vectors(2 * layer + 1, vector);
+      const int64_t origin = first - w_.pad_top;  // the map's row in row 0 of the input
+      const Groups* input = input_rows(from, origin, last - w_.pad_top + s_.kernel_h - 1,
+                                       reinterpret_cast<Groups*>(out + w_.width));
+      for (int64_t h = first; h < last; ++h) {
+        convolve(input - origin * w_.pitch, reinterpret_cast<const Groups*>(weight), h, out);
+        epilogue.apply(out, w_.width);
+        emit(from + (h * w_.pitch + w_.pad_left) * n, (image * w_.height + h) * w_.width, vector, out);
+      }
+    }
+  }
+
+  // Groups of kDepth rows for each row from `begin` to `end` that meets the map, at its distance from row `begin`.
+  const Groups* input_rows(const Operand* from, int64_t begin, int64_t end, Groups* to) const {
+    if constexpr (Operand::kDepth == 1) {
+      return reinterpret_cast<const Groups*>(from) + begin * w_.pitch;
+    } else {
+      for (int64_t h = max(-1, begin); h < min(w_.height, end); ++h) {
+        Groups* row = to + (h - begin) * w_.pitch;
+        const Operand* first = from + h * w_.pitch * n;
+        const Operand zeros[n] = {};
+        for (int64_t w = 0; w < w_.pitch; ++w, first += n)
+          row[w] = Operand::interleave(h < 0 ? zeros : first, h + 1 == w_.height ? zeros : first + w_.pitch * n);
+      }
+      return to;
+    }
+  }
+
+  // The sums of row h; tap rows outside the map are left out.
+  void convolve(const Groups* input, const Groups* weight, int64_t h, Vec<float>* out) const {
+    constexpr int64_t kDepth = Operand::kDepth;
+    const int64_t top = h - w_.pad_top;
+    const int64_t first = max(0, -top / kDepth), last = min(w_.tap_rows, ceil_div(w_.height - top, kDepth));
+    Strip<float, Groups> strip = {};
+    strip.first = input + (top + first * kDepth) * w_.pitch;
+    strip.ring_end = input + (w_.height + kDepth * (s_.kernel_h + 1)) * w_.pitch;  // never reached
+    strip.pitch = kDepth * w_.pitch;
+    strip.weight = weight + first * s_.kernel_w;
+    strip.weight_pitch = s_.kernel_w;
+    strip.tap_rows = last - first;
+    strip.taps = s_.kernel_w;
+    convolve_row(strip, w_.width, out, std::make_integer_sequence<int, kMaxColumns>());
+  }
+
+  // Adds the residual; a row of the map into the panels, from `pixel` on.
+  void emit(const Operand* residual, int64_t pixel, int64_t vector, const Vec<float>* sums) const {
+    int64_t r = pixel % kRows;
+    Operand* to = panels_ + (pixel / kRows * w_.depth + vector) * kRows * n;
+    for (int64_t w = 0; w < w_.width; ++w) {
+      Operand::store(to + r * n, sums[w] + Operand::load(residual + w * n));
+      if (++r == kRows) r = 0, to += w_.depth * kRows * n;
+    }
+  }
+
+  // The mean over each map: planes -> panels.
+  void pool(int64_t begin, int64_t end) const {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / w_.depth, vector = task % w_.depth;
+      Vec<float> sum = {};
+      for (int64_t h = 0; h < w_.height; ++h) {
+        const Operand* row = plane(image, vector) + (h * w_.pitch + w_.pad_left) * n;
+        Vec<float> row_sum = {};
+        for (int64_t w = 0; w < w_.width; ++w) row_sum += Operand::load(row + w * n);
+        sum += row_sum;
+      }
+      Operand* to = pooled_ + ((image / kRows * w_.depth + vector) * kRows + image % kRows) * n;
+      Operand::store(to, sum / float(w_.height * w_.width));
+    }
+  }
+
+  // Panels -> logits.
+  void head(int64_t begin, int64_t end) const {
+    const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
+    multiply_tasks(head_product(), pooled_, weight, w_.depth, begin, end,
+                   [&](int64_t panel, int64_t column, Tile& tile) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);
+        if (columns <= 0) continue;
+        Vec<float> biases;
+        memcpy(&biases, bias + first * w_.kFloat, sizeof biases);
+        for (int64_t r = 0; r < min(kRows, p_.batch - panel * kRows); ++r) {
+          const Vec<float> logits = tile[v][r] + biases;
+          store_pixels(static_cast<S*>(p_.y) + (panel * kRows + r) * s_.classes + first, 1, 0, columns, 1, &logits);
+        }
+      }
+    });
+  }
+
+  const MixerParams& p_;
+  const MixerSizes& s_;
+  const Workspace<Operand> w_;
+  const Operand* packed_;
+  Operand *planes_, *panels_, *pooled_;
+  int64_t band_rows_, bands_;
+};
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+// f(storage type, operand type): float32 arithmetic but for bfloat16 where the processor has dot products of it.
+template <class F>
+CMF_INLINE auto with_mixer_types(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat16: return f(Float16(), FloatOperand());
+#if defined(CMF_BF16_DOT)
+    case DType::kBFloat16: return f(BFloat16(), BFloat16Operand());
+#else
+    case DType::kBFloat16: return f(BFloat16(), FloatOperand());
+#endif
+    default: return f(Native<float>(), FloatOperand());
+  }
+}
+
+int64_t packed_bytes(const MixerSizes& s) {
+  return with_mixer_types(s.dtype, [&](auto, auto operand) {
+    return bytes<decltype(operand)>(Layout<decltype(operand)>(s).end);
+  });
+}
+
+void pack(const MixerSizes& s, const MixerWeights& weights, void* packed) {
+  with_mixer_types(s.dtype, [&](auto storage, auto operand) {
+    Packing<decltype(storage), decltype(operand)>(s, weights, packed).run();
+  });
+}
+
+int64_t workspace_bytes(const MixerParams& p) {
+  return with_mixer_types(p.sizes.dtype, [&](auto, auto operand) {
+    return bytes<decltype(operand)>(Workspace<decltype(operand)>(p).end);
+  });
+}
+
+int64_t mixer_tasks(const MixerParams& p, MixerStep step) {
+  return with_mixer_types(p.sizes.dtype, [&](auto storage, auto operand) {
+    return Mixer<decltype(storage), decltype(operand)>(p).tasks(step);
+  });
+}
+
+void run_mixer(const MixerParams& p, MixerStep step, int64_t begin, int64_t end) {
+  thread_local Scratch scratch;
+  with_mixer_types(p.sizes.dtype, [&](auto storage, auto operand) {
+    Mixer<decltype(storage), decltype(operand)>(p).run(step, begin, end, scratch);
+  });
+}
+
+constexpr MixerKernels kMixerKernels = {CMF_ISA, packed_bytes, pack, workspace_bytes, mixer_tasks, run_mixer};
+
+}  // namespace
+}  // namespace convmixer_fast::cpu

@@ -1,0 +1,130 @@
+"""The benchmarks of the backward pass: what they write, and what they do with a wrong or missing backend."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import accuracy  # noqa: E402
+import gradients  # noqa: E402
+import throughput  # noqa: E402
+import timing  # noqa: E402
+import training  # noqa: E402
+
+import convmixer_fast  # noqa: E402
+
+MODEL = "convmixer_tiny"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    def build(name):
+        assert name == MODEL
+        model = convmixer_fast.ConvMixer(8, 2, kernel_size=5, patch_size=2, n_classes=10)
+        return throughput.plain(model)
+
+    monkeypatch.setattr(throughput, "build", build)
+    monkeypatch.setattr(throughput, "select_models", list)
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: None)  # for good, in this process
+
+
+def run(benchmark, path, *options):
+    status = benchmark.main(["--device", "cpu", "--batch", "4", "--rounds", "2", "--json", str(path), *options])
+    return status, json.loads(path.read_text())["rows"]
+
+
+def run_training(path, *options):
+    return run(training, path, "--models", MODEL, *options)
+
+
+def test_training_writes_json_and_table(tmp_path, capsys):
+    path = tmp_path / "training.json"
+    types = ["float32", "bfloat16", "float16"]
+    status, rows = run_training(path, "--dtypes", *types, "--backends", "eager", "ours")
+    assert status == 0
+    assert [(row["dtype"], row["backend"]) for row in rows] == [(t, b) for t in types for b in ("eager", "ours")]
+    for row in rows:
+        assert row["status"] == "timed" and len(row["seconds"]) == 2
+        assert row["images_per_second"] > 0 and row["batch"] == 4
+        assert row["error"] <= accuracy.limit(row["eager_error"], getattr(torch, row["dtype"]))
+        assert ("over_best_other" in row) == (row["backend"] == "ours")
+    assert capsys.readouterr().out.strip().split("\n\n")[-1] in path.with_suffix(".md").read_text()
+
+
+def test_backends_run_what_they_say():
+    plain = throughput.build(MODEL)
+    kinds = {type(module) for module in plain.modules()}
+    assert convmixer_fast.DepthwiseConv2d not in kinds
+    assert convmixer_fast.DepthwiseConv2d in {type(module) for module in training.BACKENDS["ours"](plain).modules()}
+
+
+def test_a_step_trains():
+    torch.manual_seed(0)
+    model = throughput.build(MODEL)
+    trainer = training.Trainer(model, torch.randn(4, 3, 8, 8), torch.arange(4), torch.float32)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for _ in range(3):
+        trainer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
+
+
+class WrongGradient(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        y = self.model(x)
+        return y + 0.5 * (y - y.detach())
+
+
+def test_a_wrong_gradient_is_reported_and_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setitem(training.BACKENDS, "ours", WrongGradient)
+    status, (eager, ours) = run_training(tmp_path / "rows.json", "--backends", "eager", "ours")
+    assert status == 1
+    assert eager["status"] == "timed" and ours["status"] == "wrong" and "seconds" not in ours
+
+
+def test_a_failing_backend_does_not_stop_the_rest(tmp_path, monkeypatch):
+    def no_compiler(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(training.BACKENDS, "compile", no_compiler)
+    monkeypatch.setitem(training.BACKENDS, "ours", lambda model: training.ours(torch.nn.Sequential(torch.nn.ReLU())))
+    status, rows = run_training(tmp_path / "rows.json")
+    eager, compiled, ours = rows
+    assert status == 1 and eager["status"] == "timed"
+    assert compiled["message"] == "RuntimeError: no compiler"
+    assert ours["message"] == "ValueError: the model has no depthwise convolution to replace"
+
+
+def test_gradients_writes_json_and_table(tmp_path, capsys):
+    path = tmp_path / "gradients.json"
+    status, rows = run(gradients, path, "--maps", "32x24x20", "--kernels", "3", "5")
+    assert status == 0
+    assert len(rows) == 2 * 2 * 2 * 2  # gradients, kernels, operators, layouts
+    for row in rows:
+        assert row["status"] == "timed" and row["map"] in ("dgrad 32x24x20", "wgrad 32x24x20")
+        assert row["bytes"] == 2 * 4 * 4 * 32 * 24 * 20
+        assert row["of_copy"] > 0 and row["of_fma_peak"] > 0
+        assert ("over_aten_nchw" in row) == (row["operator"] == "ours")
+    assert capsys.readouterr().out.strip().split("\n\n")[-1] in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("gradient", list(gradients.GRADIENTS))
+def test_a_wrong_operator_is_reported_and_not_timed(tmp_path, monkeypatch, gradient):
+    right = gradients.GRADIENTS[gradient]["ours"]
+    monkeypatch.setitem(gradients.GRADIENTS[gradient], "ours", lambda *tensors: 1.01 * right(*tensors))
+    status, rows = run(gradients, tmp_path / "rows.json", "--maps", "8x9x8", "--kernels", "3", "--layouts", "nchw")
+    assert status == 1
+    for row in rows:
+        wrong = row["map"].startswith(gradient) and row["operator"] == "ours"
+        assert row["status"] == ("wrong" if wrong else "timed")
+
+
+def test_gradients_of_even_kernels_have_no_peer():
+    with pytest.raises(SystemExit, match="argument --kernels: .* odd sizes, got 4"):
+        gradients.main(["--device", "cpu", "--kernels", "3", "4"])
