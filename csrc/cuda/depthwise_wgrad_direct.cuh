@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
       const T* x = x_tile + image * tile.x_image + (first + tap_row) * tile.x_pitch + strip * kStrip + tap_col;
       const T* gy = gy_tile + image * tile.gy_image + first * tile.gy_pitch + strip * kStrip;
       Real here[kStrip] = {}, above[kStrip];
-      Real strip_sums[kWgradPairs][kTaps] = {}, strip_gy = 0;  // added to the rest once: less is rounded away
+      Real strip_sums[kWgradPairs][kTaps] = {}, strip_gy = 0;  // rows, strips, then all: less is rounded away
       for (int row = first; row <= end; row++) {
         Real window[Traits::kWindowPitch];
         load_window(window, x);
@@ -86,11 +86,15 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
         for (int i = 0; i < kStrip; i++) above[i] = here[i], here[i] = 0;
         if (row < end) load_window(here, gy);
 #pragma unroll
-        for (int i = 0; i < kStrip; i++) {
+        for (int i = 0; i < kWgradPairs; i++) {
+          if (i == 0 ? row == end : row == first) continue;
+          const Real(&gy_row)[kStrip] = i == 0 ? here : above;
 #pragma unroll
           for (int j = 0; j < kTaps; j++) {
-            if (row < end) strip_sums[0][j] += here[i] * window[i + j];
-            if (row > first) strip_sums[1][j] += above[i] * window[i + j];
+            Real row_sum = gy_row[0] * window[j];
+#pragma unroll
+            for (int k = 1; k < kStrip; k++) row_sum += gy_row[k] * window[j + k];
+            strip_sums[i][j] += row_sum;
           }
         }
         strip_gy += ((here[0] + here[1]) + (here[2] + here[3])) + ((here[4] + here[5]) + (here[6] + here[7]));
