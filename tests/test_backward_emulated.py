@@ -75,6 +75,7 @@ MORE = [
         ((5, 5), torch.float32, "channels_last", (40, 33), 2, 24),
         ((50, 45), torch.float32, "contiguous", (9, 12), 1, 1),
         ((7, 7), torch.float16, "channels_last", (33, 20), 2, 40),
+        ((4, 8), torch.float16, "channels_last", (14, 14), 2, 20),
     ]
 ]
 
