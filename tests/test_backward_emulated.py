@@ -19,8 +19,7 @@ dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
 
 @pytest.fixture(scope="module")
 def ops():
-    # On one multiprocessor blocks take several items and channels.
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=1)) as emulated:
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=3)) as emulated:
         yield emulated
 
 
@@ -153,20 +152,19 @@ def test_non_finite_pixels(ops, value):
     assert torch.equal(gweight[::2], clean[0][::2])
 
 
+LARGE, SMALL = ((32, 32), 64), ((16, 16), 256)  # maps and images: 8 items a block, fewer than a large GPU's at C = 1536
 TRAFFIC = [
-    *((torch.float16, 3), (torch.float16, 9), (torch.bfloat16, 5), (torch.bfloat16, 7)),
-    *((torch.float32, 3), (torch.float32, 9)),
+    *((torch.float16, 9, *LARGE), (torch.bfloat16, 7, *LARGE), (torch.float32, 9, *LARGE)),
+    *((torch.float16, 3, *SMALL), (torch.bfloat16, 5, *SMALL), (torch.float32, 3, *SMALL)),
 ]
 
 
-@pytest.mark.parametrize("size, batch", [((32, 32), 16), ((16, 16), 64)], ids=str)
-@pytest.mark.parametrize("dtype, kernel_size", TRAFFIC, ids=str)
+@pytest.mark.parametrize("dtype, kernel_size, size, batch", TRAFFIC, ids=str)
 def test_traffic(dtype, kernel_size, size, batch):
     """x and gy are read once, the workspace included; on tensor cores 16 bytes a thread, and shared memory feeds them
     without conflicts."""
     case = cases.Case(batch, 2, *size, kernel_size, kernel_size)
     x, gy = cases.make_input(case, dtype), cases.make_input(case, dtype, seed=3)
-    # On one multiprocessor a block keeps to its channel for 8 items, fewer than on a large GPU at C = 1536.
     with contextlib.closing(EmulatedOps("sm_80", sm_count=1, profile=True)) as ops:
         results = ops.depthwise_conv2d_wgrad(x, gy, (kernel_size, kernel_size))
         profiles = [launch.profile for launch in ops.launches]
