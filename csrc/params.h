@@ -46,8 +46,8 @@ struct DepthwiseParams {
 // The gradients of a plain depthwise convolution's weight and bias, given that of its output:
 //   gweight[c][i][j] = sum over n, h, w of x[n, c, h + i - pad_top, w + j - pad_left] * gy[n, c, h, w]
 //   gbias[c] = sum over n, h, w of gy[n, c, h, w]
-// with x zero outside its map. Sums are float32 (float64 for float64), in an order that depends on nothing but the
-// params and the device, and are rounded once.
+// with x zero outside its map. Partial sums are float32 (float64 for float64); CUDA adds them up in float64, the CPU with
+// compensation, in an order that depends on nothing but the params and the device. The result is rounded once.
 struct WgradParams {
   const void* x;
   const void* gy;

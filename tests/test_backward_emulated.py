@@ -58,7 +58,7 @@ def run_exact(ops, case):
 MORE = [
     Case(kernel_size, dtype, layout, size, batch, channels, "forward", False, False, False, False)
     for kernel_size, dtype, layout, size, batch, channels in [
-        ((3, 3), torch.float16, "contiguous", (16, 16), 17, 3),
+        ((3, 3), torch.float16, "contiguous", (16, 16), 17, 15),
         ((5, 5), torch.bfloat16, "contiguous", (32, 32), 3, 5),
         ((7, 7), torch.float16, "contiguous", (64, 32), 2, 2),
         ((9, 9), torch.bfloat16, "contiguous", (8, 8), 33, 3),
@@ -74,6 +74,7 @@ MORE = [
         ((5, 5), torch.float32, "channels_last", (40, 33), 2, 24),
         ((50, 45), torch.float32, "contiguous", (9, 12), 1, 1),
         ((7, 7), torch.float16, "channels_last", (33, 20), 2, 40),
+        ((4, 8), torch.float16, "channels_last", (14, 14), 2, 20),
     ]
 ]
 
@@ -95,16 +96,18 @@ def test_older_device():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.CASES, ids=str)
 def test_accuracy(ops, dtype, layout, case):
-    """On normally distributed data; the peer is PyTorch's autograd in the same dtype."""
+    """On normally distributed data; the peer is PyTorch's autograd in the same dtype, on contiguous tensors: of 31 x 31
+    taps in bfloat16 and channels_last it takes minutes."""
     x, weight = cases.make_input(case, dtype, layout), cases.make_weight(case, dtype)
     gy = cases.make_input(case, dtype, layout, seed=3)
     ops.device.order = "forward"
-    results = ours(ops, x, weight, gy), autograd(x, weight, gy), in_float64(x, weight, gy)
+    peer = autograd(x.contiguous(), weight, gy.contiguous())
+    results = ours(ops, x, weight, gy), peer, in_float64(x, weight, gy)
     for name, *gradients in zip(("x", "weight", "bias"), *results):
         assert_error_at_most_peer(*gradients, f"gradient of {name} {case} {layout} {dtype}")
 
 
-@pytest.mark.parametrize("case", MORE, ids=str)
+@pytest.mark.parametrize("case", MORE[::5], ids=str)  # both kernels, one and several groups and passes of taps
 def test_deterministic(ops, case):
     """The order of threads and blocks does not change a bit of sums that are rounded."""
     size = cases.Case(case.batch, case.channels, *case.map, *case.kernel_size)
@@ -149,14 +152,19 @@ def test_non_finite_pixels(ops, value):
     assert torch.equal(gweight[::2], clean[0][::2])
 
 
-@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=lambda d: str(d)[6:])
-def test_traffic(dtype, kernel_size):
+LARGE, SMALL = ((32, 32), 64), ((16, 16), 256)  # maps and images: 8 items a block, fewer than a large GPU's at C = 1536
+TRAFFIC = [
+    *((torch.float16, 9, *LARGE), (torch.bfloat16, 7, *LARGE), (torch.float32, 9, *LARGE)),
+    *((torch.float16, 3, *SMALL), (torch.bfloat16, 5, *SMALL), (torch.float32, 3, *SMALL)),
+]
+
+
+@pytest.mark.parametrize("dtype, kernel_size, size, batch", TRAFFIC, ids=str)
+def test_traffic(dtype, kernel_size, size, batch):
     """x and gy are read once, the workspace included; on tensor cores 16 bytes a thread, and shared memory feeds them
     without conflicts."""
-    case = cases.Case(64, 2, 32, 32, kernel_size, kernel_size)
+    case = cases.Case(batch, 2, *size, kernel_size, kernel_size)
     x, gy = cases.make_input(case, dtype), cases.make_input(case, dtype, seed=3)
-    # On one multiprocessor a block keeps to its channel for 8 items, fewer than on a large GPU at C = 1536.
     with contextlib.closing(EmulatedOps("sm_80", sm_count=1, profile=True)) as ops:
         results = ops.depthwise_conv2d_wgrad(x, gy, (kernel_size, kernel_size))
         profiles = [launch.profile for launch in ops.launches]
@@ -193,7 +201,12 @@ PLANTED = {
         "      if (exists) {",
         {"wrong result"},
     ),
-    "wgrad_sums_of_the_last_channel": (MMA, "      write_partial();\n      clear();", "      write_partial();", {"wrong result"}),
+    "wgrad_sums_of_the_last_channel": (
+        MMA,
+        "      write_partial();\n      clear();",
+        "      write_partial();",
+        {"wrong result"},
+    ),
     "wgrad_units_that_do_not_exist": (
         MMA,
         "if (unit >= tile.units) return operand.zero_unit;",
@@ -243,5 +256,5 @@ PLANTED = {
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
     half = [dataclasses.replace(case, dtype=torch.float16) for case in MORE]
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=3, csrc=plant(name, *bug))) as ops:
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=1, csrc=plant(name, *bug))) as ops:
         assert first_finding(ops, half, run_exact) in reports

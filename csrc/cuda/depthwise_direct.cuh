@@ -151,14 +151,19 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
             if (dy < rows && (!Traits::kGuarded || dx + j < cols)) taps_here[j] = weight_at(slot, dy, dx + j);
           }
 #pragma unroll
-          for (int j = 0; j < kTaps; j++) {
-            if (Traits::kGuarded && dx + j >= cols) break;
-            if (dy < rows)
+          for (int i = 0; i < kStripH; i++) {
+            if (i == 0 ? dy == rows : dy == 0) continue;
+            const Real(&taps)[kTaps] = i == 0 ? taps_here : taps_above;
+            Real row_sums[kStripW];  // joins the rest at once: less is rounded away
 #pragma unroll
-              for (int i = 0; i < kStripW; i++) sums[0][i] += taps_here[j] * window[i + j];
-            if (dy > 0)
+            for (int j = 0; j < kTaps; j++) {
+              if (Traits::kGuarded && dx + j >= cols) break;
 #pragma unroll
-              for (int i = 0; i < kStripW; i++) sums[1][i] += taps_above[j] * window[i + j];
+              for (int k = 0; k < kStripW; k++)
+                row_sums[k] = j == 0 ? taps[j] * window[k] : row_sums[k] + taps[j] * window[j + k];
+            }
+#pragma unroll
+            for (int k = 0; k < kStripW; k++) sums[i][k] += row_sums[k];
           }
         }
       }

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
       const T* x = x_tile + image * tile.x_image + (first + tap_row) * tile.x_pitch + strip * kStrip + tap_col;
       const T* gy = gy_tile + image * tile.gy_image + first * tile.gy_pitch + strip * kStrip;
       Real here[kStrip] = {}, above[kStrip];
+      Real strip_sums[kWgradPairs][kTaps] = {}, strip_gy = 0;  // rows, strips, then all: less is rounded away
       for (int row = first; row <= end; row++) {
         Real window[Traits::kWindowPitch];
         load_window(window, x);
@@ -85,16 +86,23 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
         for (int i = 0; i < kStrip; i++) above[i] = here[i], here[i] = 0;
         if (row < end) load_window(here, gy);
 #pragma unroll
-        for (int i = 0; i < kStrip; i++) {
-          gy_sum += here[i];
+        for (int i = 0; i < kWgradPairs; i++) {
+          if (i == 0 ? row == end : row == first) continue;
+          const Real(&gy_row)[kStrip] = i == 0 ? here : above;
 #pragma unroll
           for (int j = 0; j < kTaps; j++) {
-            if (row < end) sums[0][j] += here[i] * window[i + j];
-            if (row > first) sums[1][j] += above[i] * window[i + j];
+            Real row_sum = gy_row[0] * window[j];
+#pragma unroll
+            for (int k = 1; k < kStrip; k++) row_sum += gy_row[k] * window[j + k];
+            strip_sums[i][j] += row_sum;
           }
         }
+        strip_gy += ((here[0] + here[1]) + (here[2] + here[3])) + ((here[4] + here[5]) + (here[6] + here[7]));
         x += tile.x_pitch, gy += tile.gy_pitch;
       }
+      gy_sum += strip_gy;
+#pragma unroll
+      for (int j = 0; j < kTaps; j++) sums[0][j] += strip_sums[0][j], sums[1][j] += strip_sums[1][j];
     }
   };
 
@@ -115,11 +123,11 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
       const bool is_tap = sum < kSums - 1 && row < params.kernel_h && col < params.kernel_w;
       const bool is_gy = sum == kSums - 1 && tap_group == 0 && blockIdx.y == 0;
       if (!is_tap && !is_gy) continue;
-      Real total = 0;
+      double total = 0;
       for (int p = 0; p < tile.partners; p++) total += thread_sums[(team * tile.partners + p) * kSums + sum];
       Real* const partial =
           static_cast<Real*>(params.workspace) + share.partial(blockIdx.x, group, team / tile.tap_groups());
-      partial[is_gy ? share.sums - 1 : row * params.kernel_w + col] = total;
+      partial[is_gy ? share.sums - 1 : row * params.kernel_w + col] = static_cast<Real>(total);
     }
   };
 

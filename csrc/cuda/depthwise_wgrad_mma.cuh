@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int i = 0; i < 4; i++)
         product[(lane / 4 + i / 2 * 8) * kWgradScratchPitch + lane % 4 * 2 + i % 2] = sums[dy][i];
-      __syncwarp();
+      __syncthreads();
       if (lane < kWgradDiagonals - 1) {
         float sum = 0;
 #pragma unroll
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         }
         mine[dy * kWgradDiagonals + lane] = sum;
       }
-      __syncwarp();
+      __syncthreads();
     }
     float gy_sum = gy_sums[0] + gy_sums[1];  // all 16 rows are alike
     for (int i = 1; i < 4; i *= 2) gy_sum += __shfl_xor_sync(0xffffffff, gy_sum, i);

@@ -251,7 +251,7 @@ inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int b
     tile.gy_image = image_pitch(tile.height * tile.gy_pitch);
     if (channels * tile.tap_groups() > kWgradMaxThreads) return false;
     tile.partners = kWgradMaxThreads / (channels * tile.tap_groups());
-    tile.strip_rows = tile.height;
+    tile.strip_rows = std::min(tile.height, 16);  // a bound on the chain of additions, too
     while (tile.strip_rows > 2 && tile.tasks() < 2 * tile.partners) tile.strip_rows = (tile.strip_rows + 1) / 2;
     tile.partners = std::min(tile.partners, tile.tasks());
     tile.threads = static_cast<int>(round_up(channels * tile.tap_groups() * tile.partners, 32));
