@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
   const int pass_row = blockIdx.y / tile.passes_w * tile.row_pairs * kWgradPairs;  // the first taps of this pass
   const int pass_col = blockIdx.y % tile.passes_w * tile.col_blocks * kTaps;
 
-  Real sums[kWgradPairs][kTaps], gy_sum;
+  Real sums[kWgradPairs][kTaps], gy_sum, gy_lost;  // what additions to gy_sum rounded away
   const auto clear = [&] {
-    gy_sum = 0;
+    gy_sum = gy_lost = 0;
 #pragma unroll
     for (int j = 0; j < kTaps; j++) sums[0][j] = sums[1][j] = 0;
   };
@@ -100,7 +100,9 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
         strip_gy += ((here[0] + here[1]) + (here[2] + here[3])) + ((here[4] + here[5]) + (here[6] + here[7]));
         x += tile.x_pitch, gy += tile.gy_pitch;
       }
-      gy_sum += strip_gy;
+      const Real total = gy_sum + strip_gy, kept = total - gy_sum;
+      gy_lost += (gy_sum - (total - kept)) + (strip_gy - kept);
+      gy_sum = total;
 #pragma unroll
       for (int j = 0; j < kTaps; j++) sums[0][j] += strip_sums[0][j], sums[1][j] += strip_sums[1][j];
     }
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
       Real* const mine = thread_sums + thread * kSums;
 #pragma unroll
       for (int j = 0; j < kTaps; j++) mine[j] = sums[0][j], mine[kTaps + j] = sums[1][j];
-      mine[kSums - 1] = gy_sum;
+      mine[kSums - 1] = gy_lost == gy_lost ? gy_sum + gy_lost : gy_sum;  // NaN where gy_sum is infinite
     }
     __syncthreads();
     const int teams = tile.channels * tile.tap_groups();
