@@ -107,6 +107,17 @@ def test_accuracy(ops, dtype, layout, case):
         assert_error_at_most_peer(*gradients, f"gradient of {name} {case} {layout} {dtype}")
 
 
+def test_accuracy_of_long_sums():
+    """On one multiprocessor a thread adds up as much as it ever does, of numbers that mostly cancel."""
+    case = cases.Case(1, 2, 40, 37, 31, 31)
+    x, weight = cases.make_input(case, torch.float32), cases.make_weight(case, torch.float32)
+    gy = cases.make_input(case, torch.float32, seed=3)
+    with contextlib.closing(EmulatedOps("sm_80", sm_count=1)) as one:
+        results = ours(one, x, weight, gy), autograd(x, weight, gy), in_float64(x, weight, gy)
+    for name, *gradients in zip(("x", "weight", "bias"), *results):
+        assert_error_at_most_peer(*gradients, f"gradient of {name}, one multiprocessor")
+
+
 @pytest.mark.parametrize("case", MORE[::5], ids=str)  # both kernels, one and several groups and passes of taps
 def test_deterministic(ops, case):
     """The order of threads and blocks does not change a bit of sums that are rounded."""

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
       const T* x = x_tile + image * tile.x_image + (first + tap_row) * tile.x_pitch + strip * kStrip + tap_col;
       const T* gy = gy_tile + image * tile.gy_image + first * tile.gy_pitch + strip * kStrip;
       Real here[kStrip] = {}, above[kStrip];
-      Real strip_sums[kWgradPairs][kTaps] = {}, strip_gy = 0;  // rows, strips, then all: less is rounded away
+      Real strip_sums[kWgradPairs][kTaps] = {};  // rows, strips, then all: less is rounded away
       for (int row = first; row <= end; row++) {
         Real window[Traits::kWindowPitch];
         load_window(window, x);
@@ -97,12 +97,12 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
             strip_sums[i][j] += row_sum;
           }
         }
-        strip_gy += ((here[0] + here[1]) + (here[2] + here[3])) + ((here[4] + here[5]) + (here[6] + here[7]));
+        const Real row_gy = ((here[0] + here[1]) + (here[2] + here[3])) + ((here[4] + here[5]) + (here[6] + here[7]));
+        const Real total = gy_sum + row_gy, kept = total - gy_sum;
+        gy_lost += (gy_sum - (total - kept)) + (row_gy - kept);
+        gy_sum = total;
         x += tile.x_pitch, gy += tile.gy_pitch;
       }
-      const Real total = gy_sum + strip_gy, kept = total - gy_sum;
-      gy_lost += (gy_sum - (total - kept)) + (strip_gy - kept);
-      gy_sum = total;
 #pragma unroll
       for (int j = 0; j < kTaps; j++) sums[0][j] += strip_sums[0][j], sums[1][j] += strip_sums[1][j];
     }
