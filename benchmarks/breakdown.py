@@ -212,7 +212,9 @@ def table(breakdown: dict[str, object]) -> str:
         seconds, floor = part["seconds"], part["floor_seconds"]
         rate = report.number(part["flops"] / seconds / 1e9) if part["flops"] else ""
         floors = [report.number(floor * 1e3), f"{floor / seconds:.0%}"] if floor else ["", ""]
-        lines.append([part["name"], report.number(seconds * 1e3), f"{seconds / total:.1%}", rate, *floors, part["bound"]])
+        lines.append(
+            [part["name"], report.number(seconds * 1e3), f"{seconds / total:.1%}", rate, *floors, part["bound"]]
+        )
     ceilings = breakdown["ceilings"]
     rates = (
         f"FMA peak {ceilings['flops'] / 1e9:.0f} GFLOP/s, library GEMM {ceilings['product_flops'] / 1e9:.0f} GFLOP/s, "

@@ -52,9 +52,7 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
     "aten": (lambda x, weight, vectors: F.conv2d(x, weight, padding="same", groups=x.shape[1]), convolution),
     "ours": (lambda x, weight, vectors: convmixer_fast.depthwise_conv2d(x, weight), convolution),
     "fused": (
-        lambda x, weight, vectors: convmixer_fast.fused_depthwise(
-            x, weight, *vectors[:3], prologue=tuple(vectors[3:])
-        ),
+        lambda x, weight, vectors: convmixer_fast.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:])),
         layer,
     ),
     "compile": (

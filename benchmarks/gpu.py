@@ -3,8 +3,9 @@
 Builds in place for the GPU that is there, then runs the CUDA tests, the benchmarks of inference (with the paper's
 protocol) and of training, the operators' tests under compute-sanitizer, and as much of the paper's tables and figures
 (paper.py --full) as the time allows: the same command again, or more --minutes, goes on with them. --steps runs some of
-it and leaves the other steps' results as they are. It uses the active python3 and downloads nothing. After each step the results so far are in benchmarks/results/<device>/: README.md, JSON
-files, charts and the steps' logs; also when a step fails, runs out of its time, or the whole is stopped.
+it and leaves the other steps' results as they are. It uses the active python3 and downloads nothing. After each step
+the results so far are in benchmarks/results/<device>/: README.md, JSON files, charts and the steps' logs; also when a
+step fails, runs out of its time, or the whole is stopped.
 """
 
 import argparse

@@ -103,7 +103,7 @@ class Plane(NamedTuple):
     kernel_size: int
     dtype: torch.dtype
     prologue: bool
-    wgrad: bool  # the gradient of weight and bias, else the forward pass; that of x is as the forward pass without prologue
+    wgrad: bool  # the gradient of weight and bias, else the forward pass; that of x is the latter without prologue
     opcodes: Counter
 
     @property
@@ -310,8 +310,9 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
     if planes:
         parts += [
             prose(
-                f"SASS instructions that the warps of a block issue for one {PLANE}x{PLANE} plane. Forward: convolution, "
-                "bias, GELU, scale and shift, residual, with and without the prologue; wgrad: gradients of weight and bias."
+                f"SASS instructions that the warps of a block issue for one {PLANE}x{PLANE} plane. Forward: "
+                "convolution, bias, GELU, scale and shift, residual, with and without the prologue; wgrad: gradients of "
+                "weight and bias."
             ),
             plane_table(planes),
         ]
@@ -320,7 +321,8 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
         parts += [
             prose(
                 f"A layer of C = {CHANNELS}, batch {BATCH} ({CHANNELS * BATCH:,} planes): the longest of memory (two "
-                "tensors, each once: x read and y written, or x and gy read), issue slots and the busiest pipe, if all overlap; latency and bank conflicts are "
+                "tensors, each once: x read and y written, or x and gy read), issue slots and the busiest pipe, if all "
+                "overlap; latency and bank conflicts are "
                 f"left out. {devices}."
             ),
             prediction_table(predicted),

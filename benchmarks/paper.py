@@ -13,7 +13,6 @@ What is finished is kept in DIR/state.json, with all that a figure depends on: a
 
 import argparse
 import csv
-import functools
 import hashlib
 import importlib.metadata
 import io

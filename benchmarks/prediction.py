@@ -1,8 +1,8 @@
 """What a pass of an optimized ConvMixer should take on a GPU that is not there: predictions, nothing is measured.
 
-Every part at its floor (breakdown.py), by the speeds of an H200 that were measured elsewhere with cuBLAS and a copy; but
-for the depthwise steps, whose instructions are counted in the machine code of the kernel (kernel_report.py) with GELU and
-a 32x32 map, and taken in proportion for other maps. No gaps between kernels: a CUDA graph.
+Every part at its floor (breakdown.py), by the speeds of an H200 that were measured elsewhere with cuBLAS and a copy;
+but for the depthwise steps, whose instructions are counted in the machine code of the kernel (kernel_report.py) with
+GELU and a 32x32 map, and taken in proportion for other maps. No gaps between kernels: a CUDA graph.
 """
 
 import breakdown
@@ -27,7 +27,8 @@ def predict(module: OptimizedConvMixer, shape: tuple[int, int, int, int]) -> dic
     dtype = module.patch.dtype
     if dtype not in (torch.float16, torch.bfloat16) or kernel_h != kernel_w or kernel_h not in (3, 5, 7, 9):
         raise ValueError(
-            f"dtype and kernel size are {dtype} and {kernel_h}x{kernel_w}, predicted are float16 and bfloat16 with 3, 5, 7, 9"
+            f"dtype and kernel size are {dtype} and {kernel_h}x{kernel_w}, "
+            "predicted are float16 and bfloat16 with 3, 5, 7, 9"
         )
     plane = kernel_report.PLANE
     name = explain((1, 1, plane, plane), kernel_h, dtype, prologue=True, device=GPU).name

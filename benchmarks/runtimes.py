@@ -40,7 +40,7 @@ def onnxruntime(model: nn.Module, images: Tensor) -> Runtime:
 
 
 def openvino(model: nn.Module, images: Tensor) -> Runtime:
-    """OpenVINO, tuned for one batch at a time, computing in the images' dtype; bfloat16 images are passed as float32."""
+    """OpenVINO, tuned for one batch at a time, computing in the images' dtype; bfloat16 ones are passed as float32."""
     import openvino as ov
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[images.dtype]

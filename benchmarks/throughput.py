@@ -226,7 +226,8 @@ def run_model(
     progress.set_postfix_str(name)
     ranks.barrier()  # that all of them compute while one is timed
     try:
-        seconds = timing.measure(ready, args.batches, timing.clock_for(device), progress.update, timing.settle_for(device))
+        clock, settle = timing.clock_for(device), timing.settle_for(device)
+        seconds = timing.measure(ready, args.batches, clock, progress.update, settle)
         for backend, samples in seconds.items():
             rows[backend].update(status="timed", seconds=samples)
         if args.breakdown and OURS in seconds:

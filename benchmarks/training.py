@@ -102,9 +102,7 @@ def run_model(name: str, dtype_name: str, args: argparse.Namespace, progress: tq
         target = torch.arange(args.batch, device=device) % 10
         exact = wider(dtype, device)
         expected = Trainer(copy.deepcopy(model).to(exact), images.to(exact), target, exact).gradient()
-        eager_error = accuracy.relative_error(
-            Trainer(copy.deepcopy(model), images, target, dtype).gradient(), expected
-        )
+        eager_error = accuracy.relative_error(Trainer(copy.deepcopy(model), images, target, dtype).gradient(), expected)
     except Exception as error:  # whatever ails one model, the others go on
         for row in rows.values():
             row.update(failure(error))

@@ -15,9 +15,7 @@ _CPU, _CUDA = _FOLDER / "_C.so", _FOLDER / "_C_cuda.so"
 
 def _load_cpu() -> ctypes.CDLL:
     if not _CPU.exists():
-        raise ImportError(
-            f"{_CPU.name} is not built: run `make` in a clone, or `pip install --no-build-isolation .`"
-        )
+        raise ImportError(f"{_CPU.name} is not built: run `make` in a clone, or `pip install --no-build-isolation .`")
     torch.ops.load_library(_CPU)
     library = ctypes.CDLL(str(_CPU))
     library.convmixer_fast_cpu_isa.restype = ctypes.c_char_p

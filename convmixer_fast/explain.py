@@ -96,8 +96,7 @@ class _Query(Structure):  # csrc/bindings/explain.cpp, DepthwiseQuery
 
 class _Choice(Structure):  # csrc/bindings/explain.cpp, Choice
     _fields_ = [(name, c_int64) for name in ("items", "read_elements")] + [
-        (name, c_int32)
-        for name in ("planes", "tile_h", "tile_w", "unrolled", "k_steps", "threads", "smem_bytes")
+        (name, c_int32) for name in ("planes", "tile_h", "tile_w", "unrolled", "k_steps", "threads", "smem_bytes")
     ]
 
 
@@ -232,9 +231,7 @@ def wgrad_launch(x_shape, kernel_size, dtype) -> WgradLaunch:
     """
     query = _query(x_shape, kernel_size, dtype, "contiguous", "none", False, False, GPUS["H200"])
     choice, buffer = _Choice(), ctypes.create_string_buffer(4096)
-    size = _cpu_library.convmixer_fast_wgrad_arguments(
-        ctypes.byref(query), ctypes.byref(choice), buffer, len(buffer)
-    )
+    size = _cpu_library.convmixer_fast_wgrad_arguments(ctypes.byref(query), ctypes.byref(choice), buffer, len(buffer))
     if not size:
         raise ValueError(f"x_shape {tuple(x_shape)} with kernel_size {kernel_size}: no tensor-core kernel")
     name = f"depthwise_wgrad_mma_kernel<WgradTraits<{_ELEMENTS[dtype]}, {choice.unrolled}>>"

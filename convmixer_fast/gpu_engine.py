@@ -134,8 +134,8 @@ def images_a_chunk(chunk: int | str, x: Tensor, weights: Weights) -> int:
         return min(chunk, batch)
     if not x.is_cuda:
         return batch
-    device = torch.cuda.get_device_properties(x.device)
-    return min(batch, _images_in_cache(weights, map_size(x, weights), device.L2_cache_size, device.multi_processor_count))
+    gpu = torch.cuda.get_device_properties(x.device)
+    return min(batch, _images_in_cache(weights, map_size(x, weights), gpu.L2_cache_size, gpu.multi_processor_count))
 
 
 def _images_in_cache(weights: Weights, size: tuple[int, int], cache_bytes: int, multiprocessors: int) -> float:
@@ -192,7 +192,7 @@ def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry
 
 
 def _patchify(x: Tensor, patch_size: tuple[int, int, int], geometry: Geometry, patches: Tensor) -> None:
-    """Every patch of x as a column of `patches`, in the order of the patch weight, below it the zeros of its padding."""
+    """Every patch of x as a column of `patches`, in the patch weight's order, below it the zeros of its padding."""
     channels, patch_height, patch_width = patch_size
     height, width, images = geometry.height, geometry.width, len(x)
     whole = x[:, :, : height * patch_height, : width * patch_width]
@@ -268,7 +268,6 @@ class GpuEngine:
     Buffers are kept from call to call, for each stream, and are lent to one call at a time: calls of several threads
     never share one. What a call returns is its own. A stream that the caller captures into a CUDA graph of his own
     gets buffers that belong to that graph.
-
     """
 
     def __init__(self, module: nn.Module):
@@ -291,10 +290,15 @@ class GpuEngine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images x (N, in_channels, H, W)."""
-        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.graphs and len(x) and not captured:
-            return self.graphs(x, stream)
+        if not x.is_cuda:
+            return self._run(x, None, captured=False)
+        with torch.cuda.device(x.device):
+            stream, captured = torch.cuda.current_stream(), torch.cuda.is_current_stream_capturing()
+            if self.graphs and len(x) and not captured:
+                return self.graphs(x, stream)
+            return self._run(x, stream, captured)
+
+    def _run(self, x: Tensor, stream: torch.cuda.Stream | None, captured: bool) -> Tensor:
         logits = x.new_empty(len(x), self.weights.head[1].shape[0])
         if len(x):
             geometry = self.geometry(x)

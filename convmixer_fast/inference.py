@@ -18,8 +18,9 @@ from .reference import activate_and_normalize
 class OptimizedConvMixer(nn.Module):
     """The forward pass of a ConvMixer with two steps a layer: a fused depthwise convolution and a matrix product.
 
-    Made by :func:`convmixer_fast.optimize`. The fused step takes a convolution's raw output, applies its bias, activation and
-    BatchNorm on the way in, convolves, applies those of its own and adds the residual, in one pass over memory.
+    Made by :func:`convmixer_fast.optimize`. The fused step takes a convolution's raw output, applies its bias,
+    activation and BatchNorm on the way in, convolves, applies those of its own and adds the residual, in one pass over
+    memory.
 
     It converts, moves, copies, pickles and saves as any module; the weights are buffers. The vectors of bias and
     BatchNorm stay float64 whatever the weights' dtype, and are used as float32 (float64 with float64 weights). It is

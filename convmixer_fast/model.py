@@ -103,9 +103,7 @@ class ConvMixer(nn.Module):
                 *([Residual(channel)] if "channel" in residual else channel),
             )
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, dim, patch_size, stride=patch_size), *activate_and_normalize()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, dim, patch_size, stride=patch_size), *activate_and_normalize())
         self.blocks = nn.Sequential(*(layer() for _ in range(depth)))
         self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(dim, n_classes)

@@ -4,7 +4,6 @@ Each function has the signature of its namesake in :mod:`convmixer_fast.ops`, wo
 device, is differentiable, and rounds where the definition says: in float64 it is the yardstick of the tests.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

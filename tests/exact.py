@@ -32,6 +32,7 @@ LAYOUTS = cases.LAYOUTS | {
     "channels_last_unaligned": lambda x: unaligned(x.contiguous(memory_format=torch.channels_last)),
 }
 
+
 def in_float64(arguments):
     """The same arguments with every tensor in float64."""
     if isinstance(arguments, torch.Tensor):
@@ -116,7 +117,10 @@ def plant(name, file, correct, planted):
     for path in (csrc / "cuda").glob("depthwise_*_*.cu"):
         if not path.stem.endswith(("_f16", "_f16_plain", "_f16_plain_nhwc")):
             path.unlink()
-    for dispatch, marks in (("elements.cuh", ("Float64:", "Float32:", "BFloat16:")), ("depthwise.cu", ("bfloat16,", "half, true>"))):
+    for dispatch, marks in (
+        ("elements.cuh", ("Float64:", "Float32:", "BFloat16:")),
+        ("depthwise.cu", ("bfloat16,", "half, true>")),
+    ):
         path = csrc / "cuda" / dispatch
         lines = path.read_text().splitlines(keepends=True)
         others = [line for line in lines if "return" in line and any(mark in line for mark in marks)]

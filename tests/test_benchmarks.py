@@ -146,7 +146,9 @@ def test_breakdown_on_a_gpu(tmp_path):
 def test_breakdown_without_the_gpu_is_a_prediction(capsys, monkeypatch):
     part = breakdown.Part("GEMM", 0.5, 1.0, 0.25, "memory")
     ceilings = breakdown.Ceilings(1.0, 1.0, 1.0)
-    module = SimpleNamespace(predict=lambda *_: breakdown.combine([part], dict(GEMM=0.5, total=0.5), ceilings), GPU="H200")
+    module = SimpleNamespace(
+        predict=lambda *_: breakdown.combine([part], dict(GEMM=0.5, total=0.5), ceilings), GPU="H200"
+    )
     monkeypatch.setitem(sys.modules, "prediction", module)
     assert throughput.main(["--device", "cuda", "--breakdown", "--models", PAIR[0]]) == 0
     output = capsys.readouterr().out

@@ -40,7 +40,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes, shape", HOSTILE, ids=[f"{sizes['dim']}-{sizes['kernel_size']}" for sizes, _ in HOSTILE])
+@pytest.mark.parametrize(
+    "sizes, shape", HOSTILE, ids=[f"{sizes['dim']}-{sizes['kernel_size']}" for sizes, _ in HOSTILE]
+)
 def test_hostile_sizes(sizes, shape, dtype):
     model = build(**sizes).to(dtype)
     x = images(shape, dtype)

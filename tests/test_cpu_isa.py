@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set: each is chosen once a process, so the operators' tests run again in another."""
+"""The CPU kernels of every instruction set: each is chosen once a process, so the operators' tests run in others."""
 
 import os
 import shutil
@@ -108,6 +108,8 @@ def test_unknown_instruction_set():
     """The message reaches both the one who asks and the one who calls."""
     message = r"CMF_CPU_ISA must name an instruction set that this CPU has (generic"
     assert message in run("sse9", "-m", "convmixer_fast", "info").stdout
-    call = "import torch, convmixer_fast; convmixer_fast.depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))"
+    call = (
+        "import torch, convmixer_fast; convmixer_fast.depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))"
+    )
     called = run("sse9", "-c", call)
     assert called.returncode == 1 and message in called.stderr and "got 'sse9'" in called.stderr

@@ -300,7 +300,9 @@ def test_planted_bug(name):
 @pytest.mark.fuzz
 def test_fuzz():
     """CMF_FUZZ_CASES random cases from seed CMF_FUZZ_SEED, on devices of three sizes."""
-    count, seed = (int(os.environ.get(name, default)) for name, default in (("CMF_FUZZ_CASES", 2000), ("CMF_FUZZ_SEED", 1)))
+    count, seed = (
+        int(os.environ.get(name, default)) for name, default in (("CMF_FUZZ_CASES", 2000), ("CMF_FUZZ_SEED", 1))
+    )
     with contextlib.ExitStack() as stack:
         devices = [
             stack.enter_context(contextlib.closing(EmulatedOps(arch, sm_count=sms)))

@@ -64,8 +64,9 @@ def test_schedule_on_emulated_kernels(emulated, monkeypatch, network, dtype):
 
 def depthwise_kernel(emulated, run, x):
     """The name of the kernel that the first depthwise step launches."""
-    geometry = run.geometry(x)
-    for part, step in gpu_engine.steps(run.weights, x, x.new_empty(len(x), CLASSES), geometry, gpu_engine.Arena(run.weights, geometry)):
+    geometry, logits = run.geometry(x), x.new_empty(len(x), CLASSES)
+    arena = gpu_engine.Arena(run.weights, geometry)
+    for part, step in gpu_engine.steps(run.weights, x, logits, geometry, arena):
         step()
         if part == "depthwise":
             return emulated.launches[-1].kernel
@@ -91,7 +92,8 @@ def test_two_kernels_a_layer():
     model, x = build(depth=5), images(2, 3, 8, 8)
     run = make_engine(model)
     geometry = run.geometry(x)
-    schedule = gpu_engine.steps(run.weights, x, torch.empty(2, CLASSES), geometry, gpu_engine.Arena(run.weights, geometry))
+    arena = gpu_engine.Arena(run.weights, geometry)
+    schedule = gpu_engine.steps(run.weights, x, torch.empty(2, CLASSES), geometry, arena)
     assert [part for part, _ in schedule] == ["patchify"] * 2 + ["depthwise", "GEMM"] * 5 + ["pool + head"] * 2
 
 

@@ -141,9 +141,7 @@ def test_loops_and_predicates():
         """
     )
     issued = sass.count(code, (7).to_bytes(4, "little"), 80, warps=1)
-    assert issued == {
-        "LDC": 1, "MOV": 1, "LOP3.LUT": 7, "BRA": 14, "FFMA": 4, "IADD3": 7, "ISETP.LT.AND": 7, "EXIT": 1
-    }
+    assert issued == {"LDC": 1, "MOV": 1, "LOP3.LUT": 7, "BRA": 14, "FFMA": 4, "IADD3": 7, "ISETP.LT.AND": 7, "EXIT": 1}
     assert sass.count(code, (7).to_bytes(4, "little"), 80, warps=3).total() == 3 * issued.total()
 
 

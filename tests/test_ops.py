@@ -115,7 +115,10 @@ def test_non_finite_pixels_stay_in_their_windows(device):
     """An Inf or NaN reaches the outputs whose window holds it, and no others."""
     case = cases.Case(1, 2, 24, 41, 9, 6)
     for layout in ("contiguous", "channels_last"):
-        x, weight = cases.make_input(case, torch.float32, layout, device), cases.make_weight(case, torch.float32, device)
+        x, weight = (
+            cases.make_input(case, torch.float32, layout, device),
+            cases.make_weight(case, torch.float32, device),
+        )
         for value, row, col in ((torch.inf, 11, 20), (torch.nan, 0, 40)):
             x[0, 0, row, col] = value
         assert torch.equal(
@@ -260,7 +263,9 @@ def test_given_output_that_does_not_fit(change, message):
     x, weight = cases.make_input(SMALL, torch.float64), cases.make_weight(SMALL, torch.float64)
     vectors = cases.make_vectors(SMALL, torch.float64, 3)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.convmixer_fast.fused_depthwise.out(x, weight, *vectors, 1, True, None, None, None, out=change(x.clone()))
+        torch.ops.convmixer_fast.fused_depthwise.out(
+            x, weight, *vectors, 1, True, None, None, None, out=change(x.clone())
+        )
 
 
 def test_given_output_apart_from_the_input():
@@ -362,6 +367,12 @@ def test_mixed_devices_are_refused():
 @dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
 def test_few_launches_for_the_sanitizer(dtype, layout):
-    sizes = (3, 17, 14, 14, 7, 7), (1, 5, 33, 29, 11, 11), (2, 3, 7, 7, 15, 15), (2, 3, 32, 32, 9, 9), (1, 2, 270, 66, 8, 8)
+    sizes = (
+        (3, 17, 14, 14, 7, 7),
+        (1, 5, 33, 29, 11, 11),
+        (2, 3, 7, 7, 15, 15),
+        (2, 3, 32, 32, 9, 9),
+        (1, 2, 270, 66, 8, 8),
+    )
     for size in sizes:
         check_fused(cases.Case(*size), dtype, layout, "cuda")

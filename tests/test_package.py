@@ -38,7 +38,10 @@ def test_package_without_our_python(tmp_path, device, dtype, libraries):
     torch.manual_seed(0)
     model = randomize(ConvMixer(dim=32, depth=2, kernel_size=9, patch_size=4, n_classes=10)).to(device)
     optimized = optimize(model, dtype)
-    inputs = [torch.randn(2, 3, 32, 24, device=device, dtype=dtype), torch.randn(5, 3, 40, 48, device=device, dtype=dtype)]
+    inputs = [
+        torch.randn(2, 3, 32, 24, device=device, dtype=dtype),
+        torch.randn(5, 3, 40, 48, device=device, dtype=dtype),
+    ]
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(optimized, (inputs[0],), dynamic_shapes={"x": {0: auto, 2: auto, 3: auto}})
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "convmixer.pt2"))
