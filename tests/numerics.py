@@ -19,9 +19,10 @@ def assert_error_at_most_peer(ours, peer, exact, what):
     """ours and peer, of one dtype, approximate exact (float64); prints both errors and asserts that ours is not larger.
 
     Two ways to add the same numbers differ by luck in their worst element. So a maximum up to twice the peer's passes,
-    too, if the root mean square error is not larger: by more than two standard errors of its difference, that is, since
-    the peer's own changes with its number of threads; 2 / sqrt(n) of n values, and never more than a tenth. float64 results are their own yardstick: there the distance may be
-    what rounding a sum explains, 64 units in the last place of the largest value.
+    too, if the root mean square error is not larger: by more than two standard errors of the difference, that is, since
+    the peer's own changes with its number of threads; 2 / sqrt(n) of n values, and never more than a tenth. float64
+    results are their own yardstick: there the distance may be what rounding a sum explains, 64 units in the last place
+    of the largest value.
     """
     assert ours.dtype == peer.dtype, f"{what}: ours is {ours.dtype}, the peer's {peer.dtype}"
     if exact.numel() == 0:
