@@ -37,6 +37,7 @@ struct MmaTraits {
   static constexpr bool kGelu = kGelu_;  // else ReLU or none: both are a maximum
   static constexpr bool kPrologue = kPrologue_;
   static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr bool kFlat = !kChannelsLast && has_flat(kGelu, kKernelH);
   static constexpr int kMaxThreads = 32 * (kChannelsLast ? max_channels(kKSteps) : kMaxWarps);
   // 16 warps of 128 registers an SM: 32 KB of prefetched inputs in flight. Wide kernels need 168: they are not memory-bound.
   static constexpr int kMinBlocks = kChannelsLast ? 1 : kKSteps == 1 ? 4 : 3;
@@ -216,14 +217,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
   Piece<8> next[kPrefetch];
   // Of flat planes: pieces of the whole plane, cut into rows between registers and shared memory.
-  const int plane = height * width;
-  const auto for_each_flat_piece = [&](const MmaPlace& place, const auto& f) {
-#pragma unroll
-    for (int step = 0; step < kPrefetch; step++) {
-      const int piece = thread + step * threads;
-      const int image = tile.plane_pieces.divide(piece);
-      if (image < place.images) f(next[step], image, 8 * (piece - image * tile.plane_pieces.value));
-    }
+  const auto with_flat_piece = [&](const MmaPlace& place, int piece, const auto& f) {  // f(image, element)
+    const int image = tile.plane_pieces.divide(piece);
+    if (image < place.images) f(image, 8 * (piece - image * tile.plane_pieces.value));
   };
   // f(address, i) for elements first + i of a plane, two at a time where rows are even, first at `at`.
   const auto cut_into_rows = [&](T* at, int first, int top, int row_pitch, int band_gap, const auto& f) {
@@ -233,7 +229,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       at += (row + top) * row_pitch + (row + top) / kUnit * band_gap + col;
 #pragma unroll
       for (int i = 0; i < 8; i += kElements) {
-        if (first + i < plane) f(at, i, elements);
+        if (first + i < tile.plane) f(at, i, elements);
         at += kElements, col += kElements;
         if (col == width) {
           col = 0, row++;
@@ -248,20 +244,22 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const auto prefetch = [&](const MmaItem& item) {
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
-    if constexpr (!kChannelsLast) {
+    if constexpr (Traits::kFlat) {
       if (tile.flat) {
         const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
                            place.image * params.x_stride.n;
-        for_each_flat_piece(place, [&](Piece<8>& piece, int image, int first) {
-          const T* const from = x + image * params.x_stride.n + first;
-          if (first + 8 <= plane) {
-            piece = load_global<8>(from);
-          } else {
 #pragma unroll
-            for (int i = 0; i < 7; i++)
-              if (first + i < plane) piece.values[i] = load_global<1>(from + i).values[0];
-          }
-        });
+        for (int step = 0; step < kPrefetch; step++)
+          with_flat_piece(place, thread + step * threads, [&](int image, int first) {
+            const T* const from = x + image * params.x_stride.n + first;
+            if (first + 8 <= tile.plane) {
+              next[step] = load_global<8>(from);
+            } else {
+#pragma unroll
+              for (int i = 0; i < 7; i++)
+                if (first + i < tile.plane) next[step].values[i] = load_global<1>(from + i).values[0];
+            }
+          });
         return;
       }
     }
@@ -278,6 +276,22 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   const auto write_prefetched_inputs = [&] {
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
+    if constexpr (Traits::kFlat) {
+      if (tile.flat) {
+        const Fast prologue = pointwise[0];
+#pragma unroll
+        for (int step = 0; step < kPrefetch; step++)
+          with_flat_piece(place, thread + step * threads, [&](int image, int first) {
+            if constexpr (Traits::kPrologue) prologue.apply(next[step]);
+            cut_into_rows(inputs + image * tile.image_pitch + left, first, pad_top, pitch, tile.band_gap,
+                          [&](T* to, int i, auto elements) {
+                            constexpr int kElements = decltype(elements)::value;
+                            store_inputs(to, reinterpret_cast<const Piece<kElements>&>(next[step].values[i]));
+                          });
+          });
+        return;
+      }
+    }
     if constexpr (kChannelsLast) {
       const int channel_pitch = anew(2 * tile.input_channel);
       char* const to = reinterpret_cast<char*>(my_input);
@@ -291,16 +305,6 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
           if (has_piece(place, step)) store_inputs(to + i * channel_pitch + step * (2 * tile.input_step), pair);
         }
       }
-    } else if (tile.flat) {
-      const Fast prologue = pointwise[0];
-      for_each_flat_piece(place, [&](Piece<8>& piece, int image, int first) {
-        if constexpr (Traits::kPrologue) prologue.apply(piece);
-        cut_into_rows(inputs + image * tile.image_pitch + left, first, pad_top, pitch, tile.band_gap,
-                      [&](T* to, int i, auto elements) {
-                        constexpr int kElements = decltype(elements)::value;
-                        store_inputs(to, reinterpret_cast<const Piece<kElements>&>(piece.values[i]));
-                      });
-      });
     } else {
       const Fast prologue = pointwise[0];
 #pragma unroll
@@ -452,25 +456,27 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     if (!has_channel(item, my_channel)) return;
     const MmaPlace place(params, tile, item.index);
     T* const y = static_cast<T*>(params.y) + item.channel * params.y_stride.c + place.image * params.y_stride.n;
-    if constexpr (!kChannelsLast) {
+    if constexpr (Traits::kFlat) {
       if (tile.flat) {
-        for_each_flat_piece(place, [&](Piece<8>&, int image, int first) {
-          Piece<8> piece;
-          cut_into_rows(outputs + image * tile.out_image_pitch, first, 0, out_pitch, tile.out_band_gap,
-                        [&](const T* from, int i, auto elements) {
-                          constexpr int kElements = decltype(elements)::value;
-                          using Some = Piece<kElements>;
-                          reinterpret_cast<Some&>(piece.values[i]) = *reinterpret_cast<const Some*>(from);
-                        });
-          T* const to = y + image * params.y_stride.n + first;
-          if (first + 8 <= plane) {
-            *reinterpret_cast<Piece<8>*>(to) = piece;
-          } else {
 #pragma unroll
-            for (int i = 0; i < 7; i++)
-              if (first + i < plane) reinterpret_cast<uint16_t*>(to)[i] = piece.values[i];
-          }
-        });
+        for (int step = 0; step < kPrefetch; step++)
+          with_flat_piece(place, thread + step * threads, [&](int image, int first) {
+            Piece<8> piece;
+            cut_into_rows(outputs + image * tile.out_image_pitch, first, 0, out_pitch, tile.out_band_gap,
+                          [&](const T* from, int i, auto elements) {
+                            constexpr int kElements = decltype(elements)::value;
+                            using Some = Piece<kElements>;
+                            reinterpret_cast<Some&>(piece.values[i]) = *reinterpret_cast<const Some*>(from);
+                          });
+            T* const to = y + image * params.y_stride.n + first;
+            if (first + 8 <= tile.plane) {
+              *reinterpret_cast<Piece<8>*>(to) = piece;
+            } else {
+#pragma unroll
+              for (int i = 0; i < 7; i++)
+                if (first + i < tile.plane) reinterpret_cast<uint16_t*>(to)[i] = piece.values[i];
+            }
+          });
         return;
       }
     }
@@ -515,7 +521,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   // The implicit padding, once: nothing below writes there, but for tiles, which bring their own zeros.
   for (int i = thread; i < (tile.input_elements + tile.output_elements + tile.tap_elements) / 8; i += threads)
     reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
-  const bool ahead = tile.prefetch || tile.flat;
+  const bool ahead = tile.prefetch || (Traits::kFlat && tile.flat);
   if (ahead) prefetch(item);
 
   MmaUnits units(tile, team_warp, shared_address(inputs_of(team)));

@@ -64,7 +64,8 @@ struct MmaTile {
                            // channels_last they are pairs, the octets of two neighbouring pixels
   bool flat;               // instead: the planes start on 16 bytes, but their rows do not; pieces of planes are loaded
                            // one item ahead, and cut into rows on the way to and from shared memory
-  Divisor plane_pieces, row;                     // flat: pieces of a plane, elements of a row
+  int plane;               // flat: elements of a plane
+  Divisor plane_pieces, row;                     // pieces of it, elements of its rows
   int load_step, input_step, output_step, store_step;  // these distances: in x, stored inputs, stored outputs, y
   int input_elements, output_elements, tap_elements;  // of the parts of shared memory, in this order; last the pointwise
   int items_a_channel;     // or to the channels of an item
@@ -214,6 +215,7 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   tile.flat = !tile.channels_last && !tile.tiled && !tile.prefetch && params.width > 1 && plane_pieces > 1 &&
               tile.images * plane_pieces <= kPrefetch * 32 * tile.warps && flat_planes(params.x, x_stride) &&
               flat_planes(params.y, y_stride);
+  tile.plane = static_cast<int>(params.height * params.width);
   if (tile.flat) tile.plane_pieces = divisor(plane_pieces), tile.row = divisor(params.width);
   const int step_rows = within_image ? tile.rows_a_step : 0;
   const int step_images = within_image ? 0 : static_cast<int>(tile.rows_a_step / params.height);
@@ -229,11 +231,16 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   return items < kMaxOffset;
 }
 
+// Whether the kernel with so many rows of Toeplitz matrices in registers (0: the ring) has code for flat planes. Without
+// GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
+constexpr bool has_flat(bool gelu, int rows) { return gelu || rows < 7; }
+
 // Kernel rows for which there is an instantiation with all Toeplitz matrices in registers; 0 where it is the ring of any.
 inline int unrolled_rows(const DepthwiseParams& params, const MmaTile& tile) {
   const int rows = static_cast<int>(params.kernel_h);
   const bool exists = rows % 2 == 1 && rows >= (tile.channels_last ? 7 : 3) && rows <= 9;
-  return tile.fixed && exists && params.pad_top == (rows - 1) / 2 ? rows : 0;
+  const bool flat = !tile.flat || has_flat(params.epilogue.activation == Activation::kGelu, rows);
+  return tile.fixed && exists && flat && params.pad_top == (rows - 1) / 2 ? rows : 0;
 }
 
 }  // namespace convmixer_fast::cuda
