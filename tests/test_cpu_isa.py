@@ -21,29 +21,31 @@ def run(isa, *command):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+def isa(request):
+    """One that this CPU has and that is not in use: of that, test_ops.py and test_cpu_engine.py are the tests."""
+    if request.param == convmixer_fast.build_info()["cpu_isa"]:
+        pytest.skip(f"{request.param} is in use: the tests themselves test it")
+    info = run(request.param, "-m", "convmixer_fast", "info").stdout
+    if "CMF_CPU_ISA must name" in info:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert f" {request.param}\n" in info
+    return request.param
+
+
+def passed(isa, *arguments):
+    """How many tests pass on an instruction set; all must."""
+    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    assert tests.returncode == 0, tests.stdout
+    return int(tests.stdout.split(" passed")[0].split()[-1])
+
+
 def test_operators(isa):
-    if isa == convmixer_fast.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is in use: test_ops.py tests it")
-    info = run(isa, "-m", "convmixer_fast", "info").stdout
-    if "CMF_CPU_ISA must name" in info:
-        pytest.skip(f"this CPU has no {isa}")
-    assert f" {isa}\n" in info
-    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", KERNEL_TESTS)
-    assert tests.returncode == 0, tests.stdout
-    assert int(tests.stdout.split(" passed")[0].split()[-1]) > 400
+    assert passed(isa, *FILES, "-k", KERNEL_TESTS) > 400
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_engine(isa):
-    if isa == convmixer_fast.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is in use: test_cpu_engine.py tests it")
-    info = run(isa, "-m", "convmixer_fast", "info").stdout
-    if "CMF_CPU_ISA must name" in info:
-        pytest.skip(f"this CPU has no {isa}")
-    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cpu_engine.py")
-    assert tests.returncode == 0, tests.stdout
-    assert int(tests.stdout.split(" passed")[0].split()[-1]) > 40
+    assert passed(isa, "tests/test_cpu_engine.py") > 40
 
 
 def compiler(name):
