@@ -142,7 +142,14 @@ def default_image_size(model: nn.Module) -> int:
 
 def calibrate(model: nn.Module, images: Tensor) -> None:
     """Gives each BatchNorm an uneven weight and bias, and as statistics those of the images, as after training: then
-    activations neither grow nor vanish with depth, and a mistake in any vector shows in the logits."""
+    activations neither grow nor vanish with depth, and a mistake in any vector shows in the logits.
+
+    Convolutions get a bias of about one input's deviation. Without it half of the activations are cut off at 0, and
+    each BatchNorm amplifies rounding errors by up to 1.2: over 32 layers of random weights nothing is left of the
+    logits in bfloat16, whoever computes them."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.uniform_(0.5, 1.5)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.weight.uniform_(0.5, 1.5)

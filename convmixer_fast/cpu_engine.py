@@ -37,13 +37,13 @@ class CpuEngine:
             seconds: float64 (2 depth + 4,) or None; receives the time of each step: patches, their product, depthwise
                 and pointwise of every layer in turn, pooling, head.
         """
-        size = -(-_ops.mixer_workspace.default(x, *self._shapes) // 4)
+        size = _ops.mixer_workspace_bytes.default(x, *self._shapes)
         try:
             workspace = self._workspaces.pop()
         except IndexError:
-            workspace = torch.empty(0)
-        if workspace.numel() < size:
-            workspace = torch.zeros(size)
+            workspace = None
+        if workspace is None or workspace.nbytes < size:
+            workspace = ops._call(_ops.mixer_workspace.default, self._packed, size)
         logits = ops._call(_ops.mixer.default, x, *self._shapes, self._packed, workspace, *self._options, seconds)
         self._workspaces.append(workspace)
         return logits

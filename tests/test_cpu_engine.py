@@ -172,7 +172,7 @@ def test_operator_checks_its_memory():
         optimized.head_weight,
         optimized.head_bias,
     )
-    workspace = torch.zeros(ops.mixer_workspace(x, *shapes) // 4)
+    workspace = ops.mixer_workspace(packed, ops.mixer_workspace_bytes(x, *shapes))
     assert torch.equal(ops.mixer(x, *shapes, packed, workspace, 1, True, None), optimized(x))
     with pytest.raises(RuntimeError, match="packed must be contiguous float32 of"):
         ops.mixer(x, *shapes, packed[:-16], workspace, 1, True, None)
@@ -181,4 +181,4 @@ def test_operator_checks_its_memory():
     with pytest.raises(RuntimeError, match="x must be \\(N, 3, H, W\\) with H >= 2"):
         ops.mixer(x[:, :, :1], *shapes, packed, workspace, 1, True, None)
     with pytest.raises(RuntimeError, match="patch must be float32, float16 or bfloat16, got float64"):
-        ops.mixer_workspace(x.double(), *(tensor.double() for tensor in shapes))
+        ops.mixer_workspace_bytes(x.double(), *(tensor.double() for tensor in shapes))

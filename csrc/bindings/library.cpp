@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def(
       "mixer_pack(Tensor patch, Tensor depthwise, Tensor pointwise, Tensor vectors, Tensor head_weight, "
       "Tensor head_bias) -> Tensor");
-  m.def("mixer_workspace(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight) -> int");
+  m.def("mixer_workspace_bytes(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight) -> int");
+  m.def("mixer_workspace(Tensor packed, int bytes) -> Tensor");
   m.def(
       "mixer(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight, Tensor packed, Tensor(a!) workspace, "
       "int activation, bool residual, Tensor(b!)? seconds) -> Tensor");

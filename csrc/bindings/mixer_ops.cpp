@@ -1,5 +1,10 @@
 // A whole ConvMixer on the CPU, from torch's side: for convmixer_fast/cpu_engine.py, which keeps the arguments right.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <chrono>
+#include <cstring>
 
 #include "../cpu/mixer.h"
 #include "operators.h"
@@ -40,9 +45,17 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   return params;
 }
 
-// A new tensor of float32 with at least so many bytes.
+// A new tensor of float32 with at least so many bytes, on huge pages where the system has them: a layer's weights and
+// activations are more than the TLB covers with small ones.
 Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  return empty_strided_like<1>(like, {(bytes + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float))}, {1});
+  Tensor tensor = empty_strided_like<1>(like, {(bytes + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float))}, {1});
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage, end = (first + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused, they stay small
+#endif
+  return tensor;
 }
 
 void check_bytes(const char* argument, const Tensor& tensor, int64_t bytes) {
@@ -82,8 +95,18 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   return packed;
 }
 
-int64_t mixer_workspace(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight) {
+int64_t mixer_workspace_bytes(const Tensor& x, const Tensor& patch, const Tensor& depthwise,
+                              const Tensor& head_weight) {
   return cpu::mixer_kernels().workspace_bytes(params_of(x, sizes_of(patch, depthwise, head_weight, 0)));
+}
+
+// Zeros, beside the weights that mixer_pack has packed.
+Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
+  check(packed.scalar_type() == ScalarType::Float, "packed must be float32, got ", name_of(packed.scalar_type()));
+  check(bytes >= 0, "bytes must be at least 0, got ", bytes);
+  Tensor workspace = empty_bytes(packed, bytes);
+  std::memset(workspace.mutable_data_ptr(), 0, workspace.numel() * sizeof(float));
+  return workspace;
 }
 
 // `seconds`, if it is given, float64 (2 depth + 4), receives the time of every step: patches, project, depthwise and
@@ -127,6 +150,7 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
 
 STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, CPU, m) {
   m.impl("mixer_pack", TORCH_BOX(&convmixer_fast::mixer_pack));
+  m.impl("mixer_workspace_bytes", TORCH_BOX(&convmixer_fast::mixer_workspace_bytes));
   m.impl("mixer_workspace", TORCH_BOX(&convmixer_fast::mixer_workspace));
   m.impl("mixer", TORCH_BOX(&convmixer_fast::mixer));
 }

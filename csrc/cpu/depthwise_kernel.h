@@ -37,6 +37,7 @@ template <class T, int64_t kBytes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kBytes)));
 };
+constexpr bool kFused = CMF_VECTOR_BYTES > 16;  // multiply-adds
 template <class Real>
 constexpr int kLanes = CMF_VECTOR_BYTES / sizeof(Real);
 template <class Real>
@@ -265,20 +266,26 @@ struct Pointwise {
   Vec<Real> bias, scale, shift;
   Activation activation;
 
-  CMF_INLINE void apply(Vec<Real>* v, int64_t n) const {
+  // emit(i, the result for v[i]), for each i in turn.
+  template <class F>
+  CMF_INLINE void apply(const Vec<Real>* v, int64_t n, F emit) const {
     switch (activation) {
       case Activation::kGelu:
-        for (int64_t i = 0; i < n; ++i) v[i] = gelu(v[i] + bias) * scale + shift;
+        for (int64_t i = 0; i < n; ++i) emit(i, gelu(v[i] + bias) * scale + shift);
         break;
       case Activation::kRelu:
         for (int64_t i = 0; i < n; ++i) {
           const Vec<Real> biased = v[i] + bias;
-          v[i] = (biased < 0 ? Vec<Real>{} : biased) * scale + shift;
+          emit(i, (biased < 0 ? Vec<Real>{} : biased) * scale + shift);
         }
         break;
       case Activation::kNone:
-        for (int64_t i = 0; i < n; ++i) v[i] = (v[i] + bias) * scale + shift;
+        for (int64_t i = 0; i < n; ++i) emit(i, (v[i] + bias) * scale + shift);
     }
+  }
+
+  CMF_INLINE void apply(Vec<Real>* v, int64_t n) const {
+    apply(v, n, [v](int64_t i, Vec<Real> result) { v[i] = result; });
   }
 };
 
@@ -317,7 +324,9 @@ constexpr int kMaxColumns = 16, kMaxTaps = 9;
 #else  // 16
 constexpr int kMaxColumns = 8, kMaxTaps = 5;
 #endif
-constexpr int64_t kTapsAtOnce = 40;  // are summed before they are added to the rest: more accurate than one long sum
+// So many products are summed before they are added to the rest: more accurate than one long sum. Fewer where each is
+// rounded for want of fused multiply-adds.
+constexpr int64_t kTapsAtOnce = kFused ? 49 : 40;
 
 // Cache lines for a strip to prefetch: `count` of them, `step` bytes apart.
 struct Lines {

@@ -24,9 +24,13 @@ struct FloatOperand : Native<float> {
   using Group = float;
   using Groups = Vec<float>;
   static constexpr int kDepth = 1;
+  static constexpr int64_t kSummedAtOnce = kFused ? 128 : 64;  // as kTapsAtOnce
   static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
-  static CMF_INLINE void apply(const Pointwise<float>& pointwise, Vec<float>* v, int64_t n) { pointwise.apply(v, n); }
+  template <class F>
+  static CMF_INLINE void apply(const Pointwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
+    pointwise.apply(v, n, emit);
+  }
 };
 
 #if defined(CMF_BF16_DOT)
@@ -36,6 +40,7 @@ struct BFloat16Operand : BFloat16 {
     __m512bh pairs;
   };
   static constexpr int kDepth = 2;
+  static constexpr int64_t kSummedAtOnce = 512;
   static CMF_INLINE Groups broadcast(Group group) { return {bit_cast<__m512bh>(group + Bits{})}; }
   static CMF_INLINE void store(BFloat16* to, Vec<float> v) {
     const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
@@ -45,15 +50,16 @@ struct BFloat16Operand : BFloat16 {
   static CMF_INLINE Groups interleave(const BFloat16* first, const BFloat16* second) {
     return {bit_cast<__m512bh>(load_bits16(second) << 16 | load_bits16(first))};
   }
-  static CMF_INLINE void apply(const Pointwise<float>& pointwise, Vec<float>* v, int64_t n) {
-    if (pointwise.activation != Activation::kGelu) return pointwise.apply(v, n);
+  template <class F>
+  static CMF_INLINE void apply(const Pointwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
+    if (pointwise.activation != Activation::kGelu) return pointwise.apply(v, n, emit);
     // Off by 1.5e-4 of t Phi(-t) for t < 3, by 1.2e-5 at most beyond: little beside the rounding that follows.
     constexpr GeluPolynomials<6, 4> kShort = {
         {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f,
          -1.1500352621078491f, 0.f},
         {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
     for (int64_t i = 0; i < n; ++i)
-      v[i] = gelu(v[i] + pointwise.bias, kShort) * pointwise.scale + pointwise.shift;
+      emit(i, gelu(v[i] + pointwise.bias, kShort) * pointwise.scale + pointwise.shift);
   }
 };
 
@@ -71,7 +77,6 @@ constexpr int kRows = 6;
 #endif
 constexpr int kVectors = 2;  // of output channels
 constexpr int kColumns = kVectors * kLanes<float>;
-constexpr int64_t kSummedAtOnce = 64;  // steps, before they are added to the rest: more accurate than one long sum
 
 using Tile = Vec<float>[kVectors][kRows];
 
@@ -81,7 +86,7 @@ template <class Operand>
 __attribute__((noinline)) void multiply(const Operand* left, const Operand* right, int64_t depth, Tile& tile) {
   using Groups = typename Operand::Groups;
   constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
-  constexpr int64_t kAtOnce = kSummedAtOnce * kDepth / n;
+  constexpr int64_t kAtOnce = Operand::kSummedAtOnce / n;
   for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
     Vec<float> sum[kVectors][kRows] = {};
     for (int64_t end = min(depth, begin + kAtOnce), i = begin; i < end; ++i) {
@@ -115,13 +120,15 @@ struct ProductPlan {
   static constexpr int64_t kLeftBytes = 384 << 10;  // of panels that stay in the L2 cache while the weights pass by
   static constexpr int64_t kTasks = 256;            // wanted, for the threads to share
 
-  int64_t panels, tiles, group, tasks;
+  int64_t panels, tiles, groups, tasks;
 
   ProductPlan(int64_t panels, int64_t tiles, int64_t depth) : panels(panels), tiles(tiles) {
     const int64_t fitting = kLeftBytes / (kRows * depth * kLanes<float> * int64_t(sizeof(Operand)));
-    group = max(1, min(fitting, ceil_div(panels * tiles, kTasks)));
-    tasks = ceil_div(panels, group) * tiles;
+    groups = ceil_div(panels, max(1, min(fitting, ceil_div(panels * tiles, kTasks))));
+    tasks = groups * tiles;
   }
+
+  int64_t first_panel(int64_t group) const { return group * panels / groups; }  // groups of equal size: equal tasks
 };
 
 // f(panel, column tile, tile of results) for the tasks [begin, end).
@@ -130,8 +137,8 @@ void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const
                     int64_t begin, int64_t end, F f) {
   constexpr int64_t n = kLanes<float>;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task / plan.tiles * plan.group, column = task % plan.tiles;
-    for (int64_t panel = first; panel < min(plan.panels, first + plan.group); ++panel) {
+    const int64_t group = task / plan.tiles, column = task % plan.tiles;
+    for (int64_t panel = plan.first_panel(group); panel < plan.first_panel(group + 1); ++panel) {
       Tile tile;
       multiply(left + panel * kRows * depth * n, right + column * kColumns * depth * n, depth, tile);
       f(panel, column, tile);
@@ -373,16 +380,19 @@ class Mixer {
   // A 1x1 convolution, or that of the patches: panels -> planes.
   void pointwise(const Operand* weight, int64_t depth, int64_t convolution, int64_t begin, int64_t end) const {
     multiply_tasks(product(depth), panels_, weight, depth, begin, end, [&](int64_t panel, int64_t column, Tile& tile) {
-      const int64_t pixel = panel * kRows, rows = min(kRows, w_.pixels - pixel);
+      const int64_t first = panel * kRows, rows = min(kRows, w_.pixels - first);
+      const int64_t row = first / w_.width, image = row / w_.height;
       for (int64_t v = 0; v < min(kVectors, w_.depth - column * kVectors); ++v) {
-        Operand::apply(vectors(convolution, column * kVectors + v), tile[v], rows);
-        int64_t h = pixel / w_.width % w_.height, w = pixel % w_.width;
-        Operand* image = plane(pixel / (w_.width * w_.height), column * kVectors + v);
-        for (int64_t r = 0; r < rows; ++r) {
-          Operand::store(image + (h * w_.pitch + w_.pad_left + w) * n, tile[v][r]);
-          if (++w == w_.width) w = 0, ++h;
-          if (h == w_.height) h = 0, image += w_.depth * w_.plane;
-        }
+        int64_t h = row - image * w_.height, w = first - row * w_.width;
+        Operand* to = plane(image, column * kVectors + v) + (h * w_.pitch + w_.pad_left + w) * n;
+        Operand::apply(vectors(convolution, column * kVectors + v), tile[v], rows, [&](int64_t, Vec<float> z) {
+          Operand::store(to, z);
+          __builtin_prefetch(to + kRows * n, 1, 2);  // the next panel's pixel
+          to += n;
+          if (++w < w_.width) return;
+          w = 0, to += (w_.pitch - w_.width) * n;
+          if (++h == w_.height) h = 0, to += (w_.depth - 1) * w_.plane;
+        });
       }
     });
   }
@@ -410,8 +420,7 @@ class Mixer {
           const Lines read = lines(from + (next * w_.pitch + w) * n, reads ? columns + s_.kernel_w - 1 : 0);
           const Lines write = lines(panel_slot(pixel + w_.width, vector), columns);
           convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, read, write, sums);
-          Operand::apply(epilogue, sums, columns);
-          emit(from + (h * w_.pitch + w_.pad_left + w) * n, pixel, vector, columns, sums);
+          emit(epilogue, from + (h * w_.pitch + w_.pad_left + w) * n, pixel, vector, columns, sums);
         }
       }
     }
@@ -459,14 +468,16 @@ class Mixer {
     return panels_ + ((pixel / kRows * w_.depth + vector) * kRows + pixel % kRows) * n;
   }
 
-  // Adds the residual, if there is one; a strip into the panels, from `pixel` on.
-  void emit(const Operand* residual, int64_t pixel, int64_t vector, int64_t columns, const Vec<float>* sums) const {
+  // The epilogue, then the residual, if there is one; a strip into the panels, from `pixel` on.
+  void emit(const Pointwise<float>& epilogue, const Operand* residual, int64_t pixel, int64_t vector, int64_t columns,
+            const Vec<float>* sums) const {
     int64_t r = pixel % kRows;
     Operand* to = panel_slot(pixel, vector);
-    for (int64_t w = 0; w < columns; ++w, to += n) {
-      Operand::store(to, s_.residual ? sums[w] + Operand::load(residual + w * n) : sums[w]);
+    Operand::apply(epilogue, sums, columns, [&](int64_t w, Vec<float> z) {
+      Operand::store(to, s_.residual ? z + Operand::load(residual + w * n) : z);
+      to += n;
       if (++r == kRows) r = 0, to += (w_.depth - 1) * kRows * n;
-    }
+    });
   }
 
   // The mean over each map: planes -> panels.
