@@ -24,6 +24,7 @@ from pathlib import Path
 
 import accuracy
 import report
+import sweep
 import timing
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ class FmaPeak:
         return self._loop(torch.get_num_threads(), self.ITERATIONS)
 
 
-def run_case(sizes: tuple[int, int, int], kernel: int, args: argparse.Namespace, peak, progress: tqdm) -> list[dict]:
+def run_case(sizes: tuple[int, int, int], kernel: int, peak, args: argparse.Namespace, progress: tqdm) -> list[dict]:
     """A row for every operator and layout: checked, then timed in rounds with the others and the yardsticks."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     channels, height, width = sizes
@@ -262,19 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         timing.keep_freed_memory()
         peak = FmaPeak() if args.dtype != "float64" else None  # the loop's arithmetic is float32
     settings = f"{args.device}, batches of {args.batch}, {args.dtype}, median of {args.rounds} calls"
-    facts = report.environment(device) | {"settings": settings}
-    print(report.facts_list(facts), end="\n\n", flush=True)
-    rows = []
-    cases = list(itertools.product(args.maps, args.kernels))
-    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
-        for done, (sizes, kernel) in enumerate(cases, 1):
-            rows += run_case(sizes, kernel, args, peak, progress)
-            progress.update(done * args.rounds - progress.n)
-            summarise(rows)
-            if args.json:
-                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
-                report.write_results(args.json, dict(environment=facts, rows=rows), text)
-    print(table(rows))
+    cases = list(itertools.product(args.maps, args.kernels, [peak]))
+    rows = sweep.run(args, settings, cases, run_case, summarise, table)
     return int(any(row["operator"] != PEER and row["status"] in ("wrong", "failed") for row in rows))
 
 

@@ -11,7 +11,6 @@ step fails, runs out of its time, or the whole is stopped.
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -221,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = "is a build without CUDA" if torch.version.cuda is None else "sees no CUDA device"
         parser.error(f"this command needs a GPU, and torch {torch.__version__} {reason}")
     facts = report.environment(torch.device("cuda", torch.cuda.current_device()))
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    out = (args.out or report.ROOT / "benchmarks" / "results" / slug).resolve()
+    out = (args.out or report.results_folder(facts["device"])).resolve()
     seconds = args.minutes * 60
     capability = torch.cuda.get_device_capability()
     known = [step.name for step in plan(out, capability)]

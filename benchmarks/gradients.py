@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import accuracy
 import depthwise
-import report
+import sweep
 import timing
 import torch
 from depthwise import COPY, FMA, LAYOUTS
@@ -48,7 +48,7 @@ GRADIENTS: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
 
 
 def run_case(
-    gradient: str, sizes: tuple[int, int, int], kernel: int, args: argparse.Namespace, peak, progress: tqdm
+    gradient: str, sizes: tuple[int, int, int], kernel: int, peak, args: argparse.Namespace, progress: tqdm
 ) -> list[dict]:
     """A row for every operator and layout: checked, then timed in rounds with the others and the yardsticks."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -111,19 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         timing.keep_freed_memory()
         peak = depthwise.FmaPeak() if args.dtype != "float64" else None
     settings = f"{args.device}, batches of {args.batch}, {args.dtype}, median of {args.rounds} calls"
-    facts = report.environment(device) | {"settings": settings}
-    print(report.facts_list(facts), end="\n\n", flush=True)
-    rows = []
-    cases = list(itertools.product(GRADIENTS, args.maps, args.kernels))
-    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
-        for done, (gradient, sizes, kernel) in enumerate(cases, 1):
-            rows += run_case(gradient, sizes, kernel, args, peak, progress)
-            progress.update(done * args.rounds - progress.n)
-            depthwise.summarise(rows)
-            if args.json:
-                text = f"{report.facts_list(facts)}\n\n{depthwise.table(rows)}"
-                report.write_results(args.json, dict(environment=facts, rows=rows), text)
-    print(depthwise.table(rows))
+    cases = list(itertools.product(GRADIENTS, args.maps, args.kernels, [peak]))
+    rows = sweep.run(args, settings, cases, run_case, depthwise.summarise, depthwise.table)
     return int(any(row["operator"] == "ours" and row["status"] in ("wrong", "failed") for row in rows))
 
 

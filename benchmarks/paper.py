@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -354,8 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = report.environment(torch.device(args.device))
     settings = throughput.describe(argparse.Namespace(**plan.tables))
     facts["settings"] = settings + ("; REDUCED: " + "; ".join(reductions(plan, backends)) if reduced else "")
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    out = args.out or report.ROOT / "benchmarks" / "results" / slug / "paper"
+    out = args.out or report.results_folder(facts["device"]) / "paper"
     print(report.facts_list(facts), end="\n\n", flush=True)
 
     state = State(out / "state.json", torch.device(args.device))

@@ -80,6 +80,11 @@ def environment(device: torch.device) -> dict[str, str]:
     return facts | {"device": cpu_name(), "threads": str(torch.get_num_threads())}
 
 
+def results_folder(device: str) -> Path:
+    """benchmarks/results/<device>, from the device's name."""
+    return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def paper_rows() -> dict[str, dict[str, str]]:
     """The networks of the paper's Tables 1 and 2 with its figures, by our, timm's or peers.py's name."""
     with (Path(__file__).parent / "data" / "paper_imagenet.csv").open(newline="") as file:

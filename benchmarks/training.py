@@ -18,6 +18,7 @@ from pathlib import Path
 
 import accuracy
 import report
+import sweep
 import throughput
 import timing
 import torch
@@ -92,6 +93,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 def run_model(name: str, dtype_name: str, args: argparse.Namespace, progress: tqdm) -> list[dict]:
     """A row for every backend: checked, then timed in rounds with the others."""
+    torch.compiler.reset()  # its limit of recompilations counts all models as one
     device, dtype = torch.device(args.device), getattr(torch, dtype_name)
     rows = {backend: dict(model=name, dtype=dtype_name, backend=backend, batch=args.batch) for backend in args.backends}
     try:
@@ -195,20 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         timing.keep_freed_memory()
     settings = f"{args.device}, batches of {args.batch}, median of {args.rounds} steps"
-    facts = report.environment(torch.device(args.device)) | {"settings": settings}
-    print(report.facts_list(facts), end="\n\n", flush=True)
-    rows = []
     cases = [(name, dtype) for name in args.models for dtype in args.dtypes]
-    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
-        for done, (name, dtype) in enumerate(cases, 1):
-            torch.compiler.reset()  # its limit of recompilations counts all models as one
-            rows += run_model(name, dtype, args, progress)
-            progress.update(done * args.rounds - progress.n)
-            summarise(rows)
-            if args.json:
-                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
-                report.write_results(args.json, dict(environment=facts, rows=rows), text)
-    print(table(rows))
+    rows = sweep.run(args, settings, cases, run_model, summarise, table)
     return int(any(row["backend"] in OURS and row["status"] in ("wrong", "failed") for row in rows))
 
 

@@ -72,7 +72,7 @@ def optimize(
 
 
 def _convert(model: nn.Module, dtype: torch.dtype | None, chunk: int | str, cuda_graphs: bool) -> OptimizedConvMixer:
-    leaves = _Leaves(model)
+    leaves = _Leaves(model, dtype)
     patch = leaves.take(nn.Conv2d)
     dim = patch.out_channels
     plain = dict(dilation=[(1, 1)], padding_mode=["zeros"])
@@ -120,7 +120,8 @@ def _convert(model: nn.Module, dtype: torch.dtype | None, chunk: int | str, cuda
 class _Leaves:
     """Takes a model's leaves in the order in which they run; raises ValueError at the first that does not match."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+        self._dtype = dtype
         self._coming = deque(_leaves("model", model))
         self._path = "model"  # of the leaf taken last
         self.activation = None  # that of all layers, known from the first one
@@ -148,7 +149,8 @@ class _Leaves:
 
     def take_vectors(self, conv: nn.Conv2d) -> Tensor:
         """Bias, scale and shift (3, dim) in float64: of the convolution before, and of the BatchNorm after the next
-        leaf, the activation."""
+        leaf, the activation. The scale is rounded as it will be used, and the shift takes the mean by that scale:
+        else its rounding times the mean would be an error of every pixel, which no pooling averages out."""
         activation = self.take(*_ACTIVATIONS)
         if isinstance(activation, nn.GELU):
             self.check(activation, approximate=["none"])
@@ -159,6 +161,8 @@ class _Leaves:
         norm = self.take(nn.BatchNorm2d)
         self.check(norm, num_features=[conv.out_channels])
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        if (self._dtype or conv.weight.dtype) != torch.float64:
+            scale = scale.float().double()
         return torch.stack([conv.bias.double(), scale, norm.bias.double() - norm.running_mean.double() * scale])
 
     @contextmanager

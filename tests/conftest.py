@@ -21,3 +21,22 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    """benchmarks/throughput.py has no memory for channels_last, no compiler for compile, and no timm."""
+    import throughput
+
+    def no_memory(model, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def no_compiler(model, images):
+        raise RuntimeError("no compiler\nand a long explanation")
+
+    def no_timm():
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    monkeypatch.setitem(throughput.BACKENDS, "channels_last", throughput.Backend(no_memory))
+    monkeypatch.setitem(throughput.BACKENDS, "compile", throughput.Backend(no_compiler))
+    monkeypatch.setattr(throughput, "_timm", no_timm)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
 import breakdown  # noqa: E402
+import cpu  # noqa: E402
 import depthwise  # noqa: E402
 import gpu  # noqa: E402
 import peers  # noqa: E402
@@ -283,19 +285,7 @@ def test_a_wrong_backend_is_reported_and_not_timed(tmp_path, monkeypatch, capsys
     assert re.search(rf"\| {name} .*wrong: error .*, accepted .*; not timed", capsys.readouterr().out)
 
 
-def test_what_one_backend_or_model_lacks_does_not_stop_the_rest(tmp_path, monkeypatch):
-    def no_memory(model, images):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def no_compiler(model, images):
-        raise RuntimeError("no compiler\nand a long explanation")
-
-    def no_timm():
-        raise ModuleNotFoundError("No module named 'timm'", name="timm")
-
-    monkeypatch.setitem(throughput.BACKENDS, "channels_last", throughput.Backend(no_memory))
-    monkeypatch.setitem(throughput.BACKENDS, "compile", throughput.Backend(no_compiler))
-    monkeypatch.setattr(throughput, "_timm", no_timm)
+def test_what_one_backend_or_model_lacks_does_not_stop_the_rest(tmp_path, monkeypatch, lacking):
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
     model = PAIR[0]
     backends = ["eager", "channels_last", "compile", "fused"]
@@ -499,3 +489,26 @@ sys.exit(gpu.run(steps, Path({str(tmp_path / "out")!r}), {{"device": "D"}}, 60))
     assert "stopped" in (tmp_path / "out" / "README.md").read_text()
     state = Path(f"/proc/{grandchild}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_cpu_table(tmp_path, monkeypatch, capsys):
+    """Every row in a process of its own, at all threads and at one; a table of what is there."""
+    monkeypatch.setattr(cpu, "MODELS", {PAIR[0]: ((2, 1), 1)})
+    monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: 2)
+    assert cpu.main(["--models", PAIR[0], "--backends", "eager", "fused", "--out", str(tmp_path)]) == 0
+    names = sorted(path.stem.removeprefix(PAIR[0] + "-") for path in (tmp_path / "cpu").glob("*.json"))
+    both = [f"batch{batch}-{dtype}-2threads" for batch in (1, 2) for dtype in ("bfloat16", "float32")]
+    assert names == sorted(both + ["batch2-bfloat16-1threads", "batch2-float32-1threads"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    header = next(line for line in lines if "x one core" in line)
+    table = [dict(zip(header, line)) for line in lines if line and line[0] == PAIR[0] and len(line) == len(header)]
+    assert [(row["batch"], row["dtype"]) for row in table] == [
+        (str(batch), dtype) for dtype in ("float32", "bfloat16") for batch in (2, 1)
+    ]
+    for row in table:
+        assert float(row["x best other"]) == pytest.approx(float(row["fused"]) / float(row["eager"]), rel=0.02)
+        assert not row["openvino"] and bool(row["of FMA peak"]) == (row["dtype"] == "float32")
+        assert bool(row["x one core"]) == (row["batch"] == "2") and float(row["error"]) > 0
+    text = (tmp_path / "cpu.md").read_text()
+    mean = statistics.geometric_mean(float(row["x best other"]) for row in table)
+    assert float(re.search(r"geometric mean of x best other: ([\d.]+)", text)[1]) == pytest.approx(mean, abs=0.02)

@@ -125,21 +125,8 @@ def test_everything_is_written(tiny, tmp_path, capsys):
     assert (tmp_path / "state.json").read_text() == state
 
 
-def test_what_is_missing_is_said_in_the_row(tiny, tmp_path, monkeypatch):
+def test_what_is_missing_is_said_in_the_row(tiny, tmp_path, monkeypatch, lacking):
     """Out of memory in one backend, another that fails, no timm: the rest goes on."""
-
-    def no_memory(model, images):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def no_compiler(model, images):
-        raise RuntimeError("no compiler\nand a long explanation")
-
-    def no_timm():
-        raise ModuleNotFoundError("No module named 'timm'", name="timm")
-
-    monkeypatch.setitem(throughput.BACKENDS, "channels_last", throughput.Backend(no_memory))
-    monkeypatch.setitem(throughput.BACKENDS, "compile", throughput.Backend(no_compiler))
-    monkeypatch.setattr(throughput, "_timm", no_timm)
     assert tiny("--backends", "eager", "channels_last", "compile", "fused") == 0
     rows = written(tmp_path)
     assert rows["resnet50"]["remark"] == "the package timm is not installed" and not rows["resnet50"]["parameters"]
@@ -149,7 +136,7 @@ def test_what_is_missing_is_said_in_the_row(tiny, tmp_path, monkeypatch):
     shown = html.unescape((tmp_path / "paper.html").read_text())
     assert "the package timm is not installed" in shown and "channels_last: out of memory" in shown
 
-    monkeypatch.setitem(throughput.BACKENDS, "fused", throughput.Backend(no_compiler))
+    monkeypatch.setitem(throughput.BACKENDS, "fused", throughput.BACKENDS["compile"])
     shutil.rmtree(tmp_path)
     assert tiny("--backends", "eager", "fused") == 1
     assert written(tmp_path)["convmixer_512_12_k8_p7"]["remark"] == "fused: RuntimeError: no compiler"

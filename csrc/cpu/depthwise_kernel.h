@@ -37,7 +37,6 @@ template <class T, int64_t kBytes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kBytes)));
 };
-constexpr bool kFused = CMF_VECTOR_BYTES > 16;  // multiply-adds
 template <class Real>
 constexpr int kLanes = CMF_VECTOR_BYTES / sizeof(Real);
 template <class Real>
@@ -324,9 +323,7 @@ constexpr int kMaxColumns = 16, kMaxTaps = 9;
 #else  // 16
 constexpr int kMaxColumns = 8, kMaxTaps = 5;
 #endif
-// So many products are summed before they are added to the rest: more accurate than one long sum. Fewer where each is
-// rounded for want of fused multiply-adds.
-constexpr int64_t kTapsAtOnce = kFused ? 49 : 40;
+constexpr int64_t kTapsAtOnce = 45;  // are summed before they are added to the rest: more accurate than one long sum
 
 // Cache lines for a strip to prefetch: `count` of them, `step` bytes apart.
 struct Lines {
@@ -396,7 +393,7 @@ CMF_INLINE void add_tap_group(int64_t taps, const Input* input, const Input* wei
 template <class Real, class Input, int kColumns>
 void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
   const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
-  const int64_t rows_at_once = ceil_div(kTapsAtOnce, strip.taps);
+  const int64_t rows_at_once = ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * strip.taps, kTapsAtOnce));
   const Input* row = strip.first;
   const Input* weight = strip.weight;
   for (int64_t begin = 0; begin < strip.tap_rows; begin += rows_at_once) {
@@ -532,6 +529,29 @@ CMF_INLINE void pack_pixels(const S* x, const Strides& stride, int64_t channels,
   });
 }
 
+// What the rows of a ring hold: `used` columns from the map's column `origin` on, zeros beside the map and up to `pitch`.
+struct RingColumns {
+  int64_t origin, used, pitch;
+};
+
+// Rows [begin, end) of an image's channels into the ring's rows row_of(channel vector, row); `change` as in pack_pixels.
+template <class S, class RowOf, class Change, class V = Vec<typename S::Real>>
+CMF_INLINE void pack_ring(const S* x, const Strides& stride, int64_t width, int64_t channels, int64_t begin,
+                          int64_t end, RingColumns columns, RowOf row_of, Change change) {
+  const int64_t first = max(0, columns.origin), last = min(width, columns.origin + columns.used);
+  const bool joined = last - first == width && stride.h == width * stride.w;
+  for (int64_t v = 0; v * kLanes<typename S::Real> < channels; ++v) {
+    for (int64_t row = begin; row < end; ++row) {
+      V* to = row_of(v, row);
+      for (int64_t i = 0; i < first - columns.origin; ++i) to[i] = V{};
+      for (int64_t i = last - columns.origin; i < columns.pitch; ++i) to[i] = V{};
+    }
+  }
+  pack_pixels<S>(
+      x + begin * stride.h + first * stride.w, stride, channels, end - begin, last - first, joined,
+      [&](int64_t v, int64_t row) { return row_of(v, begin + row) + first - columns.origin; }, change);
+}
+
 template <class S>
 class Depthwise {
   using Real = typename S::Real;
@@ -618,22 +638,12 @@ class Depthwise {
     }
   }
 
-  // Input rows [begin, end) into the ring, with zeros left and right of the map.
   void pack(int64_t begin, int64_t end) {
-    const int64_t first = max(0, origin_), last = min(p_.width, origin_ + columns_ + plan_.taps - 1);
-    const Strides& stride = p_.x_stride;
-    const bool joined = last - first == p_.width && stride.h == p_.width * stride.w;
-    for (int64_t v = 0; v * kLanes < channels_; ++v) {
-      for (int64_t row = begin; row < end; ++row) {
-        V* to = tile_row(v, row);
-        for (int64_t i = 0; i < first - origin_; ++i) to[i] = V{};
-        for (int64_t i = last - origin_; i < plan_.pitch; ++i) to[i] = V{};
-      }
-    }
-    const S* x = static_cast<const S*>(p_.x) + image_ * stride.n + channel_ * stride.c + begin * stride.h;
-    pack_pixels<S>(
-        x + first * stride.w, stride, channels_, end - begin, last - first, joined,
-        [&](int64_t v, int64_t row) { return tile_row(v, begin + row) + first - origin_; },
+    const S* x = static_cast<const S*>(p_.x) + image_ * p_.x_stride.n + channel_ * p_.x_stride.c;
+    const RingColumns columns{origin_, columns_ + plan_.taps - 1, plan_.pitch};
+    pack_ring(
+        x, p_.x_stride, p_.width, channels_, begin, end, columns,
+        [&](int64_t v, int64_t row) { return tile_row(v, row); },
         [&](int64_t v, V* z, int64_t n) {
           if (!p_.has_prologue) return;
           prologue_[v].apply(z, n);

@@ -186,23 +186,12 @@ class DepthwiseWgrad {
         [&](int64_t v, int64_t row) { return gy_row(v, row); }, [](int64_t, V*, int64_t) {});
   }
 
-  // Rows [begin, end) of x into the ring, with zeros left and right of the map.
   void pack_x(int64_t begin, int64_t end) {
-    const int64_t origin = w_begin_ + plan_.first_tap - p_.pad_left;  // the map's column in the ring's column 0
-    const int64_t first = max(0, origin), last = min(p_.width, origin + columns_ + plan_.taps - 1);
-    const Strides& stride = p_.x_stride;
-    const bool joined = last - first == p_.width && stride.h == p_.width * stride.w;
-    for (int64_t v = 0; v * kLanes < channels_; ++v) {
-      for (int64_t row = begin; row < end; ++row) {
-        V* to = x_row(v, row);
-        for (int64_t i = 0; i < first - origin; ++i) to[i] = V{};
-        for (int64_t i = last - origin; i < plan_.pitch; ++i) to[i] = V{};
-      }
-    }
-    const S* x = static_cast<const S*>(p_.x) + image_ * stride.n + channel_ * stride.c + begin * stride.h;
-    pack_pixels<S>(
-        x + first * stride.w, stride, channels_, end - begin, last - first, joined,
-        [&](int64_t v, int64_t row) { return x_row(v, begin + row) + first - origin; }, [](int64_t, V*, int64_t) {});
+    const S* x = static_cast<const S*>(p_.x) + image_ * p_.x_stride.n + channel_ * p_.x_stride.c;
+    const RingColumns columns{w_begin_ + plan_.first_tap - p_.pad_left, columns_ + plan_.taps - 1, plan_.pitch};
+    pack_ring(
+        x, p_.x_stride, p_.width, channels_, begin, end, columns, [&](int64_t v, int64_t row) { return x_row(v, row); },
+        [](int64_t, V*, int64_t) {});
   }
 
   // The products of gy's rows [h, h + rows) with x, for every tap; rows outside the map are left out.

@@ -24,7 +24,7 @@ struct FloatOperand : Native<float> {
   using Group = float;
   using Groups = Vec<float>;
   static constexpr int kDepth = 1;
-  static constexpr int64_t kSummedAtOnce = kFused ? 128 : 64;  // as kTapsAtOnce
+  static constexpr int64_t kSummedAtOnce = CMF_VECTOR_BYTES > 16 ? 128 : 64;  // without FMA each product is rounded
   static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
   template <class F>
@@ -80,16 +80,15 @@ constexpr int kColumns = kVectors * kLanes<float>;
 
 using Tile = Vec<float>[kVectors][kRows];
 
-// tile = left (kRows x depth) times right (depth x kColumns), depth in channel vectors. Not inline: its loop wants all
-// vector registers.
+// tile = left (kRows x depth) times right (depth x kColumns), depth in channel vectors; products of `at_once` vectors are
+// summed before they are added to the rest. Not inline: its loop wants all vector registers.
 template <class Operand>
-__attribute__((noinline)) void multiply(const Operand* left, const Operand* right, int64_t depth, Tile& tile) {
+__attribute__((noinline)) void multiply(const Operand* left, const Operand* right, int64_t depth, int64_t at_once, Tile& tile) {
   using Groups = typename Operand::Groups;
   constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
-  constexpr int64_t kAtOnce = Operand::kSummedAtOnce / n;
-  for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
+  for (int64_t begin = 0; begin < depth; begin += at_once) {
     Vec<float> sum[kVectors][kRows] = {};
-    for (int64_t end = min(depth, begin + kAtOnce), i = begin; i < end; ++i) {
+    for (int64_t end = min(depth, begin + at_once), i = begin; i < end; ++i) {
 #pragma GCC unroll 1
       for (int k = 0; k < n; k += kDepth) {
         Groups weight[kVectors];
@@ -131,16 +130,16 @@ struct ProductPlan {
   int64_t first_panel(int64_t group) const { return group * panels / groups; }  // groups of equal size: equal tasks
 };
 
-// f(panel, column tile, tile of results) for the tasks [begin, end).
+// f(panel, column tile, tile of results) for the tasks [begin, end). at_once: as in multiply.
 template <class Operand, class F>
 void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t depth,
-                    int64_t begin, int64_t end, F f) {
+                    int64_t at_once, int64_t begin, int64_t end, F f) {
   constexpr int64_t n = kLanes<float>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.tiles, column = task % plan.tiles;
     for (int64_t panel = plan.first_panel(group); panel < plan.first_panel(group + 1); ++panel) {
       Tile tile;
-      multiply(left + panel * kRows * depth * n, right + column * kColumns * depth * n, depth, tile);
+      multiply(left + panel * kRows * depth * n, right + column * kColumns * depth * n, depth, at_once, tile);
       f(panel, column, tile);
     }
   }
@@ -379,7 +378,9 @@ class Mixer {
 
   // A 1x1 convolution, or that of the patches: panels -> planes.
   void pointwise(const Operand* weight, int64_t depth, int64_t convolution, int64_t begin, int64_t end) const {
-    multiply_tasks(product(depth), panels_, weight, depth, begin, end, [&](int64_t panel, int64_t column, Tile& tile) {
+    constexpr int64_t kAtOnce = Operand::kSummedAtOnce / n;
+    multiply_tasks(product(depth), panels_, weight, depth, kAtOnce, begin, end,
+                   [&](int64_t panel, int64_t column, Tile& tile) {
       const int64_t first = panel * kRows, rows = min(kRows, w_.pixels - first);
       const int64_t row = first / w_.width, image = row / w_.height;
       for (int64_t v = 0; v < min(kVectors, w_.depth - column * kVectors); ++v) {
@@ -501,7 +502,8 @@ class Mixer {
   // Panels -> logits.
   void head(int64_t begin, int64_t end) const {
     const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
-    multiply_tasks(head_product(), pooled_, weight, w_.depth, begin, end,
+    constexpr int64_t kAtOnce = 1;  // nothing averages out what the logits' sums round away
+    multiply_tasks(head_product(), pooled_, weight, w_.depth, kAtOnce, begin, end,
                    [&](int64_t panel, int64_t column, Tile& tile) {
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);

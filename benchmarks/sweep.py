@@ -1,0 +1,35 @@
+"""Runs a benchmark's cases one after another and keeps the results file up to date."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import report
+import torch
+from tqdm import tqdm
+
+
+def run(
+    args: argparse.Namespace,
+    settings: str,
+    cases: Sequence[tuple],
+    run_case: Callable[..., list[dict]],
+    summarise: Callable[[list[dict]], None],
+    table: Callable[[list[dict]], str],
+) -> list[dict]:
+    """The rows of run_case(*case, args, progress) for every case; prints their table.
+
+    After each case all rows so far go to args.json, if it is given. A case has args.rounds rounds of progress.
+    """
+    facts = report.environment(torch.device(args.device)) | {"settings": settings}
+    print(report.facts_list(facts), end="\n\n", flush=True)
+    rows = []
+    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
+        for done, case in enumerate(cases, 1):
+            rows += run_case(*case, args, progress)
+            progress.update(done * args.rounds - progress.n)
+            summarise(rows)
+            if args.json:
+                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
+                report.write_results(args.json, dict(environment=facts, rows=rows), text)
+    print(table(rows))
+    return rows
