@@ -12,7 +12,10 @@
 namespace convmixer_fast {
 namespace {
 
-constexpr size_t kAlignment = 64;
+constexpr uintptr_t kAlignment = 64;
+constexpr uintptr_t kHugePage = 2 << 20;
+
+constexpr uintptr_t round_up(uintptr_t value, uintptr_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight, int64_t activation) {
   check(patch.dim() == 4, "patch must be (dim, in_channels, ph, pw), got ", ShapeOf{patch});
@@ -50,12 +53,19 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
 Tensor empty_bytes(const Tensor& like, int64_t bytes) {
   Tensor tensor = empty_strided_like<1>(like, {(bytes + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float))}, {1});
 #if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage, end = (first + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused, they stay small
+  const uintptr_t begin = round_up(first, kHugePage), end = (first + bytes) / kHugePage * kHugePage;
+  if (begin < end) {  // refused, the pages stay small
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);  // small ones of an earlier owner
+  }
 #endif
   return tensor;
+}
+
+// Where the steps' memory begins in a workspace, which has a huge page more than they need.
+void* aligned(const Tensor& workspace) {
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()), kHugePage));
 }
 
 void check_bytes(const char* argument, const Tensor& tensor, int64_t bytes) {
@@ -97,7 +107,7 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
 
 int64_t mixer_workspace_bytes(const Tensor& x, const Tensor& patch, const Tensor& depthwise,
                               const Tensor& head_weight) {
-  return cpu::mixer_kernels().workspace_bytes(params_of(x, sizes_of(patch, depthwise, head_weight, 0)));
+  return cpu::mixer_kernels().workspace_bytes(params_of(x, sizes_of(patch, depthwise, head_weight, 0))) + kHugePage;
 }
 
 // Zeros, beside the weights that mixer_pack has packed.
@@ -119,10 +129,10 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
   params.sizes.residual = residual;
   const MixerSizes& s = params.sizes;
   check_bytes("packed", packed, kernels.packed_bytes(s));
-  check_bytes("workspace", workspace, kernels.workspace_bytes(params));
+  check_bytes("workspace", workspace, kernels.workspace_bytes(params) + kHugePage);
   if (seconds) check_shape("seconds", *seconds, {2 * s.depth + 4}, ScalarType::Double);
   params.packed = packed.const_data_ptr();
-  params.workspace = workspace.mutable_data_ptr();
+  params.workspace = aligned(workspace);
   Tensor y = empty_strided_like<2>(x, {params.batch, s.classes}, {s.classes > 0 ? s.classes : 1, 1});
   params.y = y.mutable_data_ptr();
   if (y.numel() == 0) return y;
