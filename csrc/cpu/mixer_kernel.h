@@ -502,7 +502,7 @@ class Mixer {
   // Panels -> logits.
   void head(int64_t begin, int64_t end) const {
     const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
-    constexpr int64_t kAtOnce = 1;  // nothing averages out what the logits' sums round away
+    constexpr int64_t kAtOnce = max(1, 16 / n);  // nothing averages out what the logits' sums round away
     multiply_tasks(head_product(), pooled_, weight, w_.depth, kAtOnce, begin, end,
                    [&](int64_t panel, int64_t column, Tile& tile) {
       for (int64_t v = 0; v < kVectors; ++v) {
