@@ -298,8 +298,8 @@ def test_weights_are_prepared_once_and_anew_when_they_change():
 
 def test_weights_made_in_inference_mode():
     with torch.inference_mode():
-        optimized = optimize(build()).double()
-        other = optimize(build(seed=5)).double().state_dict()
+        optimized = optimize(build(), torch.float64)
+        other = optimize(build(seed=5), torch.float64).state_dict()
     x = images(2, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(optimized.engine(GpuEngine)(x), make_engine(build(), torch.float64)(x))
     with torch.inference_mode():
