@@ -102,6 +102,7 @@ struct MixerParams {
   const void* x;  // images (batch, in_channels, height, width)
   Strides x_stride;
   int64_t batch, height, width;
+  int64_t threads;     // that share the work, the same in all steps of a run; decides nothing but how it is cut
   const void* packed;  // the weights as the kernels want them
   void* workspace;     // for what the layers hand on
   void* y;             // contiguous (batch, classes)

@@ -1,7 +1,13 @@
-"""Makes timm importable beside a CPU build of torch, which the operators in torchvision's wheel do not load into."""
+"""Makes timm importable beside a CPU build of torch, which the operators in torchvision's wheel do not load into; and
+keeps oneDNN, inside PyTorch, from its float16 kernels for AVX512-FP16, which never return from a depthwise convolution
+15 wide."""
 
-import pytest
-import torch
+import os
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read once, at the first convolution
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 try:
     import torchvision  # noqa: F401

@@ -62,6 +62,7 @@ double error_of(DType dtype) {
   params.sizes = sizes;
   params.x = x.stored.data();
   params.batch = batch, params.height = h * patch, params.width = w * patch;
+  params.threads = 1;
   params.x_stride = {in * h * patch * w * patch, h * patch * w * patch, w * patch, 1};
   void* packed = aligned_alloc(64, kernels.packed_bytes(sizes));
   kernels.pack(sizes, weights, packed);

@@ -5,8 +5,10 @@
 
 #include <chrono>
 #include <cstring>
+#include <vector>
 
 #include "../cpu/mixer.h"
+#include "../cpu/shared_steps.h"
 #include "operators.h"
 
 namespace convmixer_fast {
@@ -45,6 +47,7 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   params.x = x.const_data_ptr();
   params.x_stride = strides_of(x);
   params.batch = x.size(0), params.height = x.size(2), params.width = x.size(3);
+  params.threads = torch::stable::get_num_threads();
   return params;
 }
 
@@ -137,21 +140,27 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
   params.y = y.mutable_data_ptr();
   if (y.numel() == 0) return y;
 
-  double* elapsed = seconds ? static_cast<double*>(seconds->mutable_data_ptr()) : nullptr;
-  const auto run = [&](MixerStep step) {
-    const auto start = std::chrono::steady_clock::now();
-    torch::stable::parallel_for(0, kernels.tasks(params, step), 1,
-                                [&](int64_t begin, int64_t end) { kernels.run(params, step, begin, end); });
-    if (elapsed) *elapsed++ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
-  run({MixerStep::kPatches, 0});
-  run({MixerStep::kProject, 0});
+  std::vector<MixerStep> steps = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
   for (int64_t layer = 0; layer < s.depth; ++layer) {
-    run({MixerStep::kDepthwise, layer});
-    run({MixerStep::kPointwise, layer});
+    steps.push_back({MixerStep::kDepthwise, layer});
+    steps.push_back({MixerStep::kPointwise, layer});
   }
-  run({MixerStep::kPool, 0});
-  run({MixerStep::kHead, 0});
+  steps.push_back({MixerStep::kPool, 0});
+  steps.push_back({MixerStep::kHead, 0});
+  std::vector<int64_t> tasks;
+  for (const MixerStep& step : steps) tasks.push_back(kernels.tasks(params, step));
+
+  cpu::SharedSteps shared(tasks, params.threads);
+  auto start = cpu::SharedSteps::Clock::now();
+  torch::stable::parallel_for(0, params.threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      shared.work(thread, [&](size_t step, int64_t first, int64_t last) { kernels.run(params, steps[step], first, last); });
+  });
+  for (size_t step = 0; seconds && step < steps.size(); ++step) {
+    static_cast<double*>(seconds->mutable_data_ptr())[step] =
+        std::chrono::duration<double>(shared.end(step) - start).count();
+    start = shared.end(step);
+  }
   return y;
 }
 

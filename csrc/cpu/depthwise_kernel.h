@@ -23,6 +23,7 @@
 #include "kernels.h"
 
 #define CMF_INLINE inline __attribute__((always_inline))
+#define CMF_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace convmixer_fast::cpu {
 namespace {
@@ -235,28 +236,47 @@ constexpr GeluPolynomials<10, 6> kGelu = {
     {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f, 0.24022242081104875f, 0.6931469775964698f,
      1.f}};
 
-template <int kLog2, int kExp2>
-CMF_INLINE Vec<float> gelu(Vec<float> x, const GeluPolynomials<kLog2, kExp2>& polynomials) {
-  const Vec<float> magnitude = bit_cast<Vec<float>>(bit_cast<Bits>(x) & 0x7fffffff);
-  const Vec<float> t = lesser(magnitude, 8 + Vec<float>{});  // t Phi(-t) is 3e-14 there
-  Vec<float> log2 = polynomials.log2[0] + Vec<float>{};
-#pragma GCC unroll 16
-  for (int i = 1; i < kLog2; ++i) log2 = log2 * t + polynomials.log2[i];
+// x = gelu(x), for kCount vectors in step: one by one, each would wait for the last term of its own polynomials.
+template <int kCount, int kLog2, int kExp2>
+CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2>& polynomials) {
   constexpr float kRound = 0x1.8p23f - 1;  // added, it leaves the nearest integer, less 1, in the last bits
-  const Vec<float> rounded = log2 + kRound;
-  const Vec<float> f = log2 - (rounded - kRound);
-  Vec<float> phi = polynomials.exp2[0] + Vec<float>{};
+  Vec<float> t[kCount], log2[kCount], exponent[kCount], phi[kCount];
+#pragma GCC unroll 8
+  for (int c = 0; c < kCount; ++c) {
+    const Vec<float> magnitude = bit_cast<Vec<float>>(bit_cast<Bits>(x[c]) & 0x7fffffff);
+    t[c] = lesser(magnitude, 8 + Vec<float>{});  // t Phi(-t) is 3e-14 there
+    log2[c] = polynomials.log2[0] + Vec<float>{};
+  }
 #pragma GCC unroll 16
-  for (int i = 1; i < kExp2; ++i) phi = phi * f + polynomials.exp2[i];
-  phi = bit_cast<Vec<float>>(bit_cast<Bits>(phi) + (bit_cast<Bits>(rounded) << 23));
-  return greater(Vec<float>{}, x) - t * phi;
+  for (int i = 1; i < kLog2; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) log2[c] = log2[c] * t[c] + polynomials.log2[i];
+#pragma GCC unroll 8
+  for (int c = 0; c < kCount; ++c) {
+    exponent[c] = log2[c] + kRound;
+    log2[c] -= exponent[c] - kRound;  // the rest, at most a half
+    phi[c] = polynomials.exp2[0] + Vec<float>{};
+  }
+#pragma GCC unroll 16
+  for (int i = 1; i < kExp2; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) phi[c] = phi[c] * log2[c] + polynomials.exp2[i];
+#pragma GCC unroll 8
+  for (int c = 0; c < kCount; ++c) {
+    phi[c] = bit_cast<Vec<float>>(bit_cast<Bits>(phi[c]) + (bit_cast<Bits>(exponent[c]) << 23));
+    x[c] = greater(Vec<float>{}, x[c]) - t[c] * phi[c];
+  }
 }
 
-CMF_INLINE Vec<float> gelu(Vec<float> x) { return gelu(x, kGelu); }
+template <int kCount>
+CMF_INLINE void gelu(Vec<float> (&x)[kCount]) {
+  gelu(x, kGelu);
+}
 
-CMF_INLINE Vec<double> gelu(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] *= 0.5 * erfc(x[i] * -M_SQRT1_2);
-  return x;
+template <int kCount>
+CMF_INLINE void gelu(Vec<double> (&x)[kCount]) {
+  for (int c = 0; c < kCount; ++c)
+    for (int i = 0; i < kLanes<double>; ++i) x[c][i] *= 0.5 * erfc(x[c][i] * -M_SQRT1_2);
 }
 
 // PointwiseParams of one channel vector.
@@ -265,12 +285,14 @@ struct Pointwise {
   Vec<Real> bias, scale, shift;
   Activation activation;
 
+  static constexpr int kInStep = CMF_VECTOR_REGISTERS == 32 ? 8 : 4;  // vectors, enough to hide the latency
+
   // emit(i, the result for v[i]), for each i in turn.
   template <class F>
   CMF_INLINE void apply(const Vec<Real>* v, int64_t n, F emit) const {
     switch (activation) {
       case Activation::kGelu:
-        for (int64_t i = 0; i < n; ++i) emit(i, gelu(v[i] + bias) * scale + shift);
+        apply_in_step(v, n, [](auto& z) CMF_INLINE_LAMBDA { gelu(z); }, emit);
         break;
       case Activation::kRelu:
         for (int64_t i = 0; i < n; ++i) {
@@ -285,6 +307,33 @@ struct Pointwise {
 
   CMF_INLINE void apply(Vec<Real>* v, int64_t n) const {
     apply(v, n, [v](int64_t i, Vec<Real> result) { v[i] = result; });
+  }
+
+  // The same, where `activate` changes an array of at most kInStep vectors; the last two are of about equal length.
+  template <class Activate, class F>
+  CMF_INLINE void apply_in_step(const Vec<Real>* v, int64_t n, Activate activate, F emit) const {
+    for (int64_t i = 0, count; i < n; i += count) {
+      const int64_t rest = n - i;
+      count = rest >= 2 * kInStep ? kInStep : rest > kInStep ? (rest + 1) / 2 : rest;
+      apply_to(v, i, count, activate, emit, std::make_integer_sequence<int, kInStep>());
+    }
+  }
+
+ private:
+  template <class Activate, class F, int... kCount>
+  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, int64_t count, Activate activate, F& emit,
+                           std::integer_sequence<int, kCount...>) const {
+    (void)((count == kCount + 1 && (apply_to<kCount + 1>(v, i, activate, emit), true)) || ...);
+  }
+
+  template <int kCount, class Activate, class F>
+  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, Activate activate, F& emit) const {
+    Vec<Real> z[kCount];
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) z[c] = v[i + c] + bias;
+    activate(z);
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) emit(i + c, z[c] * scale + shift);
   }
 };
 
@@ -390,28 +439,92 @@ CMF_INLINE void add_tap_group(int64_t taps, const Input* input, const Input* wei
   (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(input, weight, sum), true)) || ...);
 }
 
-template <class Real, class Input, int kColumns>
+// Where a strip is among its tap rows. The lines it prefetches are spread over them: a burst of misses would fill the
+// queues and stall.
+template <class Real, class Input>
+struct TapRows {
+  const Strip<Real, Input>& strip;
+  const Input* input = strip.first;
+  const Input* weight = strip.weight;
+  int64_t passed = 0;
+
+  CMF_INLINE void next() {
+    input += strip.pitch;
+    if (input >= strip.ring_end) input = strip.ring_begin;
+    weight += strip.weight_pitch;
+    prefetch<0>(strip.read);
+    prefetch<1>(strip.write);
+    ++passed;
+  }
+
+ private:
+  template <int kWrite>
+  CMF_INLINE void prefetch(const Lines& lines) const {
+    for (int64_t l = passed; l < lines.count; l += strip.tap_rows)
+      __builtin_prefetch(lines.first + l * lines.step, kWrite, 2);
+  }
+};
+
+// sum[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Where a row ends, fewer and fewer taps have sums to go
+// to, and where one begins, few have: the one's end and the next one's beginning are done together, tap by tap.
+template <int kTaps, class Real, class Input, int kColumns>
+CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum)[kColumns]) {
+  static_assert(kColumns >= kTaps - 1, "else a sum would get the next row's products before this one's");
+  const auto add = [&](int i, Input in, const Input& weight, int t) CMF_INLINE_LAMBDA {
+    sum[i - t] = multiply_add(sum[i - t], in, weight);
+  };
+  Input w[kTaps];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTaps - 1; ++i) {
+    w[i] = at.weight[i];
+#pragma GCC unroll 16
+    for (int t = 0; t <= i; ++t) add(i, at.input[i], w[t], t);
+  }
+  w[kTaps - 1] = at.weight[kTaps - 1];
+  for (;;) {
+#pragma GCC unroll 16
+    for (int i = kTaps - 1; i < kColumns; ++i)
+#pragma GCC unroll 16
+      for (int t = 0; t < kTaps; ++t) add(i, at.input[i], w[t], t);
+    const Input* end = at.input + kColumns;
+    at.next();
+    if (--rows == 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kTaps - 1; ++i)
+#pragma GCC unroll 16
+        for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, end[i], w[t], t);
+      return;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kTaps - 1; ++i) {
+#pragma GCC unroll 16
+      for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, end[i], w[t], t);
+      w[i] = at.weight[i];
+#pragma GCC unroll 16
+      for (int t = 0; t <= i; ++t) add(i, at.input[i], w[t], t);
+    }
+    w[kTaps - 1] = at.weight[kTaps - 1];
+  }
+}
+
+// kTaps: of a row of the kernel; 0 stands for more than kMaxTaps.
+template <class Real, class Input, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
   const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
   const int64_t rows_at_once = ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * strip.taps, kTapsAtOnce));
-  const Input* row = strip.first;
-  const Input* weight = strip.weight;
+  TapRows<Real, Input> at{strip};
   for (int64_t begin = 0; begin < strip.tap_rows; begin += rows_at_once) {
+    const int64_t rows = min(rows_at_once, strip.tap_rows - begin);
     Vec<Real> sum[kColumns];
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) sum[c] = begin > 0 ? Vec<Real>{} : strip.start;
-    for (int64_t i = begin; i < min(begin + rows_at_once, strip.tap_rows); ++i) {
-      for (int64_t t = 0; t < strip.taps; t += group)
-        add_tap_group(min(group, strip.taps - t), row + t, weight + t, sum,
-                      std::make_integer_sequence<int, kMaxTaps>());
-      row += strip.pitch;
-      if (row >= strip.ring_end) row = strip.ring_begin;
-      weight += strip.weight_pitch;
-      // Spread over the rows: a burst of misses would fill the queues and stall.
-      for (int64_t l = i; l < strip.read.count; l += strip.tap_rows)
-        __builtin_prefetch(strip.read.first + l * strip.read.step, 0, 2);
-      for (int64_t l = i; l < strip.write.count; l += strip.tap_rows)
-        __builtin_prefetch(strip.write.first + l * strip.write.step, 1, 2);
+    if constexpr (kTaps > 0 && kColumns >= kTaps - 1) {
+      add_rows<kTaps>(at, rows, sum);
+    } else {
+      for (int64_t i = 0; i < rows; ++i, at.next())
+        for (int64_t t = 0; t < strip.taps; t += group)
+          add_tap_group(min(group, strip.taps - t), at.input + t, at.weight + t, sum,
+                        std::make_integer_sequence<int, kMaxTaps>());
     }
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) out[c] = begin > 0 ? out[c] + sum[c] : sum[c];
@@ -419,14 +532,14 @@ void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
 }
 
 // The outputs of a row, in strips of nearly the same length.
-template <class Real, class Input, int... kColumns>
-void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out,
-                  std::integer_sequence<int, kColumns...>) {
+template <class Real, class Input, int... kIndex>
+void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out, std::integer_sequence<int, kIndex...>) {
   static constexpr void (*kConvolve[])(const Strip<Real, Input>&, Vec<Real>*) = {
-      convolve_strip<Real, Input, kColumns + 1>...};
+      convolve_strip<Real, Input, kIndex / (kMaxTaps + 1) + 1, kIndex % (kMaxTaps + 1)>...};
+  const int64_t taps = strip.taps <= kMaxTaps ? strip.taps : 0;
   for (int64_t strips = ceil_div(columns, kMaxColumns); strips > 0; --strips) {
     const int64_t length = ceil_div(columns, strips);
-    kConvolve[length - 1](strip, out);
+    kConvolve[(length - 1) * (kMaxTaps + 1) + taps](strip, out);
     strip.first += length;
     strip.ring_begin += length;
     strip.ring_end += length;
@@ -435,6 +548,11 @@ void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out,
     out += length;
     columns -= length;
   }
+}
+
+template <class Real, class Input>
+void convolve_row(const Strip<Real, Input>& strip, int64_t columns, Vec<Real>* out) {
+  convolve_row(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * (kMaxTaps + 1)>());
 }
 
 class Scratch {
@@ -676,7 +794,7 @@ class Depthwise {
     strip.start = start_[v];
     strip.read = read;
     strip.write = write;
-    convolve_row(strip, columns_, out, std::make_integer_sequence<int, kMaxColumns>());
+    convolve_row(strip, columns_, out);
   }
 
   // The epilogue and the residual of rows [h, h + rows), to memory.

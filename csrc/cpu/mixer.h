@@ -24,6 +24,9 @@ const MixerKernels& avx512_mixer();
 const MixerKernels& avx512_bf16_mixer();
 #endif
 
+// The size of a core's L2 cache; 1 MiB where the system does not tell.
+int64_t l2_bytes();
+
 // Those of the instruction set that kernels() has chosen.
 const MixerKernels& mixer_kernels();
 

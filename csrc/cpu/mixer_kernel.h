@@ -58,8 +58,7 @@ struct BFloat16Operand : BFloat16 {
         {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f,
          -1.1500352621078491f, 0.f},
         {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
-    for (int64_t i = 0; i < n; ++i)
-      emit(i, gelu(v[i] + pointwise.bias, kShort) * pointwise.scale + pointwise.shift);
+    pointwise.apply_in_step(v, n, [&](auto& z) CMF_INLINE_LAMBDA { gelu(z, kShort); }, emit);
   }
 };
 
@@ -71,76 +70,146 @@ CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Operand::Groups a, BF
 // ---------------------------------------------------------------------------------------------------- matrix product
 
 #if CMF_VECTOR_REGISTERS == 32  // 28 sums, 2 weights, the left operand
-constexpr int kRows = 14;
-#else  // 16: 12 sums
-constexpr int kRows = 6;
+constexpr int kRows = 14, kRowsLoadedTwice = 8;
+#else  // 16: 12 sums; the multiplications cannot broadcast
+constexpr int kRows = 6, kRowsLoadedTwice = 0;
 #endif
 constexpr int kVectors = 2;  // of output channels
 constexpr int kColumns = kVectors * kLanes<float>;
 
 using Tile = Vec<float>[kVectors][kRows];
 
-// tile = left (kRows x depth) times right (depth x kColumns), depth in channel vectors; products of `at_once` vectors are
-// summed before they are added to the rest. Not inline: its loop wants all vector registers.
-template <class Operand>
-__attribute__((noinline)) void multiply(const Operand* left, const Operand* right, int64_t depth, int64_t at_once, Tile& tile) {
-  using Groups = typename Operand::Groups;
-  constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
-  for (int64_t begin = 0; begin < depth; begin += at_once) {
-    Vec<float> sum[kVectors][kRows] = {};
-    for (int64_t end = min(depth, begin + at_once), i = begin; i < end; ++i) {
-#pragma GCC unroll 1
-      for (int k = 0; k < n; k += kDepth) {
-        Groups weight[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) memcpy(&weight[v], right + v * n * kDepth, sizeof(Groups));
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          typename Operand::Group group;
-          memcpy(&group, left + r * n + k, sizeof group);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v)
-            sum[v][r] = multiply_add(sum[v][r], Operand::broadcast(group), weight[v]);
-        }
-        right += kColumns * kDepth;
-      }
-      left += kRows * n;
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) tile[v][r] = begin > 0 ? tile[v][r] + sum[v][r] : sum[v][r];
-  }
-}
-
-// How a product of panels and tiles of columns is cut into tasks.
-template <class Operand>
-struct ProductPlan {
-  static constexpr int64_t kLeftBytes = 384 << 10;  // of panels that stay in the L2 cache while the weights pass by
-  static constexpr int64_t kTasks = 256;            // wanted, for the threads to share
-
-  int64_t panels, tiles, groups, tasks;
-
-  ProductPlan(int64_t panels, int64_t tiles, int64_t depth) : panels(panels), tiles(tiles) {
-    const int64_t fitting = kLeftBytes / (kRows * depth * kLanes<float> * int64_t(sizeof(Operand)));
-    groups = ceil_div(panels, max(1, min(fitting, ceil_div(panels * tiles, kTasks))));
-    tasks = groups * tiles;
-  }
-
-  int64_t first_panel(int64_t group) const { return group * panels / groups; }  // groups of equal size: equal tasks
+// The lines that a product of `depth` channel vectors has to prefetch: `count` at `first`, and as many in each of the
+// next ones' columns.
+struct Ahead {
+  const char* first;
+  int64_t count;
 };
 
-// f(panel, column tile, tile of results) for the tasks [begin, end). at_once: as in multiply.
-template <class Operand, class F>
-void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t depth,
-                    int64_t at_once, int64_t begin, int64_t end, F f) {
-  constexpr int64_t n = kLanes<float>;
+// tile = left (kRows pixels, `pitch` from channel vector to channel vector) times right (kColumns), added to what it
+// holds unless `first`. Not inline: its loop wants all vector registers.
+template <class Operand>
+__attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, const Operand* right, int64_t depth, bool first,
+                                        Ahead ahead, Tile& tile) {
+  using Groups = typename Operand::Groups;
+  constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
+  Vec<float> sum[kVectors][kRows] = {};
+  // Most rows are broadcast by the multiplications themselves, each on its own: fewer instructions. The compiler is not
+  // to see that both read the same memory, or it would load once.
+  const Operand* same = left;
+  asm("" : "+r"(same));
+  for (int64_t i = 0; i < depth; ++i) {
+#pragma GCC unroll 1
+    for (int k = 0; k < n; k += kDepth) {
+      Groups weight[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) memcpy(&weight[v], right + v * n * kDepth, sizeof(Groups));
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          typename Operand::Group group;
+          memcpy(&group, (v > 0 && r < kRowsLoadedTwice ? same : left) + r * n + k, sizeof group);
+          sum[v][r] = multiply_add(sum[v][r], Operand::broadcast(group), weight[v]);
+        }
+      }
+      right += kColumns * kDepth;
+    }
+    left += pitch, same += pitch;
+    for (int64_t l = 0; l < ahead.count; ++l) __builtin_prefetch(ahead.first + l * 64, 0, 2);
+    ahead.first += kColumns * n * sizeof(Operand);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) tile[v][r] = first ? sum[v][r] : tile[v][r] + sum[v][r];
+}
+
+// How a product is cut into tasks, each a group of panels times a tile of columns; and where the panels' elements lie.
+template <class Operand>
+struct ProductPlan {
+  static constexpr int64_t n = kLanes<float>;
+  static constexpr int64_t kMaxPanels = 24;  // of a group
+  static constexpr double kUneven = 1.03;    // the longest thread's share over the mean one, accepted
+
+  int64_t panels, tiles, depth, groups;
+
+  // The fewest groups that fit half of the L2 cache, for the weights pass by once for each, and that busy all threads.
+  ProductPlan(int64_t panels, int64_t tiles, int64_t depth, int64_t threads) : panels(panels), tiles(tiles), depth(depth) {
+    const int64_t fitting = l2_bytes() / 2 / (kRows * depth * n * int64_t(sizeof(Operand)));
+    groups = ceil_div(panels, max(1, min(fitting, kMaxPanels)));
+    double least = uneven(groups, threads);
+    for (int64_t g = groups; g < panels && least > kUneven; ++g)
+      if (uneven(g, threads) < least) groups = g, least = uneven(g, threads);
+  }
+
+  double uneven(int64_t g, int64_t threads) const {
+    return double(ceil_div(g * tiles, threads) * threads * ceil_div(panels, g)) / double(tiles * panels);
+  }
+
+  int64_t tasks() const { return groups * tiles; }
+  int64_t first_panel(int64_t group) const { return group * panels / groups; }  // equal groups, to within a panel
+  int64_t first_pixel(int64_t group) const { return first_panel(group) * kRows; }
+  int64_t group_of(int64_t pixel) const { return ((pixel / kRows + 1) * groups - 1) / panels; }
+  int64_t pitch(int64_t group) const { return (first_pixel(group + 1) - first_pixel(group)) * n; }
+
+};
+
+// Where the elements of a channel vector lie, for pixels in rising order: those of a group follow each other.
+template <class Operand>
+class Slots {
+  static constexpr int64_t n = kLanes<float>;
+
+ public:
+  Slots(const ProductPlan<Operand>& plan, Operand* panels, int64_t vector, int64_t pixel)
+      : plan_(plan), panels_(panels), vector_(vector) {
+    enter(plan.group_of(pixel));
+  }
+
+  Operand* operator[](int64_t pixel) {
+    while (pixel >= end_) enter(group_ + 1);
+    return pixel_0_ + pixel * n;
+  }
+
+  // How many pixels from the one last asked for on follow each other.
+  int64_t successive(int64_t pixel) const { return end_ - pixel; }
+
+ private:
+  void enter(int64_t group) {
+    const int64_t first = plan_.first_pixel(group);
+    group_ = group, end_ = plan_.first_pixel(group + 1);
+    pixel_0_ = panels_ + (first * plan_.depth + vector_ * (end_ - first) - first) * n;
+  }
+
+  const ProductPlan<Operand>& plan_;
+  Operand* panels_;
+  int64_t vector_, group_, end_;
+  Operand* pixel_0_;  // where pixel 0 would lie if it were of this group
+};
+
+// The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, column tile, tile
+// of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up: their weights stay in
+// the L1 cache while all panels of the group pass by.
+template <class Operand, class OnGroup, class OnTile>
+void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t at_once,
+                    int64_t begin, int64_t end, OnGroup on_group, OnTile on_tile) {
+  constexpr int64_t n = kLanes<float>, kLines = kColumns * n * int64_t(sizeof(Operand)) / 64;
+  Tile tiles[ProductPlan<Operand>::kMaxPanels];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.tiles, column = task % plan.tiles;
-    for (int64_t panel = plan.first_panel(group); panel < plan.first_panel(group + 1); ++panel) {
-      Tile tile;
-      multiply(left + panel * kRows * depth * n, right + column * kColumns * depth * n, depth, at_once, tile);
-      f(panel, column, tile);
+    const int64_t group = task / plan.tiles, column = task % plan.tiles, next_column = (task + 1) % plan.tiles;
+    const int64_t first = plan.first_panel(group), panels = plan.first_panel(group + 1) - first;
+    const Operand* from = left + first * kRows * plan.depth * n;
+    if (task == begin || column == 0) on_group(first * kRows, panels * kRows);
+    for (int64_t i = 0; i < plan.depth; i += at_once) {
+      const int64_t vectors = min(at_once, plan.depth - i), next = i + vectors;
+      const Operand* weight = right + (column * plan.depth + i) * kColumns * n;
+      const Operand* later = right + (next < plan.depth ? column * plan.depth + next : next_column * plan.depth) * kColumns * n;
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t line = p * kLines / panels;
+        const Ahead ahead{reinterpret_cast<const char*>(later) + line * 64, (p + 1) * kLines / panels - line};
+        multiply(from + i * plan.pitch(group) + p * kRows * n, plan.pitch(group), weight, vectors, i == 0, ahead, tiles[p]);
+        if (next == plan.depth) on_tile(p * kRows, column, tiles[p]);
+      }
     }
   }
 }
@@ -192,7 +261,7 @@ struct Workspace : Layout<Operand> {
   int64_t pitch;                  // vectors from row to row of a plane, padding included
   int64_t pad_top, pad_left;
   int64_t plane;                           // elements
-  int64_t panels_size, row_panels, image_panels;
+  int64_t row_panels, image_panels;
   int64_t panels, pooled, end;  // offsets; the planes come first
 
   explicit Workspace(const MixerParams& p) : Layout<Operand>(p.sizes) {
@@ -307,11 +376,11 @@ class Mixer {
   int64_t tasks(MixerStep step) const {
     switch (step.kind) {
       case MixerStep::kPatches: return w_.row_panels + p_.batch * w_.depth;
-      case MixerStep::kProject: return product(w_.patch_depth).tasks;
+      case MixerStep::kProject: return product(w_.patch_depth).tasks();
       case MixerStep::kDepthwise: return p_.batch * w_.depth * bands_;
-      case MixerStep::kPointwise: return product(w_.depth).tasks;
+      case MixerStep::kPointwise: return product(w_.depth).tasks();
       case MixerStep::kPool: return p_.batch * w_.depth;
-      case MixerStep::kHead: return head_product().tasks;
+      case MixerStep::kHead: return head_product().tasks();
     }
     __builtin_unreachable();
   }
@@ -331,8 +400,8 @@ class Mixer {
   }
 
  private:
-  ProductPlan<Operand> product(int64_t depth) const { return {w_.row_panels, w_.tiles, depth}; }
-  ProductPlan<Operand> head_product() const { return {w_.image_panels, w_.head_tiles, w_.depth}; }
+  ProductPlan<Operand> product(int64_t depth) const { return {w_.row_panels, w_.tiles, depth, p_.threads}; }
+  ProductPlan<Operand> head_product() const { return {w_.image_panels, w_.head_tiles, w_.depth, p_.threads}; }
   Operand* plane(int64_t image, int64_t vector) const { return planes_ + (image * w_.depth + vector) * w_.plane; }
 
   Pointwise<float> vectors(int64_t convolution, int64_t vector) const {
@@ -350,9 +419,10 @@ class Mixer {
     for (int64_t k = 0; k < w_.patch; ++k)
       offset[k] = k / (s_.patch_h * s_.patch_w) * p_.x_stride.c + k / s_.patch_w % s_.patch_h * p_.x_stride.h +
                   k % s_.patch_w * p_.x_stride.w;
+    const ProductPlan<Operand> plan = product(w_.patch_depth);
     for (int64_t task = begin; task < end; ++task) {
       if (task < w_.row_panels) {
-        for (int64_t r = 0; r < kRows; ++r) pack_patch(task, r, offset);
+        for (int64_t r = 0; r < kRows; ++r) pack_patch(plan, task * kRows + r, offset);
       } else {
         Operand* row = planes_ + (task - w_.row_panels) * w_.plane;
         for (int64_t h = 0; h < w_.height; ++h, row += w_.pitch * n) {
@@ -364,44 +434,52 @@ class Mixer {
     }
   }
 
-  void pack_patch(int64_t panel, int64_t r, const int64_t* offset) const {
-    const int64_t pixel = panel * kRows + r, h = pixel / w_.width % w_.height, w = pixel % w_.width;
+  void pack_patch(const ProductPlan<Operand>& plan, int64_t pixel, const int64_t* offset) const {
+    const int64_t h = pixel / w_.width % w_.height, w = pixel % w_.width;
     const S* x = static_cast<const S*>(p_.x) + pixel / (w_.width * w_.height) * p_.x_stride.n +
                  h * s_.patch_h * p_.x_stride.h + w * s_.patch_w * p_.x_stride.w;
     for (int64_t k = 0; k < w_.patch_depth; ++k) {
       S lanes[n] = {};
       if (pixel < w_.pixels)
         for (int64_t i = k * n; i < min(w_.patch, k * n + n); ++i) lanes[i - k * n] = x[offset[i]];
-      Operand::store(panels_ + ((panel * w_.patch_depth + k) * kRows + r) * n, S::load(lanes));
+      Operand::store(Slots<Operand>(plan, panels_, k, pixel)[pixel], S::load(lanes));
     }
   }
 
   // A 1x1 convolution, or that of the patches: panels -> planes.
   void pointwise(const Operand* weight, int64_t depth, int64_t convolution, int64_t begin, int64_t end) const {
     constexpr int64_t kAtOnce = Operand::kSummedAtOnce / n;
-    multiply_tasks(product(depth), panels_, weight, depth, kAtOnce, begin, end,
-                   [&](int64_t panel, int64_t column, Tile& tile) {
-      const int64_t first = panel * kRows, rows = min(kRows, w_.pixels - first);
-      const int64_t row = first / w_.width, image = row / w_.height;
+    int64_t slots[(ProductPlan<Operand>::kMaxPanels + 1) * kRows];  // of the group's pixels, and of a panel to prefetch
+    int64_t pixels = 0;                                             // of the group, and of the map
+    const auto find_slots = [&](int64_t first, int64_t count) {
+      pixels = min(count, w_.pixels - first);
+      int64_t image = first / (w_.height * w_.width), h = first / w_.width % w_.height, w = first % w_.width;
+      for (int64_t i = 0; i < count + kRows; ++i) {
+        slots[i] = image * w_.depth * w_.plane + (h * w_.pitch + w_.pad_left + w) * n;
+        if (i + 1 >= pixels || ++w < w_.width) continue;
+        w = 0;
+        if (++h == w_.height) h = 0, ++image;
+      }
+    };
+    multiply_tasks(product(depth), panels_, weight, kAtOnce, begin, end, find_slots,
+                   [&](int64_t pixel, int64_t column, Tile& tile) {
+      const int64_t* slot = slots + pixel;
       for (int64_t v = 0; v < min(kVectors, w_.depth - column * kVectors); ++v) {
-        int64_t h = row - image * w_.height, w = first - row * w_.width;
-        Operand* to = plane(image, column * kVectors + v) + (h * w_.pitch + w_.pad_left + w) * n;
-        Operand::apply(vectors(convolution, column * kVectors + v), tile[v], rows, [&](int64_t, Vec<float> z) {
-          Operand::store(to, z);
-          __builtin_prefetch(to + kRows * n, 1, 2);  // the next panel's pixel
-          to += n;
-          if (++w < w_.width) return;
-          w = 0, to += (w_.pitch - w_.width) * n;
-          if (++h == w_.height) h = 0, to += (w_.depth - 1) * w_.plane;
+        const int64_t vector = column * kVectors + v;
+        Operand* map = planes_ + vector * w_.plane;
+        Operand::apply(vectors(convolution, vector), tile[v], min(kRows, pixels - pixel), [&](int64_t r, Vec<float> z) {
+          Operand::store(map + slot[r], z);
+          __builtin_prefetch(map + slot[kRows + r], 1, 2);  // of the next panel
         });
       }
     });
   }
 
-  // Planes -> panels, strip by strip: the rows that a strip's sums share stay in the L1 cache.
+  // Planes -> panels, row by row: the rows that a row's sums share stay in the L1 cache, memory is read from end to end.
   void depthwise(int64_t layer, int64_t begin, int64_t end, Scratch& scratch) const {
     const int64_t groups = Operand::kDepth > 1 ? (band_rows_ + s_.kernel_h) * w_.pitch : 0;
     Groups* memory = static_cast<Groups*>(scratch.reserve(groups * sizeof(Groups)));
+    const ProductPlan<Operand> plan = product(w_.depth);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t band = task % bands_, vector = task / bands_ % w_.depth, image = task / bands_ / w_.depth;
       const int64_t first = band * band_rows_, last = min(w_.height, first + band_rows_);
@@ -411,17 +489,19 @@ class Mixer {
       const Pointwise<float> epilogue = vectors(2 * layer + 1, vector);
       const int64_t top = first - w_.pad_top;  // the map's row in row 0 of the input
       const Groups* input = input_rows(from, top, last - w_.pad_top + s_.kernel_h - 1, memory) - top * w_.pitch;
-      for (int64_t w = 0, columns; w < w_.width; w += columns) {
-        columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
-        for (int64_t h = first; h < last; ++h) {
-          Vec<float> sums[kMaxColumns];
+      Slots<Operand> slots(plan, panels_, vector, (image * w_.height + first) * w_.width);
+      for (int64_t h = first; h < last; ++h) {
+        const int64_t next = h + s_.kernel_h - w_.pad_top;  // the row that the next output row adds
+        const bool reads = Operand::kDepth == 1 && next < w_.height;
+        for (int64_t w = 0, columns; w < w_.width; w += columns) {
+          columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
+          const int64_t new_columns = columns + (w == 0 ? s_.kernel_w - 1 : 0), column = w == 0 ? 0 : w + s_.kernel_w - 1;
           const int64_t pixel = (image * w_.height + h) * w_.width + w;
-          const int64_t next = h + s_.kernel_h - w_.pad_top;  // the row that the next output row adds
-          const bool reads = Operand::kDepth == 1 && next < w_.height;
-          const Lines read = lines(from + (next * w_.pitch + w) * n, reads ? columns + s_.kernel_w - 1 : 0);
-          const Lines write = lines(panel_slot(pixel + w_.width, vector), columns);
+          const Lines read = lines(from + (next * w_.pitch + column) * n, reads ? new_columns : 0);
+          const Lines write = lines(slots[pixel] + 2 * w_.width * n, columns);  // two rows ahead
+          Vec<float> sums[kMaxColumns];
           convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, read, write, sums);
-          emit(epilogue, from + (h * w_.pitch + w_.pad_left + w) * n, pixel, vector, columns, sums);
+          emit(epilogue, from + (h * w_.pitch + w_.pad_left + w) * n, sums, pixel, columns, slots);
         }
       }
     }
@@ -458,31 +538,29 @@ class Mixer {
     strip.tap_rows = last - first;
     strip.taps = s_.kernel_w;
     strip.read = read, strip.write = write;
-    convolve_row(strip, columns, sums, std::make_integer_sequence<int, kMaxColumns>());
+    convolve_row(strip, columns, sums);
   }
 
   static Lines lines(const Operand* first, int64_t vectors) {
     return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * n * int64_t(sizeof(Operand)), 64), 0};
   }
 
-  Operand* panel_slot(int64_t pixel, int64_t vector) const {
-    return panels_ + ((pixel / kRows * w_.depth + vector) * kRows + pixel % kRows) * n;
-  }
-
   // The epilogue, then the residual, if there is one; a strip into the panels, from `pixel` on.
-  void emit(const Pointwise<float>& epilogue, const Operand* residual, int64_t pixel, int64_t vector, int64_t columns,
-            const Vec<float>* sums) const {
-    int64_t r = pixel % kRows;
-    Operand* to = panel_slot(pixel, vector);
-    Operand::apply(epilogue, sums, columns, [&](int64_t w, Vec<float> z) {
-      Operand::store(to, s_.residual ? z + Operand::load(residual + w * n) : z);
-      to += n;
-      if (++r == kRows) r = 0, to += (w_.depth - 1) * kRows * n;
-    });
+  void emit(const Pointwise<float>& epilogue, const Operand* residual, const Vec<float>* sums, int64_t pixel,
+            int64_t columns, Slots<Operand>& slots) const {
+    const bool adds = s_.residual;
+    for (int64_t begin = 0, count; begin < columns; begin += count) {
+      Operand* to = slots[pixel + begin];
+      count = min(columns - begin, slots.successive(pixel + begin));
+      Operand::apply(epilogue, sums + begin, count, [=](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
+        Operand::store(to + w * n, adds ? z + Operand::load(residual + (begin + w) * n) : z);
+      });
+    }
   }
 
   // The mean over each map: planes -> panels.
   void pool(int64_t begin, int64_t end) const {
+    const ProductPlan<Operand> plan = head_product();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / w_.depth, vector = task % w_.depth;
       Vec<float> sum = {}, lost = {};  // lost: what the additions to `sum` rounded away; NaN once `sum` is infinite
@@ -494,8 +572,7 @@ class Mixer {
           sum = total;
         }
       }
-      Operand* to = pooled_ + ((image / kRows * w_.depth + vector) * kRows + image % kRows) * n;
-      Operand::store(to, (lost == lost ? sum + lost : sum) / float(w_.height * w_.width));
+      Operand::store(Slots<Operand>(plan, pooled_, vector, image)[image], (lost == lost ? sum + lost : sum) / float(w_.height * w_.width));
     }
   }
 
@@ -503,16 +580,18 @@ class Mixer {
   void head(int64_t begin, int64_t end) const {
     const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
     constexpr int64_t kAtOnce = max(1, 16 / n);  // nothing averages out what the logits' sums round away
-    multiply_tasks(head_product(), pooled_, weight, w_.depth, kAtOnce, begin, end,
-                   [&](int64_t panel, int64_t column, Tile& tile) {
+    int64_t first_image = 0;
+    multiply_tasks(head_product(), pooled_, weight, kAtOnce, begin, end, [&](int64_t first, int64_t) { first_image = first; },
+                   [&](int64_t pixel, int64_t column, Tile& tile) {
+      const int64_t image = first_image + pixel;
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);
         if (columns <= 0) continue;
         Vec<float> biases;
         memcpy(&biases, bias + first * w_.kFloat, sizeof biases);
-        for (int64_t r = 0; r < min(kRows, p_.batch - panel * kRows); ++r) {
+        for (int64_t r = 0; r < min(kRows, p_.batch - image); ++r) {
           const Vec<float> logits = tile[v][r] + biases;
-          store_pixels(static_cast<S*>(p_.y) + (panel * kRows + r) * s_.classes + first, 1, 0, columns, 1, &logits);
+          store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1, &logits);
         }
       }
     });

@@ -1,0 +1,95 @@
+// Steps of tasks, one after another, shared by however many threads come to work on them, whenever they come.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace convmixer_fast::cpu {
+
+// Every thread has a share of each step, successive tasks, and takes some of them at a time from its beginning; once they
+// are gone, from the ends of the others' shares. So a thread whose core is slow, busy otherwise or not even running yet
+// delays nobody by more than what it has taken, and one thread alone does all.
+class SharedSteps {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  // tasks: of every step; each fewer than 2^32.
+  SharedSteps(const std::vector<int64_t>& tasks, int64_t threads)
+      : threads_(threads), steps_(tasks.size()), shares_(new Share[tasks.size() * threads]) {
+    Share* share = shares_.get();
+    for (size_t s = 0; s < tasks.size(); ++s) {
+      steps_[s].left.store(tasks[s], std::memory_order_relaxed);
+      for (int64_t t = 0; t < threads; ++t, ++share)
+        share->store(packed(tasks[s] * t / threads, tasks[s] * (t + 1) / threads), std::memory_order_relaxed);
+    }
+  }
+
+  // Works on all steps as thread number `thread`, below the constructor's; returns when all is done. run(step, begin, end)
+  // does tasks; what it throws leaves here, and ends the other threads' work.
+  template <class Run>
+  void work(int64_t thread, Run run) {
+    for (size_t s = 0; s < steps_.size() && !failed_; ++s) {
+      int64_t done = 0;
+      for (int64_t i = 0; i < threads_; ++i) {
+        Share& share = shares_[s * threads_ + (thread + i) % threads_];
+        for (int64_t begin, end; !failed_ && take(share, i == 0, begin, end); done += end - begin) {
+          try {
+            run(s, begin, end);
+          } catch (...) {
+            failed_ = true;
+            throw;
+          }
+        }
+      }
+      const auto now = Clock::now();
+      if (done > 0 && steps_[s].left.fetch_sub(done, std::memory_order_acq_rel) == done) steps_[s].end = now;
+      for (int64_t turns = 0; steps_[s].left.load(std::memory_order_acquire) > 0 && !failed_; ++turns) wait(turns);
+    }
+  }
+
+  // When a step's last task was done; for a step that has tasks, after the work.
+  Clock::time_point end(size_t step) const { return steps_[step].end; }
+
+ private:
+  using Share = std::atomic<uint64_t>;  // first task and the one after the last
+
+  struct Step {
+    std::atomic<int64_t> left;  // tasks that are not done
+    Clock::time_point end;
+  };
+
+  static constexpr int64_t kTurns = 2000;  // of waiting, some 50 us, before others may have the core
+
+  static uint64_t packed(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
+
+  // A quarter of what is left of a share.
+  static bool take(Share& share, bool front, int64_t& begin, int64_t& end) {
+    uint64_t now = share.load(std::memory_order_relaxed), then;
+    do {
+      const int64_t first = int64_t(now >> 32), last = int64_t(now & 0xffffffff);
+      if (first == last) return false;
+      const int64_t count = std::max<int64_t>(1, (last - first) / 4);
+      begin = front ? first : last - count, end = begin + count;
+      then = front ? packed(end, last) : packed(first, begin);
+    } while (!share.compare_exchange_weak(now, then, std::memory_order_relaxed));
+    return true;
+  }
+
+  static void wait(int64_t turns) {
+    if (turns >= kTurns) return std::this_thread::yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const int64_t threads_;
+  std::vector<Step> steps_;
+  std::unique_ptr<Share[]> shares_;  // by step, then thread
+  std::atomic<bool> failed_{false};
+};
+
+}  // namespace convmixer_fast::cpu

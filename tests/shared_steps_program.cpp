@@ -1,0 +1,67 @@
+// SharedSteps without torch: every task once and after the step before it, however many threads come and whatever is
+// thrown. Prints what went wrong; the exit status is the number of complaints.
+#include "../csrc/cpu/shared_steps.h"
+
+#include <cstdio>
+#include <stdexcept>
+
+using convmixer_fast::cpu::SharedSteps;
+
+namespace {
+
+int complaints = 0;
+
+void expect(bool holds, const char* what, int64_t threads, int64_t come) {
+  if (holds) return;
+  ++complaints;
+  std::printf("%s: %ld of %ld threads\n", what, long(come), long(threads));
+}
+
+// Of `threads` shares, only the first `come` have a thread; task 0 of step `thrown` throws.
+void run(int64_t threads, int64_t come, int64_t thrown) {
+  std::vector<int64_t> tasks;
+  for (int64_t s = 0; s < 60; ++s) tasks.push_back(s * 7 % 23 + (s % 5 == 0 ? 200 : 0));  // fewer than threads, none, many
+  SharedSteps shared(tasks, threads);
+  std::vector<std::vector<std::atomic<int>>> times;
+  std::vector<std::atomic<int64_t>> done(tasks.size());
+  for (int64_t count : tasks) times.emplace_back(count);
+  std::atomic<int> early{0}, caught{0};
+  const auto work = [&](int64_t thread) {
+    try {
+      shared.work(thread, [&](size_t step, int64_t begin, int64_t end) {
+        if (step > 0 && done[step - 1] != tasks[step - 1]) ++early;
+        for (int64_t task = begin; task < end; ++task) {
+          if (int64_t(step) == thrown && task == 0) throw std::runtime_error("a task's");
+          if (task % 16 == 0) std::this_thread::yield();
+          ++times[step][task];
+        }
+        done[step] += end - begin;
+      });
+    } catch (const std::runtime_error&) {
+      ++caught;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t thread = 1; thread < come; ++thread) others.emplace_back(work, thread);
+  work(0);
+  for (std::thread& other : others) other.join();
+
+  bool once = true, ordered = true;
+  for (size_t s = 0; s < tasks.size(); ++s) {
+    for (const std::atomic<int>& count : times[s]) once = once && (thrown < 0 ? count == 1 : count <= 1);
+    if (thrown < 0 && s > 1 && tasks[s] > 0 && tasks[s - 1] > 0) ordered = ordered && shared.end(s - 1) <= shared.end(s);
+  }
+  expect(once, "a task did not run once", threads, come);
+  expect(ordered, "a step ended before the one before it", threads, come);
+  expect(early == 0, "a step began before the one before it had ended", threads, come);
+  expect(caught == (thrown < 0 ? 0 : 1), "what a task throws did not leave its thread, and only that", threads, come);
+}
+
+}  // namespace
+
+int main() {
+  for (int repeat = 0; repeat < 12; ++repeat)
+    for (int64_t threads = 1; threads <= 5; ++threads)
+      for (int64_t come = 1; come <= threads; ++come) run(threads, come, repeat % 3 == 2 ? 10 : -1);
+  return complaints;
+}
