@@ -152,9 +152,9 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
 
   cpu::SharedSteps shared(tasks, params.threads);
   auto start = cpu::SharedSteps::Clock::now();
+  const auto run = [&](size_t step, int64_t begin, int64_t end) { kernels.run(params, steps[step], begin, end); };
   torch::stable::parallel_for(0, params.threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      shared.work(thread, [&](size_t step, int64_t first, int64_t last) { kernels.run(params, steps[step], first, last); });
+    for (int64_t thread = begin; thread < end; ++thread) shared.work(thread, run);
   });
   for (size_t step = 0; seconds && step < steps.size(); ++step) {
     static_cast<double*>(seconds->mutable_data_ptr())[step] =

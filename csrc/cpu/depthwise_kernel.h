@@ -372,6 +372,7 @@ constexpr int kMaxColumns = 16, kMaxTaps = 9;
 #else  // 16
 constexpr int kMaxColumns = 8, kMaxTaps = 5;
 #endif
+constexpr int kUsualTaps = kMaxTaps / 2 + 1;  // 3, 5 and so on, and all others together
 constexpr int64_t kTapsAtOnce = 45;  // are summed before they are added to the rest: more accurate than one long sum
 
 // Cache lines for a strip to prefetch: `count` of them, `step` bytes apart.
@@ -465,8 +466,8 @@ struct TapRows {
   }
 };
 
-// sum[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Where a row ends, fewer and fewer taps have sums to go
-// to, and where one begins, few have: the one's end and the next one's beginning are done together, tap by tap.
+// sum[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Where a row ends, fewer and fewer taps have sums to
+// go to, and where one begins, few have: the one's end and the next one's beginning are done together, tap by tap.
 template <int kTaps, class Real, class Input, int kColumns>
 CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum)[kColumns]) {
   static_assert(kColumns >= kTaps - 1, "else a sum would get the next row's products before this one's");
@@ -507,7 +508,7 @@ CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum
   }
 }
 
-// kTaps: of a row of the kernel; 0 stands for more than kMaxTaps.
+// kTaps: of a row of the kernel, if they are the usual 3, 5, 7 or 9; 0 stands for any other number.
 template <class Real, class Input, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
   const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
@@ -535,11 +536,11 @@ void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
 template <class Real, class Input, int... kIndex>
 void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out, std::integer_sequence<int, kIndex...>) {
   static constexpr void (*kConvolve[])(const Strip<Real, Input>&, Vec<Real>*) = {
-      convolve_strip<Real, Input, kIndex / (kMaxTaps + 1) + 1, kIndex % (kMaxTaps + 1)>...};
-  const int64_t taps = strip.taps <= kMaxTaps ? strip.taps : 0;
+      convolve_strip<Real, Input, kIndex / kUsualTaps + 1, (kIndex % kUsualTaps ? kIndex % kUsualTaps * 2 + 1 : 0)>...};
+  const bool usual = strip.taps % 2 == 1 && strip.taps <= kMaxTaps;
   for (int64_t strips = ceil_div(columns, kMaxColumns); strips > 0; --strips) {
     const int64_t length = ceil_div(columns, strips);
-    kConvolve[(length - 1) * (kMaxTaps + 1) + taps](strip, out);
+    kConvolve[(length - 1) * kUsualTaps + (usual ? strip.taps / 2 : 0)](strip, out);
     strip.first += length;
     strip.ring_begin += length;
     strip.ring_end += length;
@@ -552,7 +553,7 @@ void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out, std
 
 template <class Real, class Input>
 void convolve_row(const Strip<Real, Input>& strip, int64_t columns, Vec<Real>* out) {
-  convolve_row(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * (kMaxTaps + 1)>());
+  convolve_row(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kUsualTaps>());
 }
 
 class Scratch {

@@ -27,7 +27,7 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 #endif
 
-// The widest instruction set this CPU has, or the one that the environment variable CMF_CPU_ISA
+// The widest instruction set that this CPU has and gains by, or the one that the environment variable CMF_CPU_ISA
 // (generic, avx2, avx512, avx512_bf16) names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
 const Kernels& kernels();
 

@@ -24,6 +24,8 @@ struct FloatOperand : Native<float> {
   using Group = float;
   using Groups = Vec<float>;
   static constexpr int kDepth = 1;
+  // Rows of the left operand that AVX-512's multiplications broadcast themselves: more loads, but fewer instructions.
+  static constexpr int kRowsLoadedTwice = CMF_VECTOR_BYTES == 64 ? 8 : 0;
   static constexpr int64_t kSummedAtOnce = CMF_VECTOR_BYTES > 16 ? 128 : 64;  // without FMA each product is rounded
   static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
@@ -40,6 +42,7 @@ struct BFloat16Operand : BFloat16 {
     __m512bh pairs;
   };
   static constexpr int kDepth = 2;
+  static constexpr int kRowsLoadedTwice = 0;
   static constexpr int64_t kSummedAtOnce = 512;
   static CMF_INLINE Groups broadcast(Group group) { return {bit_cast<__m512bh>(group + Bits{})}; }
   static CMF_INLINE void store(BFloat16* to, Vec<float> v) {
@@ -70,9 +73,9 @@ CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Operand::Groups a, BF
 // ---------------------------------------------------------------------------------------------------- matrix product
 
 #if CMF_VECTOR_REGISTERS == 32  // 28 sums, 2 weights, the left operand
-constexpr int kRows = 14, kRowsLoadedTwice = 8;
-#else  // 16: 12 sums; the multiplications cannot broadcast
-constexpr int kRows = 6, kRowsLoadedTwice = 0;
+constexpr int kRows = 14;
+#else  // 16: 12 sums
+constexpr int kRows = 6;
 #endif
 constexpr int kVectors = 2;  // of output channels
 constexpr int kColumns = kVectors * kLanes<float>;
@@ -89,14 +92,12 @@ struct Ahead {
 // tile = left (kRows pixels, `pitch` from channel vector to channel vector) times right (kColumns), added to what it
 // holds unless `first`. Not inline: its loop wants all vector registers.
 template <class Operand>
-__attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, const Operand* right, int64_t depth, bool first,
-                                        Ahead ahead, Tile& tile) {
+__attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, const Operand* right, int64_t depth,
+                                        bool first, Ahead ahead, Tile& tile) {
   using Groups = typename Operand::Groups;
   constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
   Vec<float> sum[kVectors][kRows] = {};
-  // Most rows are broadcast by the multiplications themselves, each on its own: fewer instructions. The compiler is not
-  // to see that both read the same memory, or it would load once.
-  const Operand* same = left;
+  const Operand* same = left;  // which the compiler is not to see, or it would load once
   asm("" : "+r"(same));
   for (int64_t i = 0; i < depth; ++i) {
 #pragma GCC unroll 1
@@ -109,7 +110,7 @@ __attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, cons
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           typename Operand::Group group;
-          memcpy(&group, (v > 0 && r < kRowsLoadedTwice ? same : left) + r * n + k, sizeof group);
+          memcpy(&group, (v > 0 && r < Operand::kRowsLoadedTwice ? same : left) + r * n + k, sizeof group);
           sum[v][r] = multiply_add(sum[v][r], Operand::broadcast(group), weight[v]);
         }
       }
@@ -135,7 +136,8 @@ struct ProductPlan {
   int64_t panels, tiles, depth, groups;
 
   // The fewest groups that fit half of the L2 cache, for the weights pass by once for each, and that busy all threads.
-  ProductPlan(int64_t panels, int64_t tiles, int64_t depth, int64_t threads) : panels(panels), tiles(tiles), depth(depth) {
+  ProductPlan(int64_t panels, int64_t tiles, int64_t depth, int64_t threads)
+      : panels(panels), tiles(tiles), depth(depth) {
     const int64_t fitting = l2_bytes() / 2 / (kRows * depth * n * int64_t(sizeof(Operand)));
     groups = ceil_div(panels, max(1, min(fitting, kMaxPanels)));
     double least = uneven(groups, threads);
@@ -152,7 +154,6 @@ struct ProductPlan {
   int64_t first_pixel(int64_t group) const { return first_panel(group) * kRows; }
   int64_t group_of(int64_t pixel) const { return ((pixel / kRows + 1) * groups - 1) / panels; }
   int64_t pitch(int64_t group) const { return (first_pixel(group + 1) - first_pixel(group)) * n; }
-
 };
 
 // Where the elements of a channel vector lie, for pixels in rising order: those of a group follow each other.
@@ -187,27 +188,31 @@ class Slots {
   Operand* pixel_0_;  // where pixel 0 would lie if it were of this group
 };
 
-// The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, column tile, tile
-// of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up: their weights stay in
-// the L1 cache while all panels of the group pass by.
+// The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, column tile,
+// tile of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up: their weights
+// stay in the L1 cache while all panels of the group pass by.
 template <class Operand, class OnGroup, class OnTile>
 void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t at_once,
                     int64_t begin, int64_t end, OnGroup on_group, OnTile on_tile) {
   constexpr int64_t n = kLanes<float>, kLines = kColumns * n * int64_t(sizeof(Operand)) / 64;
   Tile tiles[ProductPlan<Operand>::kMaxPanels];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.tiles, column = task % plan.tiles, next_column = (task + 1) % plan.tiles;
+    const int64_t group = task / plan.tiles, column = task % plan.tiles;
     const int64_t first = plan.first_panel(group), panels = plan.first_panel(group + 1) - first;
+    const int64_t pitch = plan.pitch(group);
     const Operand* from = left + first * kRows * plan.depth * n;
+    const auto weights_at = [&](int64_t column, int64_t vector) {
+      return right + (column * plan.depth + vector) * kColumns * n;
+    };
     if (task == begin || column == 0) on_group(first * kRows, panels * kRows);
     for (int64_t i = 0; i < plan.depth; i += at_once) {
       const int64_t vectors = min(at_once, plan.depth - i), next = i + vectors;
-      const Operand* weight = right + (column * plan.depth + i) * kColumns * n;
-      const Operand* later = right + (next < plan.depth ? column * plan.depth + next : next_column * plan.depth) * kColumns * n;
+      const Operand* weight = weights_at(column, i);
+      const Operand* later = next < plan.depth ? weights_at(column, next) : weights_at((column + 1) % plan.tiles, 0);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t line = p * kLines / panels;
         const Ahead ahead{reinterpret_cast<const char*>(later) + line * 64, (p + 1) * kLines / panels - line};
-        multiply(from + i * plan.pitch(group) + p * kRows * n, plan.pitch(group), weight, vectors, i == 0, ahead, tiles[p]);
+        multiply(from + i * pitch + p * kRows * n, pitch, weight, vectors, i == 0, ahead, tiles[p]);
         if (next == plan.depth) on_tile(p * kRows, column, tiles[p]);
       }
     }
@@ -475,7 +480,7 @@ class Mixer {
     });
   }
 
-  // Planes -> panels, row by row: the rows that a row's sums share stay in the L1 cache, memory is read from end to end.
+  // Planes -> panels, row by row: the rows that sums share stay in the L1 cache, memory is read from end to end.
   void depthwise(int64_t layer, int64_t begin, int64_t end, Scratch& scratch) const {
     const int64_t groups = Operand::kDepth > 1 ? (band_rows_ + s_.kernel_h) * w_.pitch : 0;
     Groups* memory = static_cast<Groups*>(scratch.reserve(groups * sizeof(Groups)));
@@ -495,9 +500,10 @@ class Mixer {
         const bool reads = Operand::kDepth == 1 && next < w_.height;
         for (int64_t w = 0, columns; w < w_.width; w += columns) {
           columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
-          const int64_t new_columns = columns + (w == 0 ? s_.kernel_w - 1 : 0), column = w == 0 ? 0 : w + s_.kernel_w - 1;
           const int64_t pixel = (image * w_.height + h) * w_.width + w;
-          const Lines read = lines(from + (next * w_.pitch + column) * n, reads ? new_columns : 0);
+          const int64_t shared = w > 0 ? s_.kernel_w - 1 : 0;  // columns, with the strip before
+          const int64_t unread = reads ? columns + s_.kernel_w - 1 - shared : 0;
+          const Lines read = lines(from + (next * w_.pitch + w + shared) * n, unread);
           const Lines write = lines(slots[pixel] + 2 * w_.width * n, columns);  // two rows ahead
           Vec<float> sums[kMaxColumns];
           convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, read, write, sums);
@@ -572,7 +578,8 @@ class Mixer {
           sum = total;
         }
       }
-      Operand::store(Slots<Operand>(plan, pooled_, vector, image)[image], (lost == lost ? sum + lost : sum) / float(w_.height * w_.width));
+      const Vec<float> mean = (lost == lost ? sum + lost : sum) / float(w_.height * w_.width);
+      Operand::store(Slots<Operand>(plan, pooled_, vector, image)[image], mean);
     }
   }
 
@@ -581,7 +588,8 @@ class Mixer {
     const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
     constexpr int64_t kAtOnce = max(1, 16 / n);  // nothing averages out what the logits' sums round away
     int64_t first_image = 0;
-    multiply_tasks(head_product(), pooled_, weight, kAtOnce, begin, end, [&](int64_t first, int64_t) { first_image = first; },
+    const auto keep_first = [&](int64_t first, int64_t) { first_image = first; };
+    multiply_tasks(head_product(), pooled_, weight, kAtOnce, begin, end, keep_first,
                    [&](int64_t pixel, int64_t column, Tile& tile) {
       const int64_t image = first_image + pixel;
       for (int64_t v = 0; v < kVectors; ++v) {

@@ -10,9 +10,9 @@
 
 namespace convmixer_fast::cpu {
 
-// Every thread has a share of each step, successive tasks, and takes some of them at a time from its beginning; once they
-// are gone, from the ends of the others' shares. So a thread whose core is slow, busy otherwise or not even running yet
-// delays nobody by more than what it has taken, and one thread alone does all.
+// Every thread has a share of each step, successive tasks, and takes some of them at a time from its beginning; once
+// they are gone, from the ends of the others' shares. So a thread whose core is slow, busy otherwise or not even running
+// yet delays nobody by more than what it has taken, and one thread alone does all.
 class SharedSteps {
  public:
   using Clock = std::chrono::steady_clock;
@@ -28,8 +28,8 @@ class SharedSteps {
     }
   }
 
-  // Works on all steps as thread number `thread`, below the constructor's; returns when all is done. run(step, begin, end)
-  // does tasks; what it throws leaves here, and ends the other threads' work.
+  // Works on all steps as thread number `thread`, below the constructor's; returns when all is done. run(step, begin,
+  // end) does tasks; what it throws leaves here, and ends the other threads' work.
   template <class Run>
   void work(int64_t thread, Run run) {
     for (size_t s = 0; s < steps_.size() && !failed_; ++s) {
