@@ -512,23 +512,33 @@ CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum
 template <class Real, class Input, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
   const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
-  const int64_t rows_at_once = ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * strip.taps, kTapsAtOnce));
+  // Rows are summed together, or, if they are long, piece by piece.
+  const bool is_long = strip.taps > kTapsAtOnce / 2;
+  const int64_t piece = is_long ? group * max(1, kTapsAtOnce / 2 / group) : strip.taps;
+  const int64_t rows_at_once =
+      is_long ? 1 : ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * strip.taps, kTapsAtOnce));
   TapRows<Real, Input> at{strip};
-  for (int64_t begin = 0; begin < strip.tap_rows; begin += rows_at_once) {
-    const int64_t rows = min(rows_at_once, strip.tap_rows - begin);
+  bool is_first = true;
+  for (int64_t left = strip.tap_rows, tap = 0; left > 0;) {
+    const int64_t rows = min(rows_at_once, left), end = min(strip.taps, tap + piece);
     Vec<Real> sum[kColumns];
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) sum[c] = begin > 0 ? Vec<Real>{} : strip.start;
+    for (int c = 0; c < kColumns; ++c) sum[c] = is_first ? strip.start : Vec<Real>{};
     if constexpr (kTaps > 0 && kColumns >= kTaps - 1) {
       add_rows<kTaps>(at, rows, sum);
     } else {
-      for (int64_t i = 0; i < rows; ++i, at.next())
-        for (int64_t t = 0; t < strip.taps; t += group)
-          add_tap_group(min(group, strip.taps - t), at.input + t, at.weight + t, sum,
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t t = tap; t < end; t += group)
+          add_tap_group(min(group, end - t), at.input + t, at.weight + t, sum,
                         std::make_integer_sequence<int, kMaxTaps>());
+        if (end == strip.taps) at.next();
+      }
     }
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) out[c] = begin > 0 ? out[c] + sum[c] : sum[c];
+    for (int c = 0; c < kColumns; ++c) out[c] = is_first ? sum[c] : out[c] + sum[c];
+    is_first = false;
+    tap = end < strip.taps ? end : 0;
+    if (tap == 0) left -= rows;
   }
 }
 
