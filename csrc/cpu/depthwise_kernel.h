@@ -226,7 +226,7 @@ CMF_INLINE Vec<float> greater(Vec<float> a, Vec<float> b) {
 // and a polynomial here, as is 2^f.
 template <int kLog2, int kExp2>
 struct GeluPolynomials {
-  float log2[kLog2], exp2[kExp2];  // from the highest power down; 2^f is halved by the exponent
+  float log2[kLog2], exp2[kExp2];  // 2^f is halved by the exponent
 };
 // Together they are off by 1.1e-7 Phi(-t) for t < 0.75, by 1.9e-8 / t beyond.
 constexpr GeluPolynomials<10, 6> kGelu = {
@@ -235,6 +235,17 @@ constexpr GeluPolynomials<10, 6> kGelu = {
      -1.1511047538621313f, 0.f},
     {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f, 0.24022242081104875f, 0.6931469775964698f,
      1.f}};
+
+// value = the polynomial with these terms, from the highest power down, at x.
+template <int kTerms, int kCount>
+CMF_INLINE void evaluate(const float (&terms)[kTerms], const Vec<float> (&x)[kCount], Vec<float> (&value)[kCount]) {
+#pragma GCC unroll 8
+  for (int c = 0; c < kCount; ++c) value[c] = terms[0] + Vec<float>{};
+#pragma GCC unroll 16
+  for (int i = 1; i < kTerms; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) value[c] = value[c] * x[c] + terms[i];
+}
 
 // x = gelu(x), for kCount vectors in step: one by one, each would wait for the last term of its own polynomials.
 template <int kCount, int kLog2, int kExp2>
@@ -245,22 +256,14 @@ CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2
   for (int c = 0; c < kCount; ++c) {
     const Vec<float> magnitude = bit_cast<Vec<float>>(bit_cast<Bits>(x[c]) & 0x7fffffff);
     t[c] = lesser(magnitude, 8 + Vec<float>{});  // t Phi(-t) is 3e-14 there
-    log2[c] = polynomials.log2[0] + Vec<float>{};
   }
-#pragma GCC unroll 16
-  for (int i = 1; i < kLog2; ++i)
-#pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) log2[c] = log2[c] * t[c] + polynomials.log2[i];
+  evaluate(polynomials.log2, t, log2);
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) {
     exponent[c] = log2[c] + kRound;
     log2[c] -= exponent[c] - kRound;  // the rest, at most a half
-    phi[c] = polynomials.exp2[0] + Vec<float>{};
   }
-#pragma GCC unroll 16
-  for (int i = 1; i < kExp2; ++i)
-#pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) phi[c] = phi[c] * log2[c] + polynomials.exp2[i];
+  evaluate(polynomials.exp2, log2, phi);
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) {
     phi[c] = bit_cast<Vec<float>>(bit_cast<Bits>(phi[c]) + (bit_cast<Bits>(exponent[c]) << 23));
@@ -511,16 +514,15 @@ CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum
 // kTaps: of a row of the kernel, if they are the usual 3, 5, 7 or 9; 0 stands for any other number.
 template <class Real, class Input, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
-  const int64_t group = ceil_div(strip.taps, ceil_div(strip.taps, kMaxTaps));
+  const int64_t taps = kTaps > 0 ? kTaps : strip.taps, group = ceil_div(taps, ceil_div(taps, kMaxTaps));
   // Rows are summed together, or, if they are long, piece by piece.
-  const bool is_long = strip.taps > kTapsAtOnce / 2;
-  const int64_t piece = is_long ? group * max(1, kTapsAtOnce / 2 / group) : strip.taps;
-  const int64_t rows_at_once =
-      is_long ? 1 : ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * strip.taps, kTapsAtOnce));
+  const bool is_long = taps > kTapsAtOnce / 2;
+  const int64_t piece = is_long ? group * max(1, kTapsAtOnce / 2 / group) : taps;
+  const int64_t rows_at_once = is_long ? 1 : ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * taps, kTapsAtOnce));
   TapRows<Real, Input> at{strip};
   bool is_first = true;
   for (int64_t left = strip.tap_rows, tap = 0; left > 0;) {
-    const int64_t rows = min(rows_at_once, left), end = min(strip.taps, tap + piece);
+    const int64_t rows = min(rows_at_once, left), end = min(taps, tap + piece);
     Vec<Real> sum[kColumns];
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) sum[c] = is_first ? strip.start : Vec<Real>{};
@@ -531,13 +533,13 @@ void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
         for (int64_t t = tap; t < end; t += group)
           add_tap_group(min(group, end - t), at.input + t, at.weight + t, sum,
                         std::make_integer_sequence<int, kMaxTaps>());
-        if (end == strip.taps) at.next();
+        if (end == taps) at.next();
       }
     }
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) out[c] = is_first ? sum[c] : out[c] + sum[c];
     is_first = false;
-    tap = end < strip.taps ? end : 0;
+    tap = end < taps ? end : 0;
     if (tap == 0) left -= rows;
   }
 }
