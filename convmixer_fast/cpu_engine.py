@@ -19,7 +19,7 @@ class CpuEngine:
     def __init__(self, module: nn.Module):
         """module: an OptimizedConvMixer, whose weights are packed; later changes of them are not seen."""
         patch, depthwise, pointwise, vectors, *head = (buffer.contiguous() for buffer in module.buffers())
-        self._packed = _ops.mixer_pack.default(patch, depthwise, pointwise, vectors.float(), *head)
+        self._packed = _ops.mixer_pack.default(patch, depthwise, pointwise, vectors, *head)
         self._shapes = patch, depthwise, head[0]
         self._options = ops.ACTIVATIONS[module.activation], module.residual
         self._workspaces: list[Tensor] = []  # that no call is using

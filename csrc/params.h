@@ -86,7 +86,7 @@ struct MixerWeights {
   const void* patch;       // (dim, in_channels, patch_h, patch_w)
   const void* depthwise;   // (depth, dim, kernel_h, kernel_w)
   const void* pointwise;   // (depth, dim, dim)
-  const float* vectors;    // (2 depth + 1, 3, dim): bias, scale and shift after each convolution, as they run
+  const double* vectors;   // (2 depth + 1, 3, dim): bias, scale and shift after each convolution, as they run
   const void* head;        // (classes, dim)
   const void* head_bias;   // (classes)
 };

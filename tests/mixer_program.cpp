@@ -55,8 +55,7 @@ double error_of(DType dtype) {
 
   MixerSizes sizes{in, patch, patch, dim, depth, k, k, classes, dtype, Activation::kGelu, true};
   const MixerWeights weights{patches.stored.data(), depthwise.stored.data(), pointwise.stored.data(),
-                             reinterpret_cast<const float*>(vectors.stored.data()), head.stored.data(),
-                             head_bias.stored.data()};
+                             vectors.exact.data(), head.stored.data(), head_bias.stored.data()};
   const cpu::MixerKernels& kernels = cpu::mixer_kernels();
   MixerParams params{};
   params.sizes = sizes;

@@ -175,15 +175,15 @@ def test_operator_checks_its_memory():
         optimized.patch,
         optimized.depthwise,
         optimized.pointwise,
-        optimized.vectors.float(),
+        optimized.vectors,
         optimized.head_weight,
         optimized.head_bias,
     )
     workspace = ops.mixer_workspace(packed, ops.mixer_workspace_bytes(x, *shapes))
     assert torch.equal(ops.mixer(x, *shapes, packed, workspace, 1, True, None), optimized(x))
-    with pytest.raises(RuntimeError, match="packed must be contiguous float32 of"):
+    with pytest.raises(RuntimeError, match="packed must be contiguous uint8 of"):
         ops.mixer(x, *shapes, packed[:-16], workspace, 1, True, None)
-    with pytest.raises(RuntimeError, match="workspace must be contiguous float32 of"):
+    with pytest.raises(RuntimeError, match="workspace must be contiguous uint8 of"):
         ops.mixer(x, *shapes, packed, workspace[:-16], 1, True, None)
     with pytest.raises(RuntimeError, match="x must be \\(N, 3, H, W\\) with H >= 2"):
         ops.mixer(x[:, :, :1], *shapes, packed, workspace, 1, True, None)

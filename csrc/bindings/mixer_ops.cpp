@@ -51,10 +51,10 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   return params;
 }
 
-// A new tensor of float32 with at least so many bytes, on huge pages where the system has them: a layer's weights and
-// activations are more than the TLB covers with small ones.
+// So many bytes on like's device, on huge pages where the system has them: a layer's weights and activations are more
+// than the TLB covers with small ones.
 Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  Tensor tensor = empty_strided_like<1>(like, {(bytes + int64_t(sizeof(float)) - 1) / int64_t(sizeof(float))}, {1});
+  Tensor tensor = empty_workspace(like, bytes);
 #if defined(__linux__)
   const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t begin = round_up(first, kHugePage), end = (first + bytes) / kHugePage * kHugePage;
@@ -72,8 +72,8 @@ void* aligned(const Tensor& workspace) {
 }
 
 void check_bytes(const char* argument, const Tensor& tensor, int64_t bytes) {
-  check(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() * 4 >= bytes, argument,
-        " must be contiguous float32 of ", bytes, " bytes, got ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
+  check(tensor.scalar_type() == ScalarType::Byte && tensor.is_contiguous() && tensor.numel() >= bytes, argument,
+        " must be contiguous uint8 of ", bytes, " bytes, got ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
   check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0, argument, " must be aligned to ",
         kAlignment, " bytes");
 }
@@ -93,15 +93,15 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   check_shape("patch", patch, {s.dim, s.in_channels, s.patch_h, s.patch_w}, type);
   check_shape("depthwise", depthwise, {s.depth, s.dim, 1, s.kernel_h, s.kernel_w}, type);
   check_shape("pointwise", pointwise, {s.depth, s.dim, s.dim}, type);
-  check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Float);
+  check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Double);
   check_shape("head_weight", head_weight, {s.classes, s.dim}, type);
   check_shape("head_bias", head_bias, {s.classes}, type);
   const cpu::MixerKernels& kernels = cpu::mixer_kernels();
-  Tensor packed = empty_bytes(vectors, kernels.packed_bytes(s));
+  Tensor packed = empty_bytes(patch, kernels.packed_bytes(s));
   const MixerWeights weights{patch.const_data_ptr(),
                              depthwise.const_data_ptr(),
                              pointwise.const_data_ptr(),
-                             static_cast<const float*>(vectors.const_data_ptr()),
+                             static_cast<const double*>(vectors.const_data_ptr()),
                              head_weight.const_data_ptr(),
                              head_bias.const_data_ptr()};
   kernels.pack(s, weights, packed.mutable_data_ptr());
@@ -115,10 +115,10 @@ int64_t mixer_workspace_bytes(const Tensor& x, const Tensor& patch, const Tensor
 
 // Zeros, beside the weights that mixer_pack has packed.
 Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
-  check(packed.scalar_type() == ScalarType::Float, "packed must be float32, got ", name_of(packed.scalar_type()));
+  check(packed.scalar_type() == ScalarType::Byte, "packed must be uint8, got ", name_of(packed.scalar_type()));
   check(bytes >= 0, "bytes must be at least 0, got ", bytes);
   Tensor workspace = empty_bytes(packed, bytes);
-  std::memset(workspace.mutable_data_ptr(), 0, workspace.numel() * sizeof(float));
+  std::memset(workspace.mutable_data_ptr(), 0, workspace.numel());
   return workspace;
 }
 

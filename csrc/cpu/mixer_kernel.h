@@ -226,6 +226,9 @@ template <class Operand>
 struct Layout {
   static constexpr int64_t n = kLanes<float>;
   static constexpr int64_t kFloat = sizeof(float) / sizeof(Operand);
+  // Of a convolution: bias, scale, shift, and what rounding to float32 took from the shift. All pixels would share that
+  // error and no mean over them would lessen it: it was most of the logits' error.
+  static constexpr int kVectorsAfter = 4;
 
   const MixerSizes& sizes;
   int64_t patch;                             // values of a patch
@@ -247,12 +250,12 @@ struct Layout {
     depthwise = pointwise + s.depth * pointwise_layer;
     head = depthwise + s.depth * depthwise_layer;
     vectors = head + head_tiles * kColumns * depth * n;
-    head_bias = vectors + (2 * s.depth + 1) * 3 * tiles * kColumns * kFloat;
+    head_bias = vectors + (2 * s.depth + 1) * kVectorsAfter * tiles * kColumns * kFloat;
     end = head_bias + head_tiles * kColumns * kFloat;
   }
 
   int64_t vector(int64_t convolution, int which) const {
-    return vectors + (convolution * 3 + which) * tiles * kColumns * kFloat;
+    return vectors + (convolution * kVectorsAfter + which) * tiles * kColumns * kFloat;
   }
 };
 
@@ -308,9 +311,7 @@ class Packing {
       pack_taps(l);
     }
     pack_right(weights_.head, s.classes, s.dim, packed_ + layout_.head);
-    for (int64_t c = 0; c < 2 * s.depth + 1; ++c)
-      for (int which = 0; which < 3; ++which)
-        memcpy(packed_ + layout_.vector(c, which), weights_.vectors + (c * 3 + which) * s.dim, s.dim * sizeof(float));
+    for (int64_t c = 0; c < 2 * s.depth + 1; ++c) pack_vectors(c);
     memcpy(packed_ + layout_.head_bias, row(weights_.head_bias, 0, s.classes), s.classes * sizeof(float));
   }
 
@@ -334,6 +335,18 @@ class Packing {
       Operand* column = to + c / kColumns * tile + c % kColumns * kDepth;
       for (int64_t k = 0; k < depth; ++k)
         column[k / kDepth * kColumns * kDepth + k % kDepth] = Operand::from(from[k]);
+    }
+  }
+
+  void pack_vectors(int64_t convolution) {
+    const int64_t dim = layout_.sizes.dim;
+    const double* from = weights_.vectors + convolution * 3 * dim;
+    for (int64_t c = 0; c < dim; ++c) {
+      const float shift = float(from[2 * dim + c]);
+      const float values[layout_.kVectorsAfter] = {float(from[c]), float(from[dim + c]), shift,
+                                                   float(from[2 * dim + c] - shift)};
+      for (int which = 0; which < layout_.kVectorsAfter; ++which)
+        memcpy(packed_ + layout_.vector(convolution, which) + c * layout_.kFloat, &values[which], sizeof(float));
     }
   }
 
@@ -409,12 +422,19 @@ class Mixer {
   ProductPlan<Operand> head_product() const { return {w_.image_panels, w_.head_tiles, w_.depth, p_.threads}; }
   Operand* plane(int64_t image, int64_t vector) const { return planes_ + (image * w_.depth + vector) * w_.plane; }
 
-  Pointwise<float> vectors(int64_t convolution, int64_t vector) const {
-    Pointwise<float> result;
-    Vec<float>* const all[] = {&result.bias, &result.scale, &result.shift};
-    for (int which = 0; which < 3; ++which)
+  // What follows a convolution: the pointwise functions but for their shift, then that.
+  struct Epilogue {
+    Pointwise<float> pointwise;
+    Vec<float> shift;
+  };
+
+  Epilogue epilogue(int64_t convolution, int64_t vector) const {
+    Epilogue result;
+    Vec<float>* const all[w_.kVectorsAfter] = {&result.pointwise.bias, &result.pointwise.scale, &result.shift,
+                                               &result.pointwise.shift};
+    for (int which = 0; which < w_.kVectorsAfter; ++which)
       memcpy(all[which], packed_ + w_.vector(convolution, which) + vector * n * w_.kFloat, sizeof(Vec<float>));
-    result.activation = s_.activation;
+    result.pointwise.activation = s_.activation;
     return result;
   }
 
@@ -472,8 +492,9 @@ class Mixer {
       for (int64_t v = 0; v < min(kVectors, w_.depth - column * kVectors); ++v) {
         const int64_t vector = column * kVectors + v;
         Operand* map = planes_ + vector * w_.plane;
-        Operand::apply(vectors(convolution, vector), tile[v], min(kRows, pixels - pixel), [&](int64_t r, Vec<float> z) {
-          Operand::store(map + slot[r], z);
+        const auto [pointwise, shift] = epilogue(convolution, vector);
+        Operand::apply(pointwise, tile[v], min(kRows, pixels - pixel), [&](int64_t r, Vec<float> z) {
+          Operand::store(map + slot[r], z + shift);
           __builtin_prefetch(map + slot[kRows + r], 1, 2);  // of the next panel
         });
       }
@@ -491,7 +512,7 @@ class Mixer {
       const Operand* from = plane(image, vector);
       const Operand* weight = packed_ + w_.depthwise + layer * w_.depthwise_layer +
                               vector * w_.tap_rows * s_.kernel_w * n * Operand::kDepth;
-      const Pointwise<float> epilogue = vectors(2 * layer + 1, vector);
+      const Epilogue after = epilogue(2 * layer + 1, vector);
       const int64_t top = first - w_.pad_top;  // the map's row in row 0 of the input
       const Groups* input = input_rows(from, top, last - w_.pad_top + s_.kernel_h - 1, memory) - top * w_.pitch;
       Slots<Operand> slots(plan, panels_, vector, (image * w_.height + first) * w_.width);
@@ -507,7 +528,7 @@ class Mixer {
           const Lines write = lines(slots[pixel] + 2 * w_.width * n, columns);  // two rows ahead
           Vec<float> sums[kMaxColumns];
           convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, read, write, sums);
-          emit(epilogue, from + (h * w_.pitch + w_.pad_left + w) * n, sums, pixel, columns, slots);
+          emit(after, from + (h * w_.pitch + w_.pad_left + w) * n, sums, pixel, columns, slots);
         }
       }
     }
@@ -552,13 +573,15 @@ class Mixer {
   }
 
   // The epilogue, then the residual, if there is one; a strip into the panels, from `pixel` on.
-  void emit(const Pointwise<float>& epilogue, const Operand* residual, const Vec<float>* sums, int64_t pixel,
+  void emit(const Epilogue& after, const Operand* residual, const Vec<float>* sums, int64_t pixel,
             int64_t columns, Slots<Operand>& slots) const {
     const bool adds = s_.residual;
     for (int64_t begin = 0, count; begin < columns; begin += count) {
       Operand* to = slots[pixel + begin];
       count = min(columns - begin, slots.successive(pixel + begin));
-      Operand::apply(epilogue, sums + begin, count, [=](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
+      Operand::apply(after.pointwise, sums + begin, count, [=, shift = after.shift](int64_t w, Vec<float> z)
+                                                               CMF_INLINE_LAMBDA {
+        z += shift;
         Operand::store(to + w * n, adds ? z + Operand::load(residual + (begin + w) * n) : z);
       });
     }
@@ -569,16 +592,12 @@ class Mixer {
     const ProductPlan<Operand> plan = head_product();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / w_.depth, vector = task % w_.depth;
-      Vec<float> sum = {}, lost = {};  // lost: what the additions to `sum` rounded away; NaN once `sum` is infinite
+      CompensatedSum<Vec<float>> sum;
       for (int64_t h = 0; h < w_.height; ++h) {
         const Operand* row = plane(image, vector) + (h * w_.pitch + w_.pad_left) * n;
-        for (int64_t w = 0; w < w_.width; ++w) {
-          const Vec<float> z = Operand::load(row + w * n), total = sum + z, kept = total - sum;
-          lost += (sum - (total - kept)) + (z - kept);
-          sum = total;
-        }
+        for (int64_t w = 0; w < w_.width; ++w) sum.add(Operand::load(row + w * n));
       }
-      const Vec<float> mean = (lost == lost ? sum + lost : sum) / float(w_.height * w_.width);
+      const Vec<float> mean = sum.value() / float(w_.height * w_.width);
       Operand::store(Slots<Operand>(plan, pooled_, vector, image)[image], mean);
     }
   }

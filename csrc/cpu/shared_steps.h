@@ -1,5 +1,9 @@
 // Steps of tasks, one after another, shared by however many threads come to work on them, whenever they come.
 #pragma once
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -13,13 +17,17 @@ namespace convmixer_fast::cpu {
 // Every thread has a share of each step, successive tasks, and takes some of them at a time from its beginning; once
 // they are gone, from the ends of the others' shares. So a thread whose core is slow, busy otherwise or not even running
 // yet delays nobody by more than what it has taken, and one thread alone does all.
+//
+// To a virtual machine's kernel a core that sleeps may look taken by another machine: it then wakes the other threads on
+// the core of thread 0, where they would not run before the scheduler's next tick, some milliseconds later. So thread 0
+// lets those that are still to come run between its tasks, and they move to another core.
 class SharedSteps {
  public:
   using Clock = std::chrono::steady_clock;
 
   // tasks: of every step; each fewer than 2^32.
   SharedSteps(const std::vector<int64_t>& tasks, int64_t threads)
-      : threads_(threads), steps_(tasks.size()), shares_(new Share[tasks.size() * threads]) {
+      : threads_(threads), absent_(threads), steps_(tasks.size()), shares_(new Share[tasks.size() * threads]) {
     Share* share = shares_.get();
     for (size_t s = 0; s < tasks.size(); ++s) {
       steps_[s].left.store(tasks[s], std::memory_order_relaxed);
@@ -32,6 +40,8 @@ class SharedSteps {
   // end) does tasks; what it throws leaves here, and ends the other threads' work.
   template <class Run>
   void work(int64_t thread, Run run) {
+    if (thread > 0) leave_core(core_of_0_);
+    --absent_;
     for (size_t s = 0; s < steps_.size() && !failed_; ++s) {
       int64_t done = 0;
       for (int64_t i = 0; i < threads_; ++i) {
@@ -43,6 +53,7 @@ class SharedSteps {
             failed_ = true;
             throw;
           }
+          if (thread == 0 && absent_ > 0) let_others_run();
         }
       }
       const auto now = Clock::now();
@@ -79,6 +90,28 @@ class SharedSteps {
     return true;
   }
 
+  void let_others_run() {
+    core_of_0_ = current_core();
+    std::this_thread::yield();
+  }
+
+#if defined(__linux__)
+  static int current_core() { return sched_getcpu(); }
+
+  // Moves this thread to another core, if it is on this one and may run elsewhere.
+  static void leave_core(int core) {
+    cpu_set_t allowed;
+    if (core < 0 || core != sched_getcpu() || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+  }
+#else
+  static int current_core() { return -1; }
+  static void leave_core(int) {}
+#endif
+
   static void wait(int64_t turns) {
     if (turns >= kTurns) return std::this_thread::yield();
 #if defined(__x86_64__)
@@ -87,6 +120,8 @@ class SharedSteps {
   }
 
   const int64_t threads_;
+  std::atomic<int64_t> absent_;      // threads that have not come yet
+  std::atomic<int> core_of_0_{-1};  // where thread 0 was when it last let others run
   std::vector<Step> steps_;
   std::unique_ptr<Share[]> shares_;  // by step, then thread
   std::atomic<bool> failed_{false};
