@@ -15,6 +15,46 @@
 namespace convmixer_fast::cpu {
 namespace {
 
+// ---------------------------------------------------------------------------------------------------- schemes
+
+// How a product of matrices is made of `products` products of their parts: each multiplies the left operand's parts,
+// summed with these signs, by the right one's, and is added to the result's parts with its signs. A matrix has
+// halves x halves parts; part halves i + j is half i of its rows and half j of its columns.
+struct Scheme {
+  static constexpr int kMostProducts = 7, kMostParts = 4;
+  using Signs = int8_t[kMostProducts][kMostParts];
+
+  int products, halves;
+  Signs left, right, result;
+
+  constexpr int parts() const { return halves * halves; }
+
+  // Whether each product of a left and a right part ends up where it belongs, once, and nowhere else.
+  constexpr bool is_right() const {
+    for (int l = 0; l < parts(); ++l)
+      for (int r = 0; r < parts(); ++r)
+        for (int p = 0; p < parts(); ++p) {
+          int times = 0;
+          for (int m = 0; m < products; ++m) times += left[m][l] * right[m][r] * result[m][p];
+          const bool meet = l % halves == r / halves, here = p == l / halves * halves + r % halves;
+          if (times != (meet && here)) return false;
+        }
+    return true;
+  }
+};
+
+constexpr Scheme kPlain = {1, 1, {{1}}, {{1}}, {{1}}};
+static_assert(kPlain.is_right());
+
+// Seven products of half the size in place of eight (V. Strassen, "Gaussian elimination is not optimal", 1969).
+constexpr Scheme kStrassen = {
+    7,
+    2,
+    {{1, 0, 0, 1}, {0, 0, 1, 1}, {1, 0, 0, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {-1, 0, 1, 0}, {0, 1, 0, -1}},
+    {{1, 0, 0, 1}, {1, 0, 0, 0}, {0, 1, 0, -1}, {-1, 0, 1, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {0, 0, 1, 1}},
+    {{1, 0, 0, 1}, {0, 0, 1, -1}, {0, 1, 0, 1}, {1, 0, 1, 0}, {-1, 1, 0, 0}, {0, 0, 0, 1}, {1, 0, 0, 0}}};
+static_assert(kStrassen.is_right());
+
 // ---------------------------------------------------------------------------------------------------- operands
 
 // An operand type is a storage type with which the convolutions multiply: weights, panels and planes are made of it.
@@ -26,9 +66,15 @@ struct FloatOperand : Native<float> {
   static constexpr int kDepth = 1;
   // Rows of the left operand that AVX-512's multiplications broadcast themselves: more loads, but fewer instructions.
   static constexpr int kRowsLoadedTwice = CMF_VECTOR_BYTES == 64 ? 8 : 0;
-  static constexpr int64_t kSummedAtOnce = CMF_VECTOR_BYTES > 16 ? 128 : 64;  // without FMA each product is rounded
+  static constexpr int64_t kChunk = 128;  // channels whose weights are to stay in the L1 cache
+  // Channels to sum before they are added to the rest. Without FMA each product is rounded; Strassen's results are
+  // differences of larger sums.
+  static constexpr int64_t summed_at_once(const Scheme& scheme) {
+    return scheme.products > 1 ? 32 : CMF_VECTOR_BYTES > 16 ? 128 : 64;
+  }
   static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
+  CMF_INLINE void add(float v) { value += v; }
   template <class F>
   static CMF_INLINE void apply(const Pointwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
     pointwise.apply(v, n, emit);
@@ -43,13 +89,15 @@ struct BFloat16Operand : BFloat16 {
   };
   static constexpr int kDepth = 2;
   static constexpr int kRowsLoadedTwice = 0;
-  static constexpr int64_t kSummedAtOnce = 512;
+  static constexpr int64_t kChunk = 512;
+  static constexpr int64_t summed_at_once(const Scheme&) { return kChunk; }
   static CMF_INLINE Groups broadcast(Group group) { return {bit_cast<__m512bh>(group + Bits{})}; }
   static CMF_INLINE void store(BFloat16* to, Vec<float> v) {
     const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
     memcpy(to, &narrow, sizeof narrow);
   }
   static CMF_INLINE BFloat16Operand from(float value) { return {uint16_t(bit_cast<uint32_t>(value) >> 16)}; }
+  CMF_INLINE void add(float v) { value = from(bit_cast<float>(uint32_t(value) << 16) + v).value; }
   static CMF_INLINE Groups interleave(const BFloat16* first, const BFloat16* second) {
     return {bit_cast<__m512bh>(load_bits16(second) << 16 | load_bits16(first))};
   }
@@ -89,17 +137,42 @@ struct Ahead {
   int64_t count;
 };
 
-// tile = left (kRows pixels, `pitch` from channel vector to channel vector) times right (kColumns), added to what it
-// holds unless `first`. Not inline: its loop wants all vector registers.
+// Where a product goes.
+struct Target {
+  Tile* tile;
+  enum How { kSet, kAdd, kSubtract } how;
+};
+
+// to[v][r] = or += or -= sum[v][r], by `update`.
+template <class Update>
+CMF_INLINE void for_tile(Tile& to, const Vec<float> (&sum)[kVectors][kRows], Update update) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) update(to[v][r], sum[v][r]);
+}
+
+// Left (kRows pixels, `pitch` from channel vector to channel vector) times right (kColumns), to all targets. Sums of
+// `at_once` channel vectors are added up in `memory`. Not inline: its loop wants all vector registers.
 template <class Operand>
 __attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, const Operand* right, int64_t depth,
-                                        bool first, Ahead ahead, Tile& tile) {
+                                        int64_t at_once, Ahead ahead, const Target* targets, int64_t target_count,
+                                        Tile& memory) {
   using Groups = typename Operand::Groups;
   constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
+  const auto set = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to = s; };
+  const auto add = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to += s; };
+  const auto subtract = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to -= s; };
   Vec<float> sum[kVectors][kRows] = {};
   const Operand* same = left;  // which the compiler is not to see, or it would load once
   asm("" : "+r"(same));
-  for (int64_t i = 0; i < depth; ++i) {
+  for (int64_t i = 0, end = at_once; i < depth; ++i) {
+    if (i == end) {
+      if (i == at_once) for_tile(memory, sum, set);
+      else for_tile(memory, sum, add);
+      for_tile(sum, sum, [](Vec<float>& to, const Vec<float>&) CMF_INLINE_LAMBDA { to = Vec<float>{}; });
+      end += at_once;
+    }
 #pragma GCC unroll 1
     for (int k = 0; k < n; k += kDepth) {
       Groups weight[kVectors];
@@ -120,36 +193,52 @@ __attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, cons
     for (int64_t l = 0; l < ahead.count; ++l) __builtin_prefetch(ahead.first + l * 64, 0, 2);
     ahead.first += kColumns * n * sizeof(Operand);
   }
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) tile[v][r] = first ? sum[v][r] : tile[v][r] + sum[v][r];
+  if (depth > at_once) for_tile(sum, memory, add);
+  for (const Target* target = targets; target < targets + target_count; ++target) {
+    switch (target->how) {
+      case Target::kSet: for_tile(*target->tile, sum, set); break;
+      case Target::kAdd: for_tile(*target->tile, sum, add); break;
+      case Target::kSubtract: for_tile(*target->tile, sum, subtract);
+    }
+  }
 }
 
-// How a product is cut into tasks, each a group of panels times a tile of columns; and where the panels' elements lie.
+// How a product is cut into tasks, each a group of panels times a block of column tiles; and where the panels' elements
+// lie. All sizes are those of a part.
 template <class Operand>
 struct ProductPlan {
   static constexpr int64_t n = kLanes<float>;
   static constexpr int64_t kMaxPanels = 24;  // of a group
+  static constexpr int64_t kMaxTiles = 12;   // of a block
   static constexpr double kUneven = 1.03;    // the longest thread's share over the mean one, accepted
 
-  int64_t panels, tiles, depth, groups;
+  const Scheme& scheme;
+  int64_t panels, tiles, depth;
+  int64_t block, blocks;  // tiles of a block: of many, where sums of the panels' parts are made for all of them
+  int64_t groups;
 
-  // The fewest groups that fit half of the L2 cache, for the weights pass by once for each, and that busy all threads.
-  ProductPlan(int64_t panels, int64_t tiles, int64_t depth, int64_t threads)
-      : panels(panels), tiles(tiles), depth(depth) {
-    const int64_t fitting = l2_bytes() / 2 / (kRows * depth * n * int64_t(sizeof(Operand)));
-    groups = ceil_div(panels, max(1, min(fitting, kMaxPanels)));
+  // The fewest groups for which the L2 cache holds what is used again, the panels or the sums of their parts and the
+  // results, and that busy all threads: the weights pass by once for each group.
+  ProductPlan(const Scheme& scheme, int64_t panels, int64_t tiles, int64_t depth, int64_t threads)
+      : scheme(scheme), panels(panels), tiles(tiles), depth(depth) {
+    const int64_t most = scheme.products == 1 ? 1 : max(1, min(kMaxTiles, tiles * panels / (4 * threads)));
+    blocks = ceil_div(tiles, most), block = ceil_div(tiles, max(1, blocks));
+    const int64_t left = kRows * depth * n * int64_t(sizeof(Operand));
+    const int64_t panel = scheme.products == 1 ? 2 * left : left + block * scheme.parts() * int64_t(sizeof(Tile));
+    groups = ceil_div(panels, max(1, min(l2_bytes() / panel, kMaxPanels)));
     double least = uneven(groups, threads);
     for (int64_t g = groups; g < panels && least > kUneven; ++g)
       if (uneven(g, threads) < least) groups = g, least = uneven(g, threads);
   }
 
   double uneven(int64_t g, int64_t threads) const {
-    return double(ceil_div(g * tiles, threads) * threads * ceil_div(panels, g)) / double(tiles * panels);
+    const int64_t longest = ceil_div(ceil_div(g * blocks, threads) * panels, g);
+    return double(longest * threads) / double(blocks * panels);
   }
 
-  int64_t tasks() const { return groups * tiles; }
+  int64_t tasks() const { return groups * blocks; }
+  int64_t left_depth() const { return scheme.parts() * depth; }  // the parts' channel vectors follow each other
+  int64_t right_depth() const { return scheme.products * depth; }
   int64_t first_panel(int64_t group) const { return group * panels / groups; }  // equal groups, to within a panel
   int64_t first_pixel(int64_t group) const { return first_panel(group) * kRows; }
   int64_t group_of(int64_t pixel) const { return ((pixel / kRows + 1) * groups - 1) / panels; }
@@ -179,7 +268,7 @@ class Slots {
   void enter(int64_t group) {
     const int64_t first = plan_.first_pixel(group);
     group_ = group, end_ = plan_.first_pixel(group + 1);
-    pixel_0_ = panels_ + (first * plan_.depth + vector_ * (end_ - first) - first) * n;
+    pixel_0_ = panels_ + (first * plan_.left_depth() + vector_ * (end_ - first) - first) * n;
   }
 
   const ProductPlan<Operand>& plan_;
@@ -188,32 +277,80 @@ class Slots {
   Operand* pixel_0_;  // where pixel 0 would lie if it were of this group
 };
 
-// The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, column tile,
-// tile of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up: their weights
-// stay in the L1 cache while all panels of the group pass by.
+// The sum of the parts that have a sign, at most two, each `values` values, one after another: where it lies, in memory
+// of its own unless it is one of them.
+template <class Operand>
+const Operand* signed_sum(const int8_t* sign, int64_t parts, const Operand* part, int64_t values, Operand* memory) {
+  const Operand *positive = nullptr, *other = nullptr;
+  bool adds = true;
+  for (int64_t p = 0; p < parts; ++p, part += values) {
+    if (sign[p] == 0) continue;
+    if (sign[p] > 0 && !positive) positive = part;
+    else other = part, adds = sign[p] > 0;
+  }
+  if (!other) return positive;
+  for (int64_t i = 0; i < values; i += kLanes<float>) {
+    const Vec<float> a = Operand::load(positive + i), b = Operand::load(other + i);
+    Operand::store(memory + i, adds ? a + b : a - b);
+  }
+  return memory;
+}
+
+// The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, part, column
+// tile, tile of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up. The
+// weights of kChunk channels stay in the L1 cache while all panels of the group pass by.
 template <class Operand, class OnGroup, class OnTile>
 void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t at_once,
-                    int64_t begin, int64_t end, OnGroup on_group, OnTile on_tile) {
+                    int64_t begin, int64_t end, Scratch& scratch, OnGroup on_group, OnTile on_tile) {
   constexpr int64_t n = kLanes<float>, kLines = kColumns * n * int64_t(sizeof(Operand)) / 64;
-  Tile tiles[ProductPlan<Operand>::kMaxPanels];
+  const Scheme& scheme = plan.scheme;
+  constexpr int64_t kVectorsOfChunk = Operand::kChunk / n;
+  const int64_t parts = scheme.parts(), chunks = ceil_div(plan.depth, kVectorsOfChunk);
+  const int64_t tile_count = plan.kMaxPanels * plan.block * parts;
+  const int64_t sums = scheme.products > 1 ? plan.kMaxPanels * kRows * plan.depth * n : 0;
+  Tile* tiles = static_cast<Tile*>(scratch.reserve(tile_count * sizeof(Tile) + sums * sizeof(Operand)));
+  Operand* sum = reinterpret_cast<Operand*>(tiles + tile_count);
+  Tile partial;  // for `multiply`
+  int first_product[Scheme::kMostParts] = {};
+  for (int part = 0; part < parts; ++part)
+    while (scheme.result[first_product[part]][part] == 0) ++first_product[part];
+
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.tiles, column = task % plan.tiles;
+    const int64_t group = task / plan.blocks, first_column = task % plan.blocks * plan.block;
+    const int64_t columns = min(plan.block, plan.tiles - first_column);
     const int64_t first = plan.first_panel(group), panels = plan.first_panel(group + 1) - first;
     const int64_t pitch = plan.pitch(group);
-    const Operand* from = left + first * kRows * plan.depth * n;
-    const auto weights_at = [&](int64_t column, int64_t vector) {
-      return right + (column * plan.depth + vector) * kColumns * n;
+    const Operand* from = left + first * kRows * plan.left_depth() * n;
+    if (task == begin || first_column == 0) on_group(first * kRows, panels * kRows);
+
+    const int64_t steps = scheme.products * columns * chunks;  // chunk by chunk, tile by tile, product by product
+    const auto weights_at = [&](int64_t step) {
+      const int64_t product = step / chunks / columns, column = first_column + step / chunks % columns;
+      const int64_t vector = product * plan.depth + step % chunks * kVectorsOfChunk;
+      return right + (column * plan.right_depth() + vector) * kColumns * n;
     };
-    if (task == begin || column == 0) on_group(first * kRows, panels * kRows);
-    for (int64_t i = 0; i < plan.depth; i += at_once) {
-      const int64_t vectors = min(at_once, plan.depth - i), next = i + vectors;
-      const Operand* weight = weights_at(column, i);
-      const Operand* later = next < plan.depth ? weights_at(column, next) : weights_at((column + 1) % plan.tiles, 0);
+    const Operand* of_next_task = right + (first_column + columns) % plan.tiles * plan.right_depth() * kColumns * n;
+    const Operand* operand = nullptr;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t product = step / chunks / columns, column = step / chunks % columns;
+      const int64_t i = step % chunks * kVectorsOfChunk, vectors = min(kVectorsOfChunk, plan.depth - i);
+      if (step % (columns * chunks) == 0) operand = signed_sum(scheme.left[product], parts, from, plan.depth * pitch, sum);
+      const Operand* weight = weights_at(step);
+      const Operand* later = step + 1 < steps ? weights_at(step + 1) : of_next_task;
       for (int64_t p = 0; p < panels; ++p) {
+        Tile* results = tiles + (column * panels + p) * parts;
+        Target targets[Scheme::kMostParts];
+        int64_t target_count = 0;
+        for (int part = 0; part < parts; ++part)
+          if (const int sign = scheme.result[product][part])
+            targets[target_count++] = {results + part, i == 0 && product == first_product[part] ? Target::kSet
+                                                       : sign > 0                               ? Target::kAdd
+                                                                                                : Target::kSubtract};
         const int64_t line = p * kLines / panels;
         const Ahead ahead{reinterpret_cast<const char*>(later) + line * 64, (p + 1) * kLines / panels - line};
-        multiply(from + i * pitch + p * kRows * n, pitch, weight, vectors, i == 0, ahead, tiles[p]);
-        if (next == plan.depth) on_tile(p * kRows, column, tiles[p]);
+        multiply(operand + i * pitch + p * kRows * n, pitch, weight, vectors, at_once, ahead, targets, target_count, partial);
+        if (product + 1 < scheme.products || i + vectors < plan.depth) continue;
+        for (int part = 0; part < parts; ++part) on_tile(p * kRows, part, first_column + column, results[part]);
       }
     }
   }
@@ -230,21 +367,27 @@ struct Layout {
   // error and no mean over them would lessen it: it was most of the logits' error.
   static constexpr int kVectorsAfter = 4;
 
+  static constexpr int64_t kStrassenDim = 512;  // from here on its additions cost less than they save
+
   const MixerSizes& sizes;
+  const Scheme& scheme;                      // of the pointwise products
   int64_t patch;                             // values of a patch
   int64_t patch_depth, depth;                // channel vectors of a patch and of the network
+  int64_t part_depth, part_tiles;            // channel vectors and tiles of output channels of a pointwise product's part
   int64_t tiles, head_tiles;                 // of output channels
   int64_t tap_rows;                          // of the depthwise kernel, kDepth of its rows in each
   int64_t pointwise_layer, depthwise_layer;  // sizes of a layer's weights
   int64_t pointwise, depthwise, head, vectors, head_bias, end;
 
-  explicit Layout(const MixerSizes& s) : sizes(s) {
+  explicit Layout(const MixerSizes& s)
+      : sizes(s), scheme(Operand::kDepth == 1 && s.dim >= kStrassenDim ? kStrassen : kPlain) {
     patch = s.in_channels * s.patch_h * s.patch_w;
     patch_depth = ceil_div(patch, n);
     depth = ceil_div(s.dim, n);
     tiles = ceil_div(s.dim, kColumns), head_tiles = ceil_div(s.classes, kColumns);
+    part_depth = ceil_div(depth, scheme.halves), part_tiles = ceil_div(tiles, scheme.halves);
     tap_rows = ceil_div(s.kernel_h, Operand::kDepth);
-    pointwise_layer = tiles * kColumns * depth * n;
+    pointwise_layer = scheme.products * part_tiles * kColumns * part_depth * n;
     depthwise_layer = depth * tap_rows * s.kernel_w * n * Operand::kDepth;
     pointwise = tiles * kColumns * patch_depth * n;  // the patch convolution's come first
     depthwise = pointwise + s.depth * pointwise_layer;
@@ -266,21 +409,25 @@ struct Workspace : Layout<Operand> {
   using Layout<Operand>::depth;
 
   int64_t height, width, pixels;  // of a map; pixels: of all of them
+  int64_t part_width, part_pixels;  // of a part: of halves of a row
   int64_t pitch;                  // vectors from row to row of a plane, padding included
   int64_t pad_top, pad_left;
   int64_t plane;                           // elements
-  int64_t row_panels, image_panels;
+  int64_t row_panels, part_panels, image_panels;
   int64_t panels, pooled, end;  // offsets; the planes come first
 
   explicit Workspace(const MixerParams& p) : Layout<Operand>(p.sizes) {
     const MixerSizes& s = p.sizes;
     height = p.height / s.patch_h, width = p.width / s.patch_w, pixels = p.batch * height * width;
+    part_width = ceil_div(width, this->scheme.halves), part_pixels = p.batch * height * part_width;
     pad_top = (s.kernel_h - 1) / 2, pad_left = (s.kernel_w - 1) / 2;
     pitch = width + s.kernel_w - 1;
     plane = height * pitch * n;
     row_panels = ceil_div(pixels, kRows), image_panels = ceil_div(p.batch, kRows);
+    part_panels = ceil_div(part_pixels, kRows);
     panels = p.batch * depth * plane;
-    pooled = panels + row_panels * kRows * n * max(this->patch_depth, depth);
+    pooled = panels + kRows * n * max(row_panels * this->patch_depth,
+                                      part_panels * this->scheme.parts() * this->part_depth);
     end = pooled + image_panels * kRows * n * depth;
   }
 };
@@ -304,13 +451,13 @@ class Packing {
 
   void run() {
     const MixerSizes& s = layout_.sizes;
-    pack_right(weights_.patch, s.dim, layout_.patch, packed_);
+    pack_right(kPlain, weights_.patch, s.dim, layout_.patch, packed_);
     for (int64_t l = 0; l < s.depth; ++l) {
       const S* pointwise = static_cast<const S*>(weights_.pointwise) + l * s.dim * s.dim;
-      pack_right(pointwise, s.dim, s.dim, packed_ + layout_.pointwise + l * layout_.pointwise_layer);
+      pack_right(layout_.scheme, pointwise, s.dim, s.dim, packed_ + layout_.pointwise + l * layout_.pointwise_layer);
       pack_taps(l);
     }
-    pack_right(weights_.head, s.classes, s.dim, packed_ + layout_.head);
+    pack_right(kPlain, weights_.head, s.classes, s.dim, packed_ + layout_.head);
     for (int64_t c = 0; c < 2 * s.depth + 1; ++c) pack_vectors(c);
     memcpy(packed_ + layout_.head_bias, row(weights_.head_bias, 0, s.classes), s.classes * sizeof(float));
   }
@@ -327,14 +474,21 @@ class Packing {
     return to;
   }
 
-  // The right operand of a product: by tiles of columns, then by groups of kDepth products.
-  void pack_right(const void* weight, int64_t columns, int64_t depth, Operand* to) {
-    const int64_t tile = ceil_div(depth, n) * n * kColumns;
-    for (int64_t c = 0; c < columns; ++c) {
-      const float* from = row(weight, c * depth, depth);
-      Operand* column = to + c / kColumns * tile + c % kColumns * kDepth;
-      for (int64_t k = 0; k < depth; ++k)
-        column[k / kDepth * kColumns * kDepth + k % kDepth] = Operand::from(from[k]);
+  // The right operand of a product: by tiles of columns, then by the scheme's products, then by groups of kDepth values.
+  void pack_right(const Scheme& scheme, const void* weight, int64_t columns, int64_t depth, Operand* to) {
+    const int64_t part_depth = ceil_div(ceil_div(depth, n), scheme.halves) * n;
+    const int64_t part_columns = ceil_div(ceil_div(columns, kColumns), scheme.halves) * kColumns;
+    for (int64_t column = 0; column < columns; ++column) {
+      const float* from = row(weight, column * depth, depth);
+      const int64_t c = column % part_columns;
+      for (int64_t value = 0; value < depth; ++value) {
+        const int64_t k = value % part_depth, part = value / part_depth * scheme.halves + column / part_columns;
+        for (int64_t product = 0; product < scheme.products; ++product) {
+          const int sign = scheme.right[product][part];
+          const int64_t group = (c / kColumns * scheme.products + product) * (part_depth / kDepth) + k / kDepth;
+          if (sign != 0) to[(group * kColumns + c % kColumns) * kDepth + k % kDepth].add(float(sign) * from[value]);
+        }
+      }
     }
   }
 
@@ -386,7 +540,7 @@ class Mixer {
         planes_(static_cast<Operand*>(p.workspace)),
         panels_(planes_ + w_.panels),
         pooled_(planes_ + w_.pooled) {
-    const int64_t wanted = ceil_div(kTasks, max(1, p.batch * w_.depth));
+    const int64_t wanted = max(ceil_div(p.threads, max(1, p.batch)), ceil_div(kTasks, max(1, p.batch * w_.depth)));
     band_rows_ = max(min(w_.height, kBandRows), ceil_div(w_.height, wanted));
     bands_ = ceil_div(w_.height, band_rows_);
   }
@@ -394,9 +548,9 @@ class Mixer {
   int64_t tasks(MixerStep step) const {
     switch (step.kind) {
       case MixerStep::kPatches: return w_.row_panels + p_.batch * w_.depth;
-      case MixerStep::kProject: return product(w_.patch_depth).tasks();
-      case MixerStep::kDepthwise: return p_.batch * w_.depth * bands_;
-      case MixerStep::kPointwise: return product(w_.depth).tasks();
+      case MixerStep::kProject: return patch_product().tasks();
+      case MixerStep::kDepthwise: return p_.batch * w_.scheme.halves * w_.part_depth * bands_;
+      case MixerStep::kPointwise: return product().tasks();
       case MixerStep::kPool: return p_.batch * w_.depth;
       case MixerStep::kHead: return head_product().tasks();
     }
@@ -406,20 +560,21 @@ class Mixer {
   void run(MixerStep step, int64_t begin, int64_t end, Scratch& scratch) const {
     switch (step.kind) {
       case MixerStep::kPatches: return patches(begin, end, scratch);
-      case MixerStep::kProject: return pointwise(packed_, w_.patch_depth, 0, begin, end);
+      case MixerStep::kProject: return pointwise(patch_product(), packed_, 0, begin, end, scratch);
       case MixerStep::kDepthwise: return depthwise(step.layer, begin, end, scratch);
       case MixerStep::kPointwise: {
         const Operand* weight = packed_ + w_.pointwise + step.layer * w_.pointwise_layer;
-        return pointwise(weight, w_.depth, 2 * step.layer + 2, begin, end);
+        return pointwise(product(), weight, 2 * step.layer + 2, begin, end, scratch);
       }
       case MixerStep::kPool: return pool(begin, end);
-      case MixerStep::kHead: return head(begin, end);
+      case MixerStep::kHead: return head(begin, end, scratch);
     }
   }
 
  private:
-  ProductPlan<Operand> product(int64_t depth) const { return {w_.row_panels, w_.tiles, depth, p_.threads}; }
-  ProductPlan<Operand> head_product() const { return {w_.image_panels, w_.head_tiles, w_.depth, p_.threads}; }
+  ProductPlan<Operand> patch_product() const { return {kPlain, w_.row_panels, w_.tiles, w_.patch_depth, p_.threads}; }
+  ProductPlan<Operand> product() const { return {w_.scheme, w_.part_panels, w_.part_tiles, w_.part_depth, p_.threads}; }
+  ProductPlan<Operand> head_product() const { return {kPlain, w_.image_panels, w_.head_tiles, w_.depth, p_.threads}; }
   Operand* plane(int64_t image, int64_t vector) const { return planes_ + (image * w_.depth + vector) * w_.plane; }
 
   // What follows a convolution: the pointwise functions but for their shift, then that.
@@ -444,7 +599,7 @@ class Mixer {
     for (int64_t k = 0; k < w_.patch; ++k)
       offset[k] = k / (s_.patch_h * s_.patch_w) * p_.x_stride.c + k / s_.patch_w % s_.patch_h * p_.x_stride.h +
                   k % s_.patch_w * p_.x_stride.w;
-    const ProductPlan<Operand> plan = product(w_.patch_depth);
+    const ProductPlan<Operand> plan = patch_product();
     for (int64_t task = begin; task < end; ++task) {
       if (task < w_.row_panels) {
         for (int64_t r = 0; r < kRows; ++r) pack_patch(plan, task * kRows + r, offset);
@@ -472,65 +627,112 @@ class Mixer {
   }
 
   // A 1x1 convolution, or that of the patches: panels -> planes.
-  void pointwise(const Operand* weight, int64_t depth, int64_t convolution, int64_t begin, int64_t end) const {
-    constexpr int64_t kAtOnce = Operand::kSummedAtOnce / n;
-    int64_t slots[(ProductPlan<Operand>::kMaxPanels + 1) * kRows];  // of the group's pixels, and of a panel to prefetch
-    int64_t pixels = 0;                                             // of the group, and of the map
+  void pointwise(const ProductPlan<Operand>& plan, const Operand* weight, int64_t convolution, int64_t begin,
+                 int64_t end, Scratch& scratch) const {
+    const int64_t halves = plan.scheme.halves;
+    const int64_t width = ceil_div(w_.width, halves), all = p_.batch * w_.height * width;  // of a part
+    constexpr int64_t kOutside = -1;
+    // Of the pixels of the group, and of a panel to prefetch, in each half of the rows.
+    int64_t slots[2][(ProductPlan<Operand>::kMaxPanels + 1) * kRows];
+    int64_t pixels = 0;  // of the group, and of the map
     const auto find_slots = [&](int64_t first, int64_t count) {
-      pixels = min(count, w_.pixels - first);
-      int64_t image = first / (w_.height * w_.width), h = first / w_.width % w_.height, w = first % w_.width;
+      pixels = min(count, all - first);
+      int64_t image = first / (w_.height * width), h = first / width % w_.height, w = first % width;
       for (int64_t i = 0; i < count + kRows; ++i) {
-        slots[i] = image * w_.depth * w_.plane + (h * w_.pitch + w_.pad_left + w) * n;
-        if (i + 1 >= pixels || ++w < w_.width) continue;
+        const int64_t slot = image * w_.depth * w_.plane + (h * w_.pitch + w_.pad_left + w) * n;
+        for (int64_t half = 0; half < halves; ++half)
+          slots[half][i] = w + half * width < w_.width ? slot + half * width * n : kOutside;
+        if (i + 1 >= pixels || ++w < width) continue;
         w = 0;
         if (++h == w_.height) h = 0, ++image;
       }
     };
-    multiply_tasks(product(depth), panels_, weight, kAtOnce, begin, end, find_slots,
-                   [&](int64_t pixel, int64_t column, Tile& tile) {
-      const int64_t* slot = slots + pixel;
-      for (int64_t v = 0; v < min(kVectors, w_.depth - column * kVectors); ++v) {
-        const int64_t vector = column * kVectors + v;
-        Operand* map = planes_ + vector * w_.plane;
-        const auto [pointwise, shift] = epilogue(convolution, vector);
+    multiply_tasks(plan, panels_, weight, Operand::summed_at_once(plan.scheme) / n, begin, end, scratch, find_slots,
+                   [&](int64_t pixel, int64_t part, int64_t column, Tile& tile) {
+      const int64_t* slot = slots[part / halves] + pixel;
+      const int64_t first = (column + part % halves * plan.tiles) * kVectors;
+      for (int64_t v = 0; v < min(kVectors, w_.depth - first); ++v) {
+        Operand* map = planes_ + (first + v) * w_.plane;
+        const auto [pointwise, shift] = epilogue(convolution, first + v);
         Operand::apply(pointwise, tile[v], min(kRows, pixels - pixel), [&](int64_t r, Vec<float> z) {
-          Operand::store(map + slot[r], z + shift);
+          if (slot[r] != kOutside) Operand::store(map + slot[r], z + shift);
           __builtin_prefetch(map + slot[kRows + r], 1, 2);  // of the next panel
         });
       }
     });
   }
 
+  // A channel vector of an image, and what the depthwise convolution of some of its rows needs.
+  struct Channels {
+    const Operand* plane;
+    const Groups* input;  // row 0 of the map
+    const Groups* weight;
+    Epilogue after;
+  };
+
   // Planes -> panels, row by row: the rows that sums share stay in the L1 cache, memory is read from end to end.
   void depthwise(int64_t layer, int64_t begin, int64_t end, Scratch& scratch) const {
     const int64_t groups = Operand::kDepth > 1 ? (band_rows_ + s_.kernel_h) * w_.pitch : 0;
     Groups* memory = static_cast<Groups*>(scratch.reserve(groups * sizeof(Groups)));
-    const ProductPlan<Operand> plan = product(w_.depth);
+    const ProductPlan<Operand> plan = product();
+    const int64_t halves = plan.scheme.halves, width = w_.part_width, vectors = halves * plan.depth;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t band = task % bands_, vector = task / bands_ % w_.depth, image = task / bands_ / w_.depth;
+      // Bands before channels, so that threads write what they read in the product: their own rows.
+      const int64_t vector = task % vectors, band = task / vectors % bands_, image = task / vectors / bands_;
       const int64_t first = band * band_rows_, last = min(w_.height, first + band_rows_);
-      const Operand* from = plane(image, vector);
-      const Operand* weight = packed_ + w_.depthwise + layer * w_.depthwise_layer +
-                              vector * w_.tap_rows * s_.kernel_w * n * Operand::kDepth;
-      const Epilogue after = epilogue(2 * layer + 1, vector);
-      const int64_t top = first - w_.pad_top;  // the map's row in row 0 of the input
-      const Groups* input = input_rows(from, top, last - w_.pad_top + s_.kernel_h - 1, memory) - top * w_.pitch;
-      Slots<Operand> slots(plan, panels_, vector, (image * w_.height + first) * w_.width);
+      const auto slots_of = [&](int64_t half) {  // of the rows
+        const int64_t part = half * halves + vector / plan.depth;
+        return Slots<Operand>(plan, panels_, part * plan.depth + vector % plan.depth, (image * w_.height + first) * width);
+      };
+      Slots<Operand> slots[] = {slots_of(0), slots_of(halves - 1)};
+      const Channels of = channels(layer, image, min(vector, w_.depth - 1), first, last, memory);
       for (int64_t h = first; h < last; ++h) {
-        const int64_t next = h + s_.kernel_h - w_.pad_top;  // the row that the next output row adds
-        const bool reads = Operand::kDepth == 1 && next < w_.height;
-        for (int64_t w = 0, columns; w < w_.width; w += columns) {
-          columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
-          const int64_t pixel = (image * w_.height + h) * w_.width + w;
-          const int64_t shared = w > 0 ? s_.kernel_w - 1 : 0;  // columns, with the strip before
-          const int64_t unread = reads ? columns + s_.kernel_w - 1 - shared : 0;
-          const Lines read = lines(from + (next * w_.pitch + w + shared) * n, unread);
-          const Lines write = lines(slots[pixel] + 2 * w_.width * n, columns);  // two rows ahead
-          Vec<float> sums[kMaxColumns];
-          convolve(input + w, reinterpret_cast<const Groups*>(weight), h, columns, read, write, sums);
-          emit(after, from + (h * w_.pitch + w_.pad_left + w) * n, sums, pixel, columns, slots);
+        const int64_t pixel = (image * w_.height + h) * width;
+        const auto place = [&](int64_t w, int64_t& count) {
+          const int64_t half = w >= width, column = w - half * width;
+          Operand* to = slots[half][pixel + column];
+          count = min(count, min(width - column, slots[half].successive(pixel + column)));
+          return to;
+        };
+        if (vector < w_.depth) depthwise_row(of, h, place);
+        // What parts have beyond the map goes into sums.
+        for (int64_t w = vector < w_.depth ? w_.width : 0, count; w < halves * width; w += count) {
+          count = halves * width - w;
+          Operand* to = place(w, count);
+          memset(to, 0, count * n * sizeof(Operand));
         }
       }
+    }
+  }
+
+  Channels channels(int64_t layer, int64_t image, int64_t vector, int64_t first, int64_t last, Groups* memory) const {
+    Channels of;
+    of.plane = plane(image, vector);
+    const int64_t top = first - w_.pad_top;  // the map's row in row 0 of the input
+    of.input = input_rows(of.plane, top, last - w_.pad_top + s_.kernel_h - 1, memory) - top * w_.pitch;
+    of.weight = reinterpret_cast<const Groups*>(packed_ + w_.depthwise + layer * w_.depthwise_layer +
+                                                vector * w_.tap_rows * s_.kernel_w * n * Operand::kDepth);
+    of.after = epilogue(2 * layer + 1, vector);
+    return of;
+  }
+
+  // Row h, with what follows the convolution, to place(column, count): where `count` or, by its choice, fewer values
+  // from that column on go. Prefetches what the next row reads in addition, and where rows after it are written.
+  template <class Place>
+  void depthwise_row(const Channels& of, int64_t h, Place place) const {
+    const int64_t next = h + s_.kernel_h - w_.pad_top;  // the row that the next output row adds
+    const bool reads = Operand::kDepth == 1 && next < w_.height;
+    for (int64_t w = 0, columns; w < w_.width; w += columns) {
+      columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
+      const int64_t shared = w > 0 ? s_.kernel_w - 1 : 0;  // columns, with the strip before
+      const int64_t unread = reads ? columns + s_.kernel_w - 1 - shared : 0;
+      int64_t count = columns;
+      const Operand* to = place(w, count);
+      const Lines read = lines(of.plane + (next * w_.pitch + w + shared) * n, unread);
+      const Lines write = lines(to + 2 * w_.part_width * n, columns);  // two rows ahead
+      Vec<float> sums[kMaxColumns];
+      convolve(of.input + w, of.weight, h, columns, read, write, sums);
+      emit(of.after, of.plane + (h * w_.pitch + w_.pad_left + w) * n, sums, w, columns, place);
     }
   }
 
@@ -572,13 +774,14 @@ class Mixer {
     return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * n * int64_t(sizeof(Operand)), 64), 0};
   }
 
-  // The epilogue, then the residual, if there is one; a strip into the panels, from `pixel` on.
-  void emit(const Epilogue& after, const Operand* residual, const Vec<float>* sums, int64_t pixel,
-            int64_t columns, Slots<Operand>& slots) const {
+  // The epilogue, then the residual, if there is one; a strip from `column` on to where `place` wants it.
+  template <class Place>
+  void emit(const Epilogue& after, const Operand* residual, const Vec<float>* sums, int64_t column, int64_t columns,
+            Place place) const {
     const bool adds = s_.residual;
     for (int64_t begin = 0, count; begin < columns; begin += count) {
-      Operand* to = slots[pixel + begin];
-      count = min(columns - begin, slots.successive(pixel + begin));
+      count = columns - begin;
+      Operand* to = place(column + begin, count);
       Operand::apply(after.pointwise, sums + begin, count, [=, shift = after.shift](int64_t w, Vec<float> z)
                                                                CMF_INLINE_LAMBDA {
         z += shift;
@@ -603,13 +806,13 @@ class Mixer {
   }
 
   // Panels -> logits.
-  void head(int64_t begin, int64_t end) const {
+  void head(int64_t begin, int64_t end, Scratch& scratch) const {
     const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
     constexpr int64_t kAtOnce = max(1, 16 / n);  // nothing averages out what the logits' sums round away
     int64_t first_image = 0;
     const auto keep_first = [&](int64_t first, int64_t) { first_image = first; };
-    multiply_tasks(head_product(), pooled_, weight, kAtOnce, begin, end, keep_first,
-                   [&](int64_t pixel, int64_t column, Tile& tile) {
+    multiply_tasks(head_product(), pooled_, weight, kAtOnce, begin, end, scratch, keep_first,
+                   [&](int64_t pixel, int64_t, int64_t column, Tile& tile) {
       const int64_t image = first_image + pixel;
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);
