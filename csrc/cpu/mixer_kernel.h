@@ -2,7 +2,7 @@
 //
 // Two buffers take turns. `planes` holds activations by channel vector: (image, vector, row, column), each row with its
 // zero padding left and right, so that the depthwise convolution reads it as it stands. `panels` holds the left operand
-// of a matrix product: (panel of kRows pixels, channel vector, pixel), so that the product reads it from end to end. A
+// of a matrix product: (panel of pixels, channel vector, pixel), so that the product reads it from end to end. A
 // step reads one and writes the other, applies bias, activation and BatchNorm while its results are in registers or in
 // the L1 cache, and ends at a barrier:
 //   patches: images -> panels    project: panels -> planes    depthwise: planes -> panels    pointwise: panels -> planes
@@ -121,14 +121,16 @@ CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Operand::Groups a, BF
 // ---------------------------------------------------------------------------------------------------- matrix product
 
 #if CMF_VECTOR_REGISTERS == 32  // 28 sums, 2 weights, the left operand
-constexpr int kRows = 14;
+constexpr int kMaxRows = 14, kMinRows = 12;
 #else  // 16: 12 sums
-constexpr int kRows = 6;
+constexpr int kMaxRows = 6, kMinRows = 5;
 #endif
+// Rows of a tile: the most, or a few less where all threads then get the same work.
+static_assert(kMinRows * 2 >= 10, "fewer sums would wait for each other: two FMAs a cycle, of up to five cycles each");
 constexpr int kVectors = 2;  // of output channels
 constexpr int kColumns = kVectors * kLanes<float>;
 
-using Tile = Vec<float>[kVectors][kRows];
+using Tile = Vec<float>[kVectors][kMaxRows];
 
 // The lines that a product of `depth` channel vectors has to prefetch: `count` at `first`, and as many in each of the
 // next ones' columns.
@@ -144,8 +146,8 @@ struct Target {
 };
 
 // to[v][r] = or += or -= sum[v][r], by `update`.
-template <class Update>
-CMF_INLINE void for_tile(Tile& to, const Vec<float> (&sum)[kVectors][kRows], Update update) {
+template <int kRows, class Update>
+CMF_INLINE void for_tile(Tile& to, const Tile& sum, Update update) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 16
@@ -154,7 +156,7 @@ CMF_INLINE void for_tile(Tile& to, const Vec<float> (&sum)[kVectors][kRows], Upd
 
 // Left (kRows pixels, `pitch` from channel vector to channel vector) times right (kColumns), to all targets. Sums of
 // `at_once` channel vectors are added up in `memory`. Not inline: its loop wants all vector registers.
-template <class Operand>
+template <int kRows, class Operand>
 __attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, const Operand* right, int64_t depth,
                                         int64_t at_once, Ahead ahead, const Target* targets, int64_t target_count,
                                         Tile& memory) {
@@ -163,14 +165,14 @@ __attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, cons
   const auto set = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to = s; };
   const auto add = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to += s; };
   const auto subtract = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to -= s; };
-  Vec<float> sum[kVectors][kRows] = {};
+  Tile sum = {};
   const Operand* same = left;  // which the compiler is not to see, or it would load once
   asm("" : "+r"(same));
   for (int64_t i = 0, end = at_once; i < depth; ++i) {
     if (i == end) {
-      if (i == at_once) for_tile(memory, sum, set);
-      else for_tile(memory, sum, add);
-      for_tile(sum, sum, [](Vec<float>& to, const Vec<float>&) CMF_INLINE_LAMBDA { to = Vec<float>{}; });
+      if (i == at_once) for_tile<kRows>(memory, sum, set);
+      else for_tile<kRows>(memory, sum, add);
+      for_tile<kRows>(sum, sum, [](Vec<float>& to, const Vec<float>&) CMF_INLINE_LAMBDA { to = Vec<float>{}; });
       end += at_once;
     }
 #pragma GCC unroll 1
@@ -193,14 +195,21 @@ __attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, cons
     for (int64_t l = 0; l < ahead.count; ++l) __builtin_prefetch(ahead.first + l * 64, 0, 2);
     ahead.first += kColumns * n * sizeof(Operand);
   }
-  if (depth > at_once) for_tile(sum, memory, add);
+  if (depth > at_once) for_tile<kRows>(sum, memory, add);
   for (const Target* target = targets; target < targets + target_count; ++target) {
     switch (target->how) {
-      case Target::kSet: for_tile(*target->tile, sum, set); break;
-      case Target::kAdd: for_tile(*target->tile, sum, add); break;
-      case Target::kSubtract: for_tile(*target->tile, sum, subtract);
+      case Target::kSet: for_tile<kRows>(*target->tile, sum, set); break;
+      case Target::kAdd: for_tile<kRows>(*target->tile, sum, add); break;
+      case Target::kSubtract: for_tile<kRows>(*target->tile, sum, subtract);
     }
   }
+}
+
+// By rows, from kMinRows on.
+template <class Operand, int... kMore>
+constexpr auto multiply_for(int64_t rows, std::integer_sequence<int, kMore...>) {
+  constexpr decltype(&multiply<kMaxRows, Operand>) all[] = {&multiply<kMinRows + kMore, Operand>...};
+  return all[rows - kMinRows];
 }
 
 // How a product is cut into tasks, each a group of panels times a block of column tiles; and where the panels' elements
@@ -213,35 +222,41 @@ struct ProductPlan {
   static constexpr double kUneven = 1.03;    // the longest thread's share over the mean one, accepted
 
   const Scheme& scheme;
-  int64_t panels, tiles, depth;
+  int64_t tiles, depth;
   int64_t block, blocks;  // tiles of a block: of many, where sums of the panels' parts are made for all of them
-  int64_t groups;
+  int64_t rows, panels, groups;
 
   // The fewest groups for which the L2 cache holds what is used again, the panels or the sums of their parts and the
-  // results, and that busy all threads: the weights pass by once for each group.
-  ProductPlan(const Scheme& scheme, int64_t panels, int64_t tiles, int64_t depth, int64_t threads)
-      : scheme(scheme), panels(panels), tiles(tiles), depth(depth) {
-    const int64_t most = scheme.products == 1 ? 1 : max(1, min(kMaxTiles, tiles * panels / (4 * threads)));
+  // results, for the weights pass by once for each group; more of them, or of fewer rows, where that busies all threads.
+  ProductPlan(const Scheme& scheme, int64_t pixels, int64_t tiles, int64_t depth, int64_t threads)
+      : scheme(scheme), tiles(tiles), depth(depth) {
+    const int64_t most = scheme.products == 1 ? 1 : max(1, min(kMaxTiles, tiles * pixels / (64 * threads)));
     blocks = ceil_div(tiles, most), block = ceil_div(tiles, max(1, blocks));
-    const int64_t left = kRows * depth * n * int64_t(sizeof(Operand));
+    const int64_t left = kMaxRows * depth * n * int64_t(sizeof(Operand));
     const int64_t panel = scheme.products == 1 ? 2 * left : left + block * scheme.parts() * int64_t(sizeof(Tile));
-    groups = ceil_div(panels, max(1, min(l2_bytes() / panel, kMaxPanels)));
-    double least = uneven(groups, threads);
-    for (int64_t g = groups; g < panels && least > kUneven; ++g)
-      if (uneven(g, threads) < least) groups = g, least = uneven(g, threads);
+    const int64_t fitting = max(1, min(l2_bytes() / panel, kMaxPanels));
+    double least = 0;
+    for (int64_t r = kMaxRows; r >= kMinRows; --r) {
+      const int64_t of_rows = ceil_div(pixels, r);
+      for (int64_t g = ceil_div(of_rows, fitting); g <= of_rows && (least == 0 || least > kUneven); ++g) {
+        const double uneven = longest_share(r, of_rows, g, threads) * double(threads) / double(blocks * pixels);
+        if (least == 0 || uneven < least) rows = r, panels = of_rows, groups = g, least = uneven;
+      }
+    }
   }
 
-  double uneven(int64_t g, int64_t threads) const {
-    const int64_t longest = ceil_div(ceil_div(g * blocks, threads) * panels, g);
-    return double(longest * threads) / double(blocks * panels);
+  // The rows times tiles of the thread that has most.
+  int64_t longest_share(int64_t rows, int64_t panels, int64_t groups, int64_t threads) const {
+    return ceil_div(ceil_div(groups * blocks, threads) * panels, groups) * rows;
   }
 
   int64_t tasks() const { return groups * blocks; }
   int64_t left_depth() const { return scheme.parts() * depth; }  // the parts' channel vectors follow each other
   int64_t right_depth() const { return scheme.products * depth; }
-  int64_t first_panel(int64_t group) const { return group * panels / groups; }  // equal groups, to within a panel
-  int64_t first_pixel(int64_t group) const { return first_panel(group) * kRows; }
-  int64_t group_of(int64_t pixel) const { return ((pixel / kRows + 1) * groups - 1) / panels; }
+  // Groups are equal to within a panel, and to both sides of the middle alike.
+  int64_t first_panel(int64_t group) const { return (2 * group * panels + groups) / (2 * groups); }
+  int64_t first_pixel(int64_t group) const { return first_panel(group) * rows; }
+  int64_t group_of(int64_t pixel) const { return ((2 * (pixel / rows) + 1) * groups - 1) / (2 * panels); }
   int64_t pitch(int64_t group) const { return (first_pixel(group + 1) - first_pixel(group)) * n; }
 };
 
@@ -307,10 +322,11 @@ void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const
   constexpr int64_t kVectorsOfChunk = Operand::kChunk / n;
   const int64_t parts = scheme.parts(), chunks = ceil_div(plan.depth, kVectorsOfChunk);
   const int64_t tile_count = plan.kMaxPanels * plan.block * parts;
-  const int64_t sums = scheme.products > 1 ? plan.kMaxPanels * kRows * plan.depth * n : 0;
+  const int64_t sums = scheme.products > 1 ? plan.kMaxPanels * kMaxRows * plan.depth * n : 0;
   Tile* tiles = static_cast<Tile*>(scratch.reserve(tile_count * sizeof(Tile) + sums * sizeof(Operand)));
   Operand* sum = reinterpret_cast<Operand*>(tiles + tile_count);
-  Tile partial;  // for `multiply`
+  const auto multiply = multiply_for<Operand>(plan.rows, std::make_integer_sequence<int, kMaxRows - kMinRows + 1>());
+  Tile partial;  // its memory
   int first_product[Scheme::kMostParts] = {};
   for (int part = 0; part < parts; ++part)
     while (scheme.result[first_product[part]][part] == 0) ++first_product[part];
@@ -320,8 +336,8 @@ void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const
     const int64_t columns = min(plan.block, plan.tiles - first_column);
     const int64_t first = plan.first_panel(group), panels = plan.first_panel(group + 1) - first;
     const int64_t pitch = plan.pitch(group);
-    const Operand* from = left + first * kRows * plan.left_depth() * n;
-    if (task == begin || first_column == 0) on_group(first * kRows, panels * kRows);
+    const Operand* from = left + first * plan.rows * plan.left_depth() * n;
+    if (task == begin || first_column == 0) on_group(first * plan.rows, panels * plan.rows);
 
     const int64_t steps = scheme.products * columns * chunks;  // chunk by chunk, tile by tile, product by product
     const auto weights_at = [&](int64_t step) {
@@ -348,9 +364,10 @@ void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const
                                                                                                 : Target::kSubtract};
         const int64_t line = p * kLines / panels;
         const Ahead ahead{reinterpret_cast<const char*>(later) + line * 64, (p + 1) * kLines / panels - line};
-        multiply(operand + i * pitch + p * kRows * n, pitch, weight, vectors, at_once, ahead, targets, target_count, partial);
+        multiply(operand + i * pitch + p * plan.rows * n, pitch, weight, vectors, at_once, ahead, targets, target_count,
+                 partial);
         if (product + 1 < scheme.products || i + vectors < plan.depth) continue;
-        for (int part = 0; part < parts; ++part) on_tile(p * kRows, part, first_column + column, results[part]);
+        for (int part = 0; part < parts; ++part) on_tile(p * plan.rows, part, first_column + column, results[part]);
       }
     }
   }
@@ -413,7 +430,6 @@ struct Workspace : Layout<Operand> {
   int64_t pitch;                  // vectors from row to row of a plane, padding included
   int64_t pad_top, pad_left;
   int64_t plane;                           // elements
-  int64_t row_panels, part_panels, image_panels;
   int64_t panels, pooled, end;  // offsets; the planes come first
 
   explicit Workspace(const MixerParams& p) : Layout<Operand>(p.sizes) {
@@ -423,12 +439,11 @@ struct Workspace : Layout<Operand> {
     pad_top = (s.kernel_h - 1) / 2, pad_left = (s.kernel_w - 1) / 2;
     pitch = width + s.kernel_w - 1;
     plane = height * pitch * n;
-    row_panels = ceil_div(pixels, kRows), image_panels = ceil_div(p.batch, kRows);
-    part_panels = ceil_div(part_pixels, kRows);
     panels = p.batch * depth * plane;
-    pooled = panels + kRows * n * max(row_panels * this->patch_depth,
-                                      part_panels * this->scheme.parts() * this->part_depth);
-    end = pooled + image_panels * kRows * n * depth;
+    constexpr int64_t more = kMaxRows - 1;  // rows of the last panel, beyond the pixels
+    pooled = panels + n * max((pixels + more) * this->patch_depth,
+                              (part_pixels + more) * this->scheme.parts() * this->part_depth);
+    end = pooled + (p.batch + more) * n * depth;
   }
 };
 
@@ -547,7 +562,7 @@ class Mixer {
 
   int64_t tasks(MixerStep step) const {
     switch (step.kind) {
-      case MixerStep::kPatches: return w_.row_panels + p_.batch * w_.depth;
+      case MixerStep::kPatches: return patch_product().panels + p_.batch * w_.depth;
       case MixerStep::kProject: return patch_product().tasks();
       case MixerStep::kDepthwise: return p_.batch * w_.scheme.halves * w_.part_depth * bands_;
       case MixerStep::kPointwise: return product().tasks();
@@ -572,9 +587,9 @@ class Mixer {
   }
 
  private:
-  ProductPlan<Operand> patch_product() const { return {kPlain, w_.row_panels, w_.tiles, w_.patch_depth, p_.threads}; }
-  ProductPlan<Operand> product() const { return {w_.scheme, w_.part_panels, w_.part_tiles, w_.part_depth, p_.threads}; }
-  ProductPlan<Operand> head_product() const { return {kPlain, w_.image_panels, w_.head_tiles, w_.depth, p_.threads}; }
+  ProductPlan<Operand> patch_product() const { return {kPlain, w_.pixels, w_.tiles, w_.patch_depth, p_.threads}; }
+  ProductPlan<Operand> product() const { return {w_.scheme, w_.part_pixels, w_.part_tiles, w_.part_depth, p_.threads}; }
+  ProductPlan<Operand> head_product() const { return {kPlain, p_.batch, w_.head_tiles, w_.depth, p_.threads}; }
   Operand* plane(int64_t image, int64_t vector) const { return planes_ + (image * w_.depth + vector) * w_.plane; }
 
   // What follows a convolution: the pointwise functions but for their shift, then that.
@@ -601,10 +616,10 @@ class Mixer {
                   k % s_.patch_w * p_.x_stride.w;
     const ProductPlan<Operand> plan = patch_product();
     for (int64_t task = begin; task < end; ++task) {
-      if (task < w_.row_panels) {
-        for (int64_t r = 0; r < kRows; ++r) pack_patch(plan, task * kRows + r, offset);
+      if (task < plan.panels) {
+        for (int64_t r = 0; r < plan.rows; ++r) pack_patch(plan, task * plan.rows + r, offset);
       } else {
-        Operand* row = planes_ + (task - w_.row_panels) * w_.plane;
+        Operand* row = planes_ + (task - plan.panels) * w_.plane;
         for (int64_t h = 0; h < w_.height; ++h, row += w_.pitch * n) {
           memset(row, 0, w_.pad_left * n * sizeof(Operand));
           const int64_t right = w_.pad_left + w_.width;
@@ -633,12 +648,12 @@ class Mixer {
     const int64_t width = ceil_div(w_.width, halves), all = p_.batch * w_.height * width;  // of a part
     constexpr int64_t kOutside = -1;
     // Of the pixels of the group, and of a panel to prefetch, in each half of the rows.
-    int64_t slots[2][(ProductPlan<Operand>::kMaxPanels + 1) * kRows];
+    int64_t slots[2][(ProductPlan<Operand>::kMaxPanels + 1) * kMaxRows];
     int64_t pixels = 0;  // of the group, and of the map
     const auto find_slots = [&](int64_t first, int64_t count) {
       pixels = min(count, all - first);
       int64_t image = first / (w_.height * width), h = first / width % w_.height, w = first % width;
-      for (int64_t i = 0; i < count + kRows; ++i) {
+      for (int64_t i = 0; i < count + plan.rows; ++i) {
         const int64_t slot = image * w_.depth * w_.plane + (h * w_.pitch + w_.pad_left + w) * n;
         for (int64_t half = 0; half < halves; ++half)
           slots[half][i] = w + half * width < w_.width ? slot + half * width * n : kOutside;
@@ -654,9 +669,9 @@ class Mixer {
       for (int64_t v = 0; v < min(kVectors, w_.depth - first); ++v) {
         Operand* map = planes_ + (first + v) * w_.plane;
         const auto [pointwise, shift] = epilogue(convolution, first + v);
-        Operand::apply(pointwise, tile[v], min(kRows, pixels - pixel), [&](int64_t r, Vec<float> z) {
+        Operand::apply(pointwise, tile[v], min(plan.rows, pixels - pixel), [&](int64_t r, Vec<float> z) {
           if (slot[r] != kOutside) Operand::store(map + slot[r], z + shift);
-          __builtin_prefetch(map + slot[kRows + r], 1, 2);  // of the next panel
+          __builtin_prefetch(map + slot[plan.rows + r], 1, 2);  // of the next panel
         });
       }
     });
@@ -811,7 +826,8 @@ class Mixer {
     constexpr int64_t kAtOnce = max(1, 16 / n);  // nothing averages out what the logits' sums round away
     int64_t first_image = 0;
     const auto keep_first = [&](int64_t first, int64_t) { first_image = first; };
-    multiply_tasks(head_product(), pooled_, weight, kAtOnce, begin, end, scratch, keep_first,
+    const ProductPlan<Operand> plan = head_product();
+    multiply_tasks(plan, pooled_, weight, kAtOnce, begin, end, scratch, keep_first,
                    [&](int64_t pixel, int64_t, int64_t column, Tile& tile) {
       const int64_t image = first_image + pixel;
       for (int64_t v = 0; v < kVectors; ++v) {
@@ -819,7 +835,7 @@ class Mixer {
         if (columns <= 0) continue;
         Vec<float> biases;
         memcpy(&biases, bias + first * w_.kFloat, sizeof biases);
-        for (int64_t r = 0; r < min(kRows, p_.batch - image); ++r) {
+        for (int64_t r = 0; r < min(plan.rows, p_.batch - image); ++r) {
           const Vec<float> logits = tile[v][r] + biases;
           store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1, &logits);
         }
