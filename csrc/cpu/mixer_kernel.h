@@ -66,7 +66,9 @@ struct FloatOperand : Native<float> {
   static constexpr int kDepth = 1;
   // Rows of the left operand that AVX-512's multiplications broadcast themselves: more loads, but fewer instructions.
   static constexpr int kRowsLoadedTwice = CMF_VECTOR_BYTES == 64 ? 8 : 0;
-  static constexpr int64_t kChunk = 128;  // channels whose weights are to stay in the L1 cache
+  // Channels whose weights are to stay in the nearest cache while panels pass by. Strassen's results, of which each product
+  // changes up to two, had better be read and written more rarely.
+  static constexpr int64_t chunk(const Scheme& scheme) { return scheme.products > 1 ? 384 : 128; }
   // Channels to sum before they are added to the rest. Without FMA each product is rounded; Strassen's results are
   // differences of larger sums.
   static constexpr int64_t summed_at_once(const Scheme& scheme) {
@@ -89,8 +91,8 @@ struct BFloat16Operand : BFloat16 {
   };
   static constexpr int kDepth = 2;
   static constexpr int kRowsLoadedTwice = 0;
-  static constexpr int64_t kChunk = 512;
-  static constexpr int64_t summed_at_once(const Scheme&) { return kChunk; }
+  static constexpr int64_t chunk(const Scheme&) { return 512; }
+  static constexpr int64_t summed_at_once(const Scheme& scheme) { return chunk(scheme); }
   static CMF_INLINE Groups broadcast(Group group) { return {bit_cast<__m512bh>(group + Bits{})}; }
   static CMF_INLINE void store(BFloat16* to, Vec<float> v) {
     const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
@@ -312,15 +314,14 @@ const Operand* signed_sum(const int8_t* sign, int64_t parts, const Operand* part
 }
 
 // The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, part, column
-// tile, tile of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up. The
-// weights of kChunk channels stay in the L1 cache while all panels of the group pass by.
+// tile, tile of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up. All
+// panels of a group pass by a chunk of the weights before the next one.
 template <class Operand, class OnGroup, class OnTile>
 void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t at_once,
                     int64_t begin, int64_t end, Scratch& scratch, OnGroup on_group, OnTile on_tile) {
   constexpr int64_t n = kLanes<float>, kLines = kColumns * n * int64_t(sizeof(Operand)) / 64;
   const Scheme& scheme = plan.scheme;
-  constexpr int64_t kVectorsOfChunk = Operand::kChunk / n;
-  const int64_t parts = scheme.parts(), chunks = ceil_div(plan.depth, kVectorsOfChunk);
+  const int64_t parts = scheme.parts(), chunk = Operand::chunk(scheme) / n, chunks = ceil_div(plan.depth, chunk);
   const int64_t tile_count = plan.kMaxPanels * plan.block * parts;
   const int64_t sums = scheme.products > 1 ? plan.kMaxPanels * kMaxRows * plan.depth * n : 0;
   Tile* tiles = static_cast<Tile*>(scratch.reserve(tile_count * sizeof(Tile) + sums * sizeof(Operand)));
@@ -342,14 +343,14 @@ void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const
     const int64_t steps = scheme.products * columns * chunks;  // chunk by chunk, tile by tile, product by product
     const auto weights_at = [&](int64_t step) {
       const int64_t product = step / chunks / columns, column = first_column + step / chunks % columns;
-      const int64_t vector = product * plan.depth + step % chunks * kVectorsOfChunk;
+      const int64_t vector = product * plan.depth + step % chunks * chunk;
       return right + (column * plan.right_depth() + vector) * kColumns * n;
     };
     const Operand* of_next_task = right + (first_column + columns) % plan.tiles * plan.right_depth() * kColumns * n;
     const Operand* operand = nullptr;
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t product = step / chunks / columns, column = step / chunks % columns;
-      const int64_t i = step % chunks * kVectorsOfChunk, vectors = min(kVectorsOfChunk, plan.depth - i);
+      const int64_t i = step % chunks * chunk, vectors = min(chunk, plan.depth - i);
       if (step % (columns * chunks) == 0) operand = signed_sum(scheme.left[product], parts, from, plan.depth * pitch, sum);
       const Operand* weight = weights_at(step);
       const Operand* later = step + 1 < steps ? weights_at(step + 1) : of_next_task;
@@ -555,7 +556,7 @@ class Mixer {
         planes_(static_cast<Operand*>(p.workspace)),
         panels_(planes_ + w_.panels),
         pooled_(planes_ + w_.pooled) {
-    const int64_t wanted = max(ceil_div(p.threads, max(1, p.batch)), ceil_div(kTasks, max(1, p.batch * w_.depth)));
+    const int64_t wanted = ceil_div(kTasks, max(1, p.batch * w_.depth));
     band_rows_ = max(min(w_.height, kBandRows), ceil_div(w_.height, wanted));
     bands_ = ceil_div(w_.height, band_rows_);
   }
@@ -692,8 +693,7 @@ class Mixer {
     const ProductPlan<Operand> plan = product();
     const int64_t halves = plan.scheme.halves, width = w_.part_width, vectors = halves * plan.depth;
     for (int64_t task = begin; task < end; ++task) {
-      // Bands before channels, so that threads write what they read in the product: their own rows.
-      const int64_t vector = task % vectors, band = task / vectors % bands_, image = task / vectors / bands_;
+      const int64_t band = task % bands_, vector = task / bands_ % vectors, image = task / bands_ / vectors;
       const int64_t first = band * band_rows_, last = min(w_.height, first + band_rows_);
       const auto slots_of = [&](int64_t half) {  // of the rows
         const int64_t part = half * halves + vector / plan.depth;
