@@ -38,6 +38,9 @@ HOSTILE = [
     (dict(dim=33, kernel_size=15, patch_size=1, n_classes=32), (29, 3, 3, 5)),
     (dict(dim=48, kernel_size=3, patch_size=4, n_classes=5, in_channels=5), (29, 5, 7, 70)),
     (dict(dim=272, depth=1, kernel_size=5, patch_size=2, n_classes=9), (2, 3, 36, 36)),
+    (dict(dim=384, kernel_size=3, patch_size=2, n_classes=70), (3, 3, 14, 18)),  # from here on by Strassen's algorithm
+    (dict(dim=529, depth=1, kernel_size=5, patch_size=1, n_classes=33), (13, 3, 1, 3)),
+    (dict(dim=560, depth=1, kernel_size=7, patch_size=3, n_classes=400), (1, 3, 40, 60)),
     (dict(dim=24, kernel_size=7, patch_size=1, n_classes=9, activation="relu"), (2, 3, 17, 15)),
     (dict(dim=24, kernel_size=5, patch_size=1, n_classes=9, residual=()), (4, 3, 12, 15)),
 ]
@@ -59,25 +62,34 @@ def test_hostile_sizes(sizes, shape, dtype):
     assert_error_at_most_peer(*map(torch.cat, zip(*map(logits, range(networks)))), f"{sizes}, {dtype}")
 
 
+BOTH_PRODUCTS = pytest.mark.parametrize("dim", [40, 400])  # the plain one and Strassen's
+
+
+@BOTH_PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(dtype):
-    optimized = optimize(build(dim=40), dtype)
+def test_any_number_of_threads_gives_the_same_bits(dim, dtype):
+    optimized = optimize(build(dim), dtype)
     x = images((3, 3, 22, 30), dtype)
     threads = torch.get_num_threads()
     try:
         logits = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
             logits.append(optimized(x))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
 
 
-def test_an_image_alone_gives_what_it_gives_in_a_batch():
-    optimized = optimize(build(dim=40))
+@BOTH_PRODUCTS
+@pytest.mark.parametrize("unlike", [1, float("inf"), float("nan")])
+def test_an_image_alone_gives_what_it_gives_in_a_batch(dim, unlike):
+    optimized = optimize(build(dim))
     x = images((5, 3, 14, 10))
-    assert torch.equal(torch.cat([optimized(image[None]) for image in x]), optimized(x))
+    alone = torch.cat([optimized(image[None]) for image in x])
+    x[1] *= unlike
+    others = [0, 2, 3, 4]
+    assert torch.equal(alone[others], optimized(x)[others])
 
 
 def test_results_are_not_overwritten_by_later_calls():
@@ -89,9 +101,10 @@ def test_results_are_not_overwritten_by_later_calls():
     assert torch.equal(first, kept)
 
 
-def test_images_of_any_size_in_turn():
+@BOTH_PRODUCTS
+def test_images_of_any_size_in_turn(dim):
     """The memory that calls share keeps nothing that a later one could see: not even NaN."""
-    optimized = optimize(build())
+    optimized = optimize(build(dim))
     shapes = [(2, 3, 30, 20), (1, 3, 4, 6), (3, 3, 16, 16)]
     expected = [copy.deepcopy(optimized)(images(shape)) for shape in shapes]
     assert optimized(torch.full((4, 3, 40, 40), float("nan"))).isnan().all()
