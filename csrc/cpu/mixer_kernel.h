@@ -72,7 +72,7 @@ struct FloatOperand : Native<float> {
   // Channels to sum before they are added to the rest. Without FMA each product is rounded; Strassen's results are
   // differences of larger sums.
   static constexpr int64_t summed_at_once(const Scheme& scheme) {
-    return scheme.products > 1 ? 32 : CMF_VECTOR_BYTES > 16 ? 128 : 64;
+    return scheme.products > 1 ? 64 : CMF_VECTOR_BYTES > 16 ? 128 : 64;
   }
   static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
@@ -557,7 +557,8 @@ class Mixer {
         planes_(static_cast<Operand*>(p.workspace)),
         panels_(planes_ + w_.panels),
         pooled_(planes_ + w_.pooled) {
-    const int64_t wanted = ceil_div(kTasks, max(1, p.batch * w_.scheme.halves * w_.depth));
+    const int64_t wanted = max(ceil_div(p.threads, max(1, p.batch)),
+                               ceil_div(kTasks, max(1, p.batch * w_.scheme.halves * w_.depth)));
     band_rows_ = max(min(w_.part_height, kBandRows), ceil_div(w_.part_height, wanted));
     bands_ = ceil_div(w_.part_height, band_rows_);
   }
@@ -701,8 +702,9 @@ class Mixer {
     const ProductPlan<Operand> plan = product();
     const int64_t halves = plan.scheme.halves, vectors = halves * plan.depth;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t band = task % bands_, half = task / bands_ % halves;
-      const int64_t vector = task / (bands_ * halves) % vectors, image = task / (bands_ * halves) / vectors;
+      // Bands first: a thread then finds most of what it reads, here and in the product, where it has written it.
+      const int64_t vector = task % vectors, half = task / vectors % halves;
+      const int64_t band = task / (vectors * halves) % bands_, image = task / (vectors * halves) / bands_;
       const int64_t first = band * band_rows_, last = min(w_.part_height, first + band_rows_);
       const int64_t top = half * w_.part_height, first_pixel = image * w_.part_height * w_.width;
       const int64_t of_part = (half * halves + vector / plan.depth) * plan.depth + vector % plan.depth;
