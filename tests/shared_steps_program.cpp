@@ -1,6 +1,8 @@
 // SharedSteps without torch: every task once and after the step before it, however many threads come and whatever is
-// thrown. Prints what went wrong; the exit status is the number of complaints.
+// thrown, and each thread may run where it might before. Prints what went wrong; the exit status is the number of complaints.
 #include "../csrc/cpu/shared_steps.h"
+
+#include <sched.h>
 
 #include <cstdio>
 #include <stdexcept>
@@ -25,8 +27,10 @@ void run(int64_t threads, int64_t come, int64_t thrown) {
   std::vector<std::vector<std::atomic<int>>> times;
   std::vector<std::atomic<int64_t>> done(tasks.size());
   for (int64_t count : tasks) times.emplace_back(count);
-  std::atomic<int> early{0}, caught{0};
+  std::atomic<int> early{0}, caught{0}, confined{0};
   const auto work = [&](int64_t thread) {
+    cpu_set_t before, after;
+    sched_getaffinity(0, sizeof before, &before);
     try {
       shared.work(thread, [&](size_t step, int64_t begin, int64_t end) {
         if (step > 0 && done[step - 1] != tasks[step - 1]) ++early;
@@ -40,6 +44,8 @@ void run(int64_t threads, int64_t come, int64_t thrown) {
     } catch (const std::runtime_error&) {
       ++caught;
     }
+    sched_getaffinity(0, sizeof after, &after);
+    if (!CPU_EQUAL(&before, &after)) ++confined;
   };
   std::vector<std::thread> others;
   for (int64_t thread = 1; thread < come; ++thread) others.emplace_back(work, thread);
@@ -54,6 +60,7 @@ void run(int64_t threads, int64_t come, int64_t thrown) {
   }
   expect(once, "a task did not run once", threads, come);
   expect(ordered, "a step ended before the one before it", threads, come);
+  expect(confined == 0, "a thread may run on other cores than before", threads, come);
   expect(early == 0, "a step began before the one before it had ended", threads, come);
   expect(caught == (thrown < 0 ? 0 : 1), "what a task throws did not leave its thread, and only that", threads, come);
 }

@@ -66,7 +66,7 @@ struct FloatOperand : Native<float> {
   static constexpr int kDepth = 1;
   // Rows of the left operand that AVX-512's multiplications broadcast themselves: more loads, but fewer instructions.
   static constexpr int kRowsLoadedTwice = CMF_VECTOR_BYTES == 64 ? 8 : 0;
-  // Channels whose weights are to stay in the nearest cache while panels pass by. Strassen's results, of which each product
+  // Channels whose weights stay in the nearest cache while panels pass by. Strassen's results, of which each product
   // changes up to two, had better be read and written more rarely.
   static constexpr int64_t chunk(const Scheme& scheme) { return scheme.products > 1 ? 384 : 128; }
   // Channels to sum before they are added to the rest. Without FMA each product is rounded; Strassen's results are

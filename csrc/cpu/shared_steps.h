@@ -60,6 +60,7 @@ class SharedSteps {
       if (done > 0 && steps_[s].left.fetch_sub(done, std::memory_order_acq_rel) == done) steps_[s].end = now;
       for (int64_t turns = 0; steps_[s].left.load(std::memory_order_acquire) > 0 && !failed_; ++turns) wait(turns);
     }
+    if (thread == 0) core_of_0_ = kNoCore;
   }
 
   // When a step's last task was done; for a step that has tasks, after the work.
@@ -74,6 +75,8 @@ class SharedSteps {
   };
 
   static constexpr int64_t kTurns = 2000;  // of waiting, some 50 us, before others may have the core
+
+  static constexpr int kNoCore = -2;  // sched_getcpu's error is -1
 
   static uint64_t packed(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
 
@@ -101,14 +104,14 @@ class SharedSteps {
   // Moves this thread to another core, if it is on this one and may run elsewhere.
   static void leave_core(int core) {
     cpu_set_t allowed;
-    if (core < 0 || core != sched_getcpu() || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    if (core != sched_getcpu() || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
     cpu_set_t others = allowed;
     CPU_CLR(core, &others);
     if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
     sched_setaffinity(0, sizeof allowed, &allowed);
   }
 #else
-  static int current_core() { return -1; }
+  static int current_core() { return kNoCore; }
   static void leave_core(int) {}
 #endif
 
@@ -120,8 +123,8 @@ class SharedSteps {
   }
 
   const int64_t threads_;
-  std::atomic<int64_t> absent_;      // threads that have not come yet
-  std::atomic<int> core_of_0_{-1};  // where thread 0 was when it last let others run
+  std::atomic<int64_t> absent_;          // threads that have not come yet
+  std::atomic<int> core_of_0_{kNoCore};  // where thread 0 was when it last let others run
   std::vector<Step> steps_;
   std::unique_ptr<Share[]> shares_;  // by step, then thread
   std::atomic<bool> failed_{false};
