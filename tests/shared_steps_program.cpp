@@ -1,5 +1,6 @@
 // SharedSteps without torch: every task once and after the step before it, however many threads come and whatever is
-// thrown, and each thread may run where it might before. Prints what went wrong; the exit status is the number of complaints.
+// thrown, and each thread may run where it might before. Prints what went wrong; the exit status is the number of
+// complaints.
 #include "../csrc/cpu/shared_steps.h"
 
 #include <sched.h>

@@ -17,7 +17,9 @@ namespace {
 constexpr uintptr_t kAlignment = 64;
 constexpr uintptr_t kHugePage = 2 << 20;
 
-constexpr uintptr_t round_up(uintptr_t value, uintptr_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr uintptr_t round_up(uintptr_t value, uintptr_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight, int64_t activation) {
   check(patch.dim() == 4, "patch must be (dim, in_channels, ph, pw), got ", ShapeOf{patch});

@@ -5,8 +5,8 @@
 // of a matrix product: (panel of pixels, channel vector, pixel), so that the product reads it from end to end. A
 // step reads one and writes the other, applies bias, activation and BatchNorm while its results are in registers or in
 // the L1 cache, and ends at a barrier:
-//   patches: images -> panels    project: panels -> planes    depthwise: planes -> panels    pointwise: panels -> planes
-//   pool: planes -> panels       head: panels -> logits
+//   patches: images -> panels   project: panels -> planes   depthwise: planes -> panels   pointwise: panels -> planes
+//   pool: planes -> panels      head: panels -> logits
 // Every output is one thread's sum in one order: any number of threads gives the same bits.
 #pragma once
 #include "depthwise_kernel.h"
@@ -229,7 +229,8 @@ struct ProductPlan {
   int64_t rows, panels, groups;
 
   // The fewest groups for which the L2 cache holds what is used again, the panels or the sums of their parts and the
-  // results, for the weights pass by once for each group; more of them, or of fewer rows, where that busies all threads.
+  // results, for the weights pass by once for each group; more of them, or of fewer rows, where that busies all
+  // threads.
   ProductPlan(const Scheme& scheme, int64_t pixels, int64_t tiles, int64_t depth, int64_t threads)
       : scheme(scheme), tiles(tiles), depth(depth) {
     const int64_t most = scheme.products == 1 ? 1 : max(1, min(kMaxTiles, tiles * pixels / (64 * threads)));
@@ -351,7 +352,8 @@ void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t product = step / chunks / columns, column = step / chunks % columns;
       const int64_t i = step % chunks * chunk, vectors = min(chunk, plan.depth - i);
-      if (step % (columns * chunks) == 0) operand = signed_sum(scheme.left[product], parts, from, plan.depth * pitch, sum);
+      if (step % (columns * chunks) == 0)
+        operand = signed_sum(scheme.left[product], parts, from, plan.depth * pitch, sum);
       const Operand* weight = weights_at(step);
       const Operand* later = step + 1 < steps ? weights_at(step + 1) : of_next_task;
       for (int64_t p = 0; p < panels; ++p) {
@@ -391,7 +393,7 @@ struct Layout {
   const Scheme& scheme;                      // of the pointwise products
   int64_t patch;                             // values of a patch
   int64_t patch_depth, depth;                // channel vectors of a patch and of the network
-  int64_t part_depth, part_tiles;            // channel vectors and tiles of output channels of a pointwise product's part
+  int64_t part_depth, part_tiles;            // channel vectors, tiles of output channels in a pointwise product's part
   int64_t tiles, head_tiles;                 // of output channels
   int64_t tap_rows;                          // of the depthwise kernel, kDepth of its rows in each
   int64_t pointwise_layer, depthwise_layer;  // sizes of a layer's weights
@@ -490,7 +492,8 @@ class Packing {
     return to;
   }
 
-  // The right operand of a product: by tiles of columns, then by the scheme's products, then by groups of kDepth values.
+  // The right operand of a product: by tiles of columns, then by the scheme's products, then by groups of kDepth
+  // values.
   void pack_right(const Scheme& scheme, const void* weight, int64_t columns, int64_t depth, Operand* to) {
     const int64_t part_depth = ceil_div(ceil_div(depth, n), scheme.halves) * n;
     const int64_t part_columns = ceil_div(ceil_div(columns, kColumns), scheme.halves) * kColumns;
@@ -523,8 +526,9 @@ class Packing {
   void pack_taps(int64_t layer) {
     const MixerSizes& s = layout_.sizes;
     Operand* to = packed_ + layout_.depthwise + layer * layout_.depthwise_layer;
+    const int64_t taps = s.kernel_h * s.kernel_w;
     for (int64_t c = 0; c < s.dim; ++c) {
-      const float* from = row(weights_.depthwise, (layer * s.dim + c) * s.kernel_h * s.kernel_w, s.kernel_h * s.kernel_w);
+      const float* from = row(weights_.depthwise, (layer * s.dim + c) * taps, taps);
       Operand* channel = to + c / n * layout_.tap_rows * s.kernel_w * n * kDepth + c % n * kDepth;
       for (int64_t i = 0; i < s.kernel_h; ++i)
         for (int64_t j = 0; j < s.kernel_w; ++j)

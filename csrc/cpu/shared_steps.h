@@ -15,12 +15,12 @@
 namespace convmixer_fast::cpu {
 
 // Every thread has a share of each step, successive tasks, and takes some of them at a time from its beginning; once
-// they are gone, from the ends of the others' shares. So a thread whose core is slow, busy otherwise or not even running
-// yet delays nobody by more than what it has taken, and one thread alone does all.
+// they are gone, from the ends of the others' shares. So a thread whose core is slow, busy otherwise or not even
+// running yet delays nobody by more than what it has taken, and one thread alone does all.
 //
-// To a virtual machine's kernel a core that sleeps may look taken by another machine: it then wakes the other threads on
-// the core of thread 0, where they would not run before the scheduler's next tick, some milliseconds later. So thread 0
-// lets those that are still to come run between its tasks, and they move to another core.
+// To a virtual machine's kernel a core that sleeps may look taken by another machine: it then wakes the other threads
+// on the core of thread 0, where they would not run before the scheduler's next tick, some milliseconds later. So
+// thread 0 lets those that are still to come run between its tasks, and they move to another core.
 class SharedSteps {
  public:
   using Clock = std::chrono::steady_clock;
