@@ -5,6 +5,9 @@ of a copy. All ceilings are measured beside the model. On a CPU the peak by fma_
 best of the library calls for that size, the memory's by a copy of the activations. On a GPU the products' by a large
 square one; it stands for the peak, too, since the depthwise convolution runs on tensor cores. What a GPU's run takes
 beyond its kernels, the gaps between them, is the rest.
+
+A matrix product counts 2 m n k operations. On a CPU large ones take fewer multiplications (csrc/cpu/mixer_kernel.h,
+Strassen), so they, and the whole, can be faster than their floor.
 """
 
 import statistics
