@@ -16,9 +16,9 @@ TIMEOUT = timedelta(minutes=30)  # for the slowest rank to arrive; one that has 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Joins the group that torchrun's environment describes, and leaves it in the end; on CUDA takes GPU LOCAL_RANK.
+    """Joins the group that torchrun's environment describes; on CUDA takes GPU LOCAL_RANK. The ranks leave it together.
 
-    The group is gloo's: only results travel through it.
+    The group is gloo's: only results travel through it. Raises as barrier where another rank has died before the end.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
@@ -28,6 +28,8 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield
+        # A rank that ended right after its last message could meet gloo's thread still letting go of it, and abort.
+        barrier()
     finally:
         dist.destroy_process_group()
 
