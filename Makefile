@@ -1,6 +1,7 @@
 # make throughput   set up, build, show ConvMixer throughput, ours beside PyTorch's
 # make test         set up, build, run all tests
-# make gpu          on a machine with a GPU, in the active environment, offline: build, test, measure, write results
+# make gpu          on a machine with a GPU, in the active environment, offline: test, measure, write results
+# make gpu-libraries  both libraries for an H100 or H200 alone, small enough to be carried to one
 #
 # TORCH=torch==2.13.0                 another version of torch, in a virtual environment of its own
 # TORCH_CUDA_ARCH_LIST='8.0;9.0a'     CUDA targets (default: the GPU's own, or a few where none is visible)
@@ -22,7 +23,7 @@ NVCC := $(or $(CMF_NVCC),$(wildcard $(patsubst %,%/bin/nvcc,$(CUDA_HOME) $(CUDA_
     command -v nvcc))
 TOOLKIT := $(if $(NVCC),,$(VENV)/.toolkit)
 
-.PHONY: throughput test build gpu clean
+.PHONY: throughput test build gpu gpu-libraries clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := throughput
 
@@ -37,6 +38,12 @@ build: $(READY)
 
 gpu:
 	python3 benchmarks/gpu.py $(ARGS)
+
+gpu-libraries: $(TOOLKIT) $(READY)
+	TORCH_CUDA_ARCH_LIST=9.0a CMF_CUDA=1 CMF_LINEINFO=0 $(BIN)/python setup.py --quiet build_ext --inplace --parallel 2 \
+	    --build-temp build/gpu-libraries
+	ls -l convmixer_fast/*.so
+	test "$$(cat convmixer_fast/*.so | wc -c)" -le 45000000
 
 # The clone itself is put on the environment's path: an editable installation would compile everything a second time.
 $(READY): requirements.txt Makefile

@@ -13,31 +13,66 @@ _FOLDER = Path(__file__).parent
 _CPU, _CUDA = _FOLDER / "_C.so", _FOLDER / "_C_cuda.so"
 
 
+def _text(library: ctypes.CDLL, function: str) -> str:
+    """What a function of the library without arguments returns."""
+    call = library[function]
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
 def _load_cpu() -> ctypes.CDLL:
     if not _CPU.exists():
         raise ImportError(f"{_CPU.name} is not built: run `make` in a clone, or `pip install --no-build-isolation .`")
     torch.ops.load_library(_CPU)
-    library = ctypes.CDLL(str(_CPU))
-    library.convmixer_fast_cpu_isa.restype = ctypes.c_char_p
-    library.convmixer_fast_cuda_build.restype = ctypes.c_char_p
-    return library
+    return ctypes.CDLL(str(_CPU))
 
 
-def _load_cuda() -> str | None:
-    """Loads the CUDA kernels; returns None, or the reason why there are none."""
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    """The CUDA kernels' library where there is one, and why they cannot be used, or None."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
+        return None, f"torch {torch.__version__} is a build without CUDA"
     if not _CUDA.exists():
-        return f"{_CUDA.name} was not built: {_cpu_library.convmixer_fast_cuda_build().decode()}"
+        return None, f"{_CUDA.name} was not built: {_text(_cpu_library, 'convmixer_fast_cuda_build')}"
     try:
         torch.ops.load_library(_CUDA)
     except OSError as error:
-        return f"{_CUDA.name} does not load: {error}"
-    return None
+        return None, f"{_CUDA.name} does not load: {error}"
+    library = ctypes.CDLL(str(_CUDA))
+    return library, _why_unusable(library.convmixer_fast_cuda_runtime(), _driver_version())
+
+
+def _driver_version() -> int | None:
+    """The newest CUDA version that the driver serves, such as 13000 for 13.0; None where there is no driver.
+
+    The driver's own library is asked, not the CUDA runtime: nothing is initialised, and a process that imports this
+    package may still choose its GPUs or fork.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
+def _why_unusable(runtime: int, driver: int | None) -> str | None:
+    """Why kernels with this CUDA runtime would fail at their launch, or None. A driver serves every runtime of its own
+    major version and of older ones."""
+    if driver is None or driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"{_CUDA.name} has the CUDA {_dotted(runtime)} runtime, and the driver serves CUDA {_dotted(driver)} at most: "
+        f"install a driver for CUDA {runtime // 1000}, or build with the driver's toolkit"
+    )
+
+
+def _dotted(version: int) -> str:
+    """13.0 for 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 _cpu_library = _load_cpu()
-_cuda_missing = _load_cuda()
+_cuda_library, _cuda_missing = _load_cuda()
 
 
 def require_cuda() -> None:
@@ -53,18 +88,27 @@ def build_info() -> dict[str, str | list[str] | None]:
         version: of this package.
         torch: its version.
         libraries: file names of the compiled libraries that are loaded.
+        sources: digest of the sources that these were compiled from (csrc/fingerprint.py); where the two differ, that
+            of the CUDA library after a comma.
         cpu_isa: instruction set of the CPU kernels in use: "generic", "avx2", "avx512" or "avx512_bf16"; or what is
             wrong with CMF_CPU_ISA.
         cuda_targets: the architectures that the CUDA kernels were compiled for, such as ["sm_80", "sm_90a"];
             empty if there are none.
-        cuda_missing: why CUDA kernels are not loaded, or None.
+        cuda_runtime: the version of the CUDA runtime in the CUDA library, such as "13.0", or None.
+        cuda_driver: the newest CUDA version that the driver serves, such as "13.1", or None.
+        cuda_missing: why the CUDA kernels cannot be used, or None.
     """
-    built = _CUDA.exists() and not _cuda_missing
+    libraries = {_CPU.name: _cpu_library} | ({_CUDA.name: _cuda_library} if _cuda_library else {})
+    sources = dict.fromkeys(_text(library, "convmixer_fast_sources") for library in libraries.values())
+    driver = _driver_version()
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "libraries": [_CPU.name] + ([_CUDA.name] if built else []),
-        "cpu_isa": _cpu_library.convmixer_fast_cpu_isa().decode(),
-        "cuda_targets": _cpu_library.convmixer_fast_cuda_build().decode().split() if built else [],
+        "libraries": list(libraries),
+        "sources": ", ".join(sources),
+        "cpu_isa": _text(_cpu_library, "convmixer_fast_cpu_isa"),
+        "cuda_targets": _text(_cuda_library, "convmixer_fast_cuda_build").split() if _cuda_library else [],
+        "cuda_runtime": _dotted(_cuda_library.convmixer_fast_cuda_runtime()) if _cuda_library else None,
+        "cuda_driver": _dotted(driver) if driver else None,
         "cuda_missing": _cuda_missing,
     }

@@ -43,3 +43,6 @@ struct Cuda {
 }  // namespace convmixer_fast
 
 CONVMIXER_FAST_IMPL(CUDA, Cuda)
+
+// The version of the CUDA runtime that is linked in, such as 13000 for 13.0; for convmixer_fast._library.
+extern "C" __attribute__((visibility("default"))) int convmixer_fast_cuda_runtime() { return CUDART_VERSION; }

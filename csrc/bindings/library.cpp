@@ -1,4 +1,4 @@
-// The operators' schemas, and what this build contains.
+// The operators' schemas, and the instruction set in use.
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
@@ -37,5 +37,3 @@ extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu
   static const std::string message = error.what();
   return message.c_str();
 }
-// CUDA targets such as "sm_80 sm_90a", or the reason why the CUDA kernels were not built.
-extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cuda_build() { return CMF_CUDA_BUILD; }
