@@ -13,7 +13,7 @@ static cudaError_t launch(const DepthwiseParams& params, const MmaTile& tile, cu
   return (tile.channels_last ? depthwise_mma<T, kGelu, true> : depthwise_mma<T, kGelu, false>)(params, tile, stream);
 }
 
-cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream) {
+static cudaError_t launch_fastest(const DepthwiseParams& params, cudaStream_t stream) {
   int device = 0, major = 0, smem = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -28,6 +28,10 @@ cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream) {
   if (!half && gelu) return launch<__nv_bfloat16, true>(params, tile, stream);
   if (!half && !gelu) return launch<__nv_bfloat16, false>(params, tile, stream);
   return launch<__half, false>(params, tile, stream);
+}
+
+cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream) {
+  return without_last_error(launch_fastest(params, stream));
 }
 
 }  // namespace convmixer_fast::cuda

@@ -7,7 +7,8 @@ template <class T>  // depthwise_direct.cuh
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream);
 
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream) {
-  return dispatch_dtype(params.dtype, [&](auto type) { return depthwise_direct<decltype(type)>(params, stream); });
+  const auto launch = [&](auto type) { return depthwise_direct<decltype(type)>(params, stream); };
+  return without_last_error(dispatch_dtype(params.dtype, launch));
 }
 
 }  // namespace convmixer_fast::cuda

@@ -9,6 +9,7 @@
 #include "activation.cuh"
 #include "depthwise_direct_tiles.h"
 #include "launch.h"
+#include "shared_memory.h"
 
 namespace convmixer_fast::cuda {
 
@@ -220,10 +221,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
 template <class Traits>
 cudaError_t launch_direct(const DepthwiseParams& params, const DirectTile& tile, cudaStream_t stream) {
+  constexpr auto kernel = depthwise_direct_kernel<Traits>;
+  if (const cudaError_t status = prepare_shared_memory<kernel>(); status != cudaSuccess) return status;
   const int64_t tiles = tile.groups * tile.tiles_h * tile.tiles_w;
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, 1 << 30));
   const int smem = tile.smem_bytes(sizeof(typename Traits::T), sizeof(typename Traits::Real));
-  depthwise_direct_kernel<Traits><<<blocks, tile.threads, smem, stream>>>(params, tile);
+  kernel<<<blocks, tile.threads, smem, stream>>>(params, tile);
   return cudaGetLastError();
 }
 

@@ -26,6 +26,7 @@
 #include "activation.cuh"
 #include "launch.h"
 #include "mma_items.cuh"
+#include "shared_memory.h"
 
 namespace convmixer_fast::cuda {
 
@@ -566,14 +567,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
 template <class Traits>
 cudaError_t launch_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream) {
-  const auto kernel = depthwise_mma_kernel<Traits>;
+  constexpr auto kernel = depthwise_mma_kernel<Traits>;
   const int smem = tile.smem_bytes(), threads = 32 * tile.warps;
   int device = 0, multiprocessors = 0, blocks_each = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess && smem > 48 << 10)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+  if (status == cudaSuccess) status = prepare_shared_memory<kernel>();
   if (status == cudaSuccess)
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, smem);
   if (status != cudaSuccess) return status;

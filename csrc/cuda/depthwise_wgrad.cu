@@ -54,12 +54,12 @@ static cudaError_t make_plan(const WgradParams& params, WgradPlan& plan) {
 
 cudaError_t depthwise_wgrad_workspace(const WgradParams& params, size_t* bytes) {
   WgradPlan plan;
-  const cudaError_t status = make_plan(params, plan);
+  const cudaError_t status = without_last_error(make_plan(params, plan));
   if (status == cudaSuccess) *bytes = plan.share.partial_elements() * (params.dtype == DType::kFloat64 ? 8 : 4);
   return status;
 }
 
-cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream) {
+static cudaError_t launch_partials_and_sum(const WgradParams& params, cudaStream_t stream) {
   if (params.channels == 0 || (!params.gweight && !params.gbias)) return cudaSuccess;
   WgradPlan plan;
   const cudaError_t status = make_plan(params, plan);
@@ -78,6 +78,10 @@ cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream) {
     depthwise_wgrad_sum_kernel<T><<<grid, dim3(kSumsABlock, kThreadsASum), 0, stream>>>(params, plan.share);
     return cudaGetLastError();
   });
+}
+
+cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream) {
+  return without_last_error(launch_partials_and_sum(params, stream));
 }
 
 }  // namespace convmixer_fast::cuda

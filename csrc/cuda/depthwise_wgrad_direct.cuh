@@ -9,6 +9,7 @@
 #include "depthwise_wgrad_tiles.h"
 #include "elements.cuh"
 #include "launch.h"
+#include "shared_memory.h"
 
 namespace convmixer_fast::cuda {
 
@@ -159,12 +160,8 @@ cudaError_t depthwise_wgrad_direct(const WgradParams& params, const WgradPlan& p
   const WgradDirectTile& tile = plan.direct;
   if (tile.threads == 0) return cudaErrorInvalidConfiguration;
   const auto launch = [&](auto taps) {
-    const auto kernel = depthwise_wgrad_direct_kernel<WgradDirectTraits<T, decltype(taps)::value>>;
-    if (plan.smem_bytes > 48 << 10) {
-      const cudaError_t status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
-      if (status != cudaSuccess) return status;
-    }
+    constexpr auto kernel = depthwise_wgrad_direct_kernel<WgradDirectTraits<T, decltype(taps)::value>>;
+    if (const cudaError_t status = prepare_shared_memory<kernel>(); status != cudaSuccess) return status;
     const dim3 grid(plan.share.blocks, tile.passes_h * tile.passes_w);
     kernel<<<grid, tile.threads, plan.smem_bytes, stream>>>(params, tile, plan.share);
     return cudaGetLastError();

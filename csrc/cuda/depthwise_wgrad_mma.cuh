@@ -22,6 +22,7 @@
 #include "depthwise_wgrad_tiles.h"
 #include "launch.h"
 #include "mma_items.cuh"
+#include "shared_memory.h"
 
 namespace convmixer_fast::cuda {
 
@@ -278,12 +279,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 template <class T>
 cudaError_t depthwise_wgrad_mma(const WgradParams& params, const WgradPlan& plan, cudaStream_t stream) {
   const auto launch = [&](auto tap_rows) {
-    const auto kernel = depthwise_wgrad_mma_kernel<WgradTraits<T, decltype(tap_rows)::value>>;
-    if (plan.smem_bytes > 48 << 10) {
-      const cudaError_t status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
-      if (status != cudaSuccess) return status;
-    }
+    constexpr auto kernel = depthwise_wgrad_mma_kernel<WgradTraits<T, decltype(tap_rows)::value>>;
+    if (const cudaError_t status = prepare_shared_memory<kernel>(); status != cudaSuccess) return status;
     const dim3 grid(plan.share.blocks, plan.mma.passes);
     kernel<<<grid, 32 * plan.mma.warps, plan.smem_bytes, stream>>>(params, plan.mma, plan.share);
     return cudaGetLastError();

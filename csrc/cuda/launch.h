@@ -21,4 +21,11 @@ cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream);
 
 cudaError_t activate_pool(const PoolParams& params, cudaStream_t stream);
 
+// What each of these functions returns: `status`, after clearing the runtime's last error where it is one. The runtime is
+// this library's own, linked statically, so nobody else clears that error, and the next launch would report it as its own.
+inline cudaError_t without_last_error(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
 }  // namespace convmixer_fast::cuda

@@ -73,11 +73,11 @@ cudaError_t launch(const PoolParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t activate_pool(const PoolParams& params, cudaStream_t stream) {
-  return dispatch_dtype(params.dtype, [&](auto type) {
+  return without_last_error(dispatch_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);
     return params.x_stride.c == 1 && params.channels > 1 ? launch<T, true>(params, stream)
                                                          : launch<T, false>(params, stream);
-  });
+  }));
 }
 
 }  // namespace convmixer_fast::cuda

@@ -181,11 +181,19 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void* f, const cudaLaun
 
 // ---- device ------------------------------------------------------------------------------------
 
-cudaError_t cudaGetDevice(int* d) { *d = 0; return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return cudaSuccess; }
-cudaError_t cudaSetDevice(int d) {
-  return d ? failed(cudaErrorInvalidDevice, "cudaSetDevice", "there is one device") : cudaSuccess;
+cudaError_t cudaGetDevice(int* d) {
+  u64 r[1];
+  cudaError_t e = call("device_number", {0}, r);
+  *d = e ? 0 : int(r[0]);
+  return e;
 }
+static cudaError_t only_current(int device, const char* where) {
+  int current = 0;
+  if (cudaError_t e = cudaGetDevice(&current)) return e;
+  return device == current ? cudaSuccess : failed(cudaErrorInvalidDevice, where, "there is one device");
+}
+cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return cudaSuccess; }
+cudaError_t cudaSetDevice(int d) { return only_current(d, "cudaSetDevice"); }
 cudaError_t cudaDriverGetVersion(int* v) { *v = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* v) { *v = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaDeviceReset() { return cudaSuccess; }
@@ -198,7 +206,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { *free = *total = limits.memory; return cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int device) {
-  if (device) return failed(cudaErrorInvalidDevice, "cudaDeviceGetAttribute", "there is one device");
+  if (cudaError_t e = only_current(device, "cudaDeviceGetAttribute")) return e;
   switch (a) {
     case cudaDevAttrMaxThreadsPerBlock: case cudaDevAttrMaxBlockDimX: case cudaDevAttrMaxBlockDimY: *v = 1024; break;
     case cudaDevAttrMaxBlockDimZ: *v = 64; break;
@@ -226,7 +234,7 @@ cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int device) {
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-  if (device) return failed(cudaErrorInvalidDevice, "cudaGetDeviceProperties", "there is one device");
+  if (cudaError_t e = only_current(device, "cudaGetDeviceProperties")) return e;
   memset(p, 0, sizeof *p);
   snprintf(p->name, sizeof p->name, "%s", limits.name);
   p->totalGlobalMem = limits.memory;

@@ -203,6 +203,9 @@ class HostProgram:
 
     Functions with C linkage are attributes, ctypes functions that raise the DeviceError of a launch once they return:
     program.dwconv(ctypes.byref(params), None).  import_module(name) imports the library as a Python extension.
+
+    device_number: what cudaGetDevice says.  Under another number the device is another GPU to launchers that keep
+    something for each.
     """
 
     def __init__(self, sources, device: Device = None, flags=(), include_dirs=(), arches=None):
@@ -225,7 +228,7 @@ class HostProgram:
         entries = [lib.ptxsim_variable(i).contents for i in range(lib.ptxsim_variables())]
         self._variables = {e.host: (e.image, e.name.decode(), e.size) for e in entries}
         self._bridge = _Bridge(self._call)
-        self.device = None
+        self.device, self.device_number = None, 0
         if device is not None:
             self.bind(device)
 
@@ -341,6 +344,9 @@ class HostProgram:
         return self.device._launch(
             self, stub, (gx, gy, gz), (bx, by, bz), args, shared, stream, (cx, cy, cz), bool(cooperative)
         )
+
+    def _op_device_number(self, out, _):
+        out[0] = self.device_number
 
     def _op_malloc(self, out, size, _):
         out[1] = self.device.alloc(size, _from_host=True) if size else 0

@@ -127,6 +127,18 @@ def test_queries(program, dev):
     assert list(out) == [90, 132, 232448, 5, 2, 1024]
 
 
+def test_device_number(program, dev):
+    """Launchers that ask for the current device go on; one that names device 0 does not find it."""
+    out, src, dst = (I * 6)(), dev.upload(f32(20000)), dev.alloc(4)
+    program.device_number = 70
+    try:
+        assert program.sums(P(src), P(dst), 1, 20000, 1, None) == 0
+        assert program.query(out) == -1 and dev.errors[-1].call == "cudaGetDeviceProperties"
+    finally:
+        program.device_number = 0
+    assert program.query(out) == 0
+
+
 def test_clusters(program, dev):
     y = dev.alloc(32)
     assert program.clusters(P(y), 8, 4, 0) == 0
