@@ -9,7 +9,7 @@ Nothing here asks for a GPU: on CPU tensors the same schedule runs on the CPU's 
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from . import ops
 
 _PLANE_ALIGNMENT = 8  # elements: 16 bytes of a 16-bit type, what one access of the tensor-core kernel moves
 _GEMM_TILE = (128, 256)  # of the output, of the usual library kernel: tells how many images keep a GPU busy
+_GEMM_TILES_PER_MULTIPROCESSOR = 2  # at least, for that
 _MAX_IDLE_ARENAS = 4
 _MAX_GRAPHS = 8
 
@@ -66,6 +67,11 @@ class Weights:
             activation=module.activation,
             residual=module.residual,
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.patch, *self.after_patch, *self.head)
+        for depthwise, after_depthwise, pointwise, after_pointwise in self.layers:
+            yield from (depthwise, *after_depthwise, pointwise, *after_pointwise)
 
 
 @dataclass(frozen=True)
@@ -122,28 +128,44 @@ def map_size(x: Tensor, weights: Weights) -> tuple[int, int]:
     return x.shape[2] // patch_height, x.shape[3] // patch_width
 
 
-def images_a_chunk(chunk: int | str, x: Tensor, weights: Weights) -> int:
-    """How many of the images x go through all layers before the next ones start.
+def chunks_of(batch: int, most: int) -> int:
+    """The number of chunks in which that many images go through the layers, where a chunk takes `most` at most."""
+    return -(-batch // most)
 
-    "auto", on a GPU: as many as keep both buffers and a layer's matrix within the L2 cache, so that a kernel finds
-    there what the one before it wrote; all of them if those would be too few to occupy every multiprocessor with two
-    tiles of a GEMM. On other devices: all.
+
+def l2_chunk(x: Tensor, weights: Weights) -> int:
+    """How many of the images x (one or more) a chunk may have to stay within the L2 cache of their GPU: the `chunk` for
+    optimize(), by the model of images_in_l2.
+
+    Raises:
+        ValueError: x is not on a GPU.
     """
-    batch = max(1, len(x))
-    if chunk != "auto":
-        return min(chunk, batch)
     if not x.is_cuda:
-        return batch
+        raise ValueError(f"x must be on a CUDA device, got {x.device}")
     gpu = torch.cuda.get_device_properties(x.device)
-    return min(batch, _images_in_cache(weights, map_size(x, weights), gpu.L2_cache_size, gpu.multi_processor_count))
+    return images_in_l2(weights, map_size(x, weights), gpu.L2_cache_size, gpu.multi_processor_count, len(x))
 
 
-def _images_in_cache(weights: Weights, size: tuple[int, int], cache_bytes: int, multiprocessors: int) -> float:
+def images_in_l2(weights: Weights, size: tuple[int, int], cache_bytes: int, multiprocessors: int, batch: int) -> int:
+    """As many images as keep both buffers and a layer's matrix in the L2 cache, where a kernel then finds what the one
+    before it wrote; the whole batch, if not even one does, or if the smallest of the chunks that then run would not
+    give every multiprocessor two tiles of a GEMM.
+
+    A model that no GPU has confirmed: chunk="auto" does not go by it.
+
+    Args:
+        size: (height, width) of a map.
+        cache_bytes, multiprocessors: of the GPU.
+        batch: images of a call.
+    """
     dim, element = weights.patch.shape[0], weights.patch.element_size()
     pitch = Geometry(1, *size).pitch
-    images = (cache_bytes - dim * dim * element) // (2 * dim * pitch * element)
-    tiles = -(-dim // _GEMM_TILE[0]) * (-(-images * pitch // _GEMM_TILE[1]))
-    return images if tiles >= 2 * multiprocessors else float("inf")
+    most = (cache_bytes - dim * dim * element) // (2 * dim * pitch * element)
+    if most < 1:
+        return batch
+    smallest = batch // chunks_of(batch, most)
+    tiles = -(-dim // _GEMM_TILE[0]) * (-(-smallest * pitch // _GEMM_TILE[1]))
+    return min(most, batch) if tiles >= _GEMM_TILES_PER_MULTIPROCESSOR * multiprocessors else batch
 
 
 def steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
@@ -152,10 +174,11 @@ def steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry, arena
     Args:
         x: images (N, in_channels, H, W), of any strides.
         logits: (N, n_classes), written.
-        geometry: of a chunk of x.
+        geometry: of the largest chunk of x; the others have as many images, or one less.
         arena: which holds it.
     """
-    for images, rows in zip(x.split(geometry.images), logits.split(geometry.images)):
+    chunks = chunks_of(len(x), geometry.images)
+    for images, rows in zip(x.tensor_split(chunks), logits.tensor_split(chunks)):
         yield from _chunk_steps(weights, images, rows, geometry, arena)
 
 
@@ -203,6 +226,33 @@ def _patchify(x: Tensor, patch_size: tuple[int, int, int], geometry: Geometry, p
     patches[elements:].zero_()
 
 
+class SharedMemory:
+    """Memory that kernels of several streams use: when it is freed, nobody else gets it before all of them are through.
+
+    Left alone, the allocator gives freed memory to the next one who asks on the stream for which it was made, and lets
+    only work of that stream finish first.
+
+    Args:
+        tensors: that lie in it.
+        written: an event after what was written to it, for streams that have not waited for that; None: all have.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], written: torch.cuda.Event | None = None):
+        self.tensors = list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+        self._written = written
+        self._streams: set[torch.cuda.Stream] = set()
+
+    def use_on(self, stream: torch.cuda.Stream) -> None:
+        """Call it before kernels on that stream use the memory. What it says to stream and allocator holds until the
+        memory is freed, so it costs nothing but the first time."""
+        if stream not in self._streams:
+            if self._written:
+                stream.wait_event(self._written)
+            for tensor in self.tensors:
+                tensor.record_stream(stream)
+            self._streams.add(stream)
+
+
 class Recorded:
     """The forward pass on images of one shape as a CUDA graph, on memory that stays where it is."""
 
@@ -210,7 +260,7 @@ class Recorded:
         with torch.inference_mode(False):  # replays, outside of inference mode too, write to them
             self.images = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             self.logits = x.new_empty(len(x), weights.head[1].shape[0])
-        self.memory = (self.images, self.logits, *arena.buffers(), weights.patch, weights.after_patch[0])
+        self.memory = SharedMemory((self.images, self.logits, *arena.buffers(), *weights.tensors()))
         with torch.cuda.device(x.device):
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
@@ -223,9 +273,8 @@ class Recorded:
                 run_all(steps(weights, self.images, self.logits, geometry, arena))
 
     def replay(self, x: Tensor) -> Tensor:
+        self.memory.use_on(torch.cuda.current_stream(x.device))
         self.images.copy_(x)
-        for tensor in self.memory:  # should it be freed, then not before this stream is through
-            tensor.record_stream(torch.cuda.current_stream(x.device))
         self.graph.replay()
         return self.logits.clone()
 
@@ -278,10 +327,14 @@ class GpuEngine:
         self._lock = threading.Lock()
         self._idle: list[tuple[object, Arena]] = []  # with their streams; the one used last comes last
         self._recording: Arena | None = None  # that of the graph recorded last
-        self.graphs = None
-        if module.cuda_graphs and module.patch.is_cuda:
+        self.graphs = written = None
+        if module.patch.is_cuda:
             with torch.cuda.device(module.patch.device):
-                self.graphs = GraphCache(self._record, torch.cuda.Event())
+                if not torch.cuda.is_current_stream_capturing():
+                    written = torch.cuda.current_stream().record_event()
+                if module.cuda_graphs:
+                    self.graphs = GraphCache(self._record, torch.cuda.Event())
+        self._memory = SharedMemory(self.weights.tensors(), written)
 
     @staticmethod
     def runs(x: Tensor) -> bool:
@@ -296,6 +349,8 @@ class GpuEngine:
             stream, captured = torch.cuda.current_stream(), torch.cuda.is_current_stream_capturing()
             if self.graphs and len(x) and not captured:
                 return self.graphs(x, stream)
+            if not captured:  # the owner of a graph of his own keeps the module as long as he replays it
+                self._memory.use_on(stream)
             return self._run(x, stream, captured)
 
     def _run(self, x: Tensor, stream: torch.cuda.Stream | None, captured: bool) -> Tensor:
@@ -307,8 +362,8 @@ class GpuEngine:
         return logits
 
     def geometry(self, x: Tensor) -> Geometry:
-        """Of chunks of about one size."""
-        chunks = -(-len(x) // images_a_chunk(self.chunk, x, self.weights))
+        """Of the largest chunk of x."""
+        chunks = 1 if self.chunk == "auto" else chunks_of(len(x), self.chunk)
         return Geometry(-(-len(x) // chunks), *map_size(x, self.weights))
 
     def arena_bytes(self) -> int:

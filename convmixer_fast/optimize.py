@@ -41,9 +41,8 @@ def optimize(
             depthwise ones have one size and padding "same", or (k - 1) // 2 if it is odd, and are in a module with
             one child fn (of any name) whose forward is fn(x) + x; or all of them are in none, without a residual.
         dtype: torch.float64, float32, float16 or bfloat16, to convert the weights to; None: theirs.
-        chunk: on a GPU, how many images go through all layers before the next ones start, which bounds the memory of
-            the activations. "auto": as many as keep a layer's input, output and matrix in the L2 cache, or all, if
-            those would leave multiprocessors idle.
+        chunk: on a GPU, how many images at most go through all layers before the next ones start, which bounds the
+            memory of the activations; more go in chunks of equal size, or one less. "auto": all together.
         cuda_graphs: on a GPU, record the kernels of a forward pass once for each shape of images (the 8 used last are
             kept) and replay them: no launch gaps, which matter for few images and small maps.
 
