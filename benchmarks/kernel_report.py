@@ -62,7 +62,8 @@ class Device(NamedTuple):
 # is taken as FFMA: there are few. Tensor cores: the vendor's peak of dense float16 with float32 sums; on sm_90, whose
 # peak takes wgmma, 62 % of it.
 DEVICES = {
-    "H200": Device("sm_90a", 1.755, 4300, "4.3 TB/s, measured copy", tensor=6.5, fma=1, half=1),
+    "H200": Device("sm_90a", 1.755, 4300, "4.3 TB/s, measured copy; 60 MB L2", tensor=6.5, fma=1, half=1),
+    "H100": Device("sm_90a", 1.755, 3000, "3.0 TB/s, measured copy; 50 MB L2", tensor=6.5, fma=1, half=1),
     "A100": Device("sm_80", 1.41, 2039, "80 GB, 2.039 TB/s by data sheet", tensor=8, fma=2, half=1),
     "RTX 4090": Device("sm_89", 2.52, 1008, "1.008 TB/s by data sheet", tensor=32, fma=1, half=2),
 }

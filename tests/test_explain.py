@@ -80,6 +80,7 @@ def test_devices():
         assert explained.block == 32 and explained.items == 64 * 1536
         assert explained.blocks_per_sm == min(16, gpu.smem_per_sm // (explained.smem_bytes + 1024))
         assert explained.grid == gpu.sm_count * explained.blocks_per_sm
+    assert explain(case, torch.bfloat16, device="H100") == explain(case, torch.bfloat16, device="H200")  # the same SMs
     older = explain(case, torch.bfloat16, device=Gpu("T4", 75, 40, 64 << 10, 32, 16))
     assert older.kernel == "direct" and "sm_80" in older.reason and older.grid == older.items
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from sass import Instruction  # noqa: E402
 
 import convmixer_fast  # noqa: E402
 from convmixer_fast import ConvMixer  # noqa: E402
+from convmixer_fast.explain import GPUS  # noqa: E402
 
 MOST_INSTRUCTIONS = 1110  # a plane: 32 x 32, k <= 9, float16, prologue and epilogue
 SAME_IN_PTX = {"HMMA": "mma.", "LDSM": "ldmatrix.", "MUFU": "ex2."}
@@ -47,6 +49,22 @@ def test_instructions_of_a_plane(kernels):
     assert len(planes) == 8
     print(kernel_report.plane_table(planes))
     assert {plane.kernel_size for plane in planes if plane.opcodes.total() > MOST_INSTRUCTIONS} == set()
+
+
+def test_devices(kernels):
+    """Those of explain(); an H100 is an H200 with less bandwidth."""
+    assert kernel_report.DEVICES.keys() == GPUS.keys()
+    for name, device in kernel_report.DEVICES.items():
+        assert re.fullmatch(rf"sm_{GPUS[name].capability}a?", device.target)
+    planes = kernel_report.count_planes(kernels)
+    for plane in planes:
+        assert list(kernel_report.predictions(plane)) == ["H200", "H100"]
+        h200, h100 = plane.predict("H200"), plane.predict("H100")
+        assert h100.pop("memory") == pytest.approx(h200.pop("memory") * 4.3 / 3.0)
+        assert h100 == h200
+    text = kernel_report.document(kernels, planes, all_resources=False)
+    assert text.count("\n| H100 ") == text.count("\n| H200 ") == len(planes)
+    assert all(re.search(rf"\b{name}:\s", text) for name in kernel_report.DEVICES)
 
 
 def test_prediction_of_a_network(kernels):
