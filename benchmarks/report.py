@@ -138,6 +138,13 @@ def write_results(path: Path, result: dict[str, object], text: str) -> None:
     write(path.with_suffix(".md"), text + "\n")
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def resolve_device(
     parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict[str, dict], may_miss: bool = False
 ) -> None:

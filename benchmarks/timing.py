@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3  # untimed calls of each function
+MOST_COPIES = 1024  # of a tensor; where more were needed, a call takes longer than its memory accesses anyway
 
 
 class HostClock:
@@ -98,9 +99,11 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def cold_copies(x: Tensor) -> list[Tensor]:
-    """x and as many copies of it (memory format kept) as make three last-level caches: used in turn, none is cached."""
+    """x and as many copies of it (memory format kept) as make three last-level caches, but at most MOST_COPIES: used in
+    turn, none is cached."""
     size = max(1, x.numel() * x.element_size())
-    return [x] + [x.clone() for _ in range(math.ceil(3 * last_level_cache(x.device) / size) - 1)]
+    copies = min(math.ceil(3 * last_level_cache(x.device) / size), MOST_COPIES)
+    return [x] + [x.clone() for _ in range(copies - 1)]
 
 
 def keep_freed_memory() -> None:

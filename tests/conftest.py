@@ -1,6 +1,7 @@
 """Makes timm importable beside a CPU build of torch, which the operators in torchvision's wheel do not load into; and
 keeps oneDNN, inside PyTorch, from its float16 kernels for AVX512-FP16, which never return from a depthwise convolution
-15 wide."""
+15 wide. A CUDA fault ends its process (cuda_faults.py), and float32 results of PyTorch on a GPU, which tests judge by,
+are computed in float32."""
 
 import os
 
@@ -8,6 +9,10 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read once, at
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from cuda_faults import pytest_runtest_logfinish  # noqa: E402, F401
+
+torch.backends.cudnn.allow_tf32 = False  # by default convolutions round their operands to TF32
+torch.backends.cuda.matmul.allow_tf32 = False
 
 try:
     import torchvision  # noqa: F401

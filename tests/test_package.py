@@ -49,7 +49,7 @@ def test_package_without_our_python(tmp_path, device, dtype, libraries):
     torch.save(inputs, images)
     arguments = [*(LIBRARIES / library for library in libraries), package, images, logits]
     # An environment of its own, outside of the clone: only torch can be imported.
-    subprocess.run([sys.executable, "-P", "-c", RUN, *map(str, arguments)], check=True, cwd=tmp_path, timeout=300)
+    subprocess.run([sys.executable, "-I", "-c", RUN, *map(str, arguments)], check=True, cwd=tmp_path, timeout=300)
     model = model.to(dtype)
     for ours, x in zip(torch.load(logits), inputs):
         with torch.no_grad():
