@@ -1,5 +1,8 @@
 """When a backend counts as wrong, and is not timed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,25 @@ def verdict(error: float, eager_error: float, dtype: torch.dtype) -> dict[str, s
     if error > accepted:
         return dict(status="wrong", message=f"wrong: error {error:.1e}, accepted {accepted:.1e}; not timed")
     return dict(status="right", message="")
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """PyTorch's float32 products and convolutions without TF32, as a result must be that others are judged by.
+
+    On a GPU cuDNN rounds the operands of float32 convolutions to TF32's 10 bits unless it is told not to: by such a
+    reference a right result counts as wrong, and by such an error of eager PyTorch a wrong one as right. What is timed
+    stays outside: there PyTorch keeps its own setting and is at its best.
+    """
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [library.allow_tf32 for library in libraries]
+    try:
+        for library in libraries:
+            library.allow_tf32 = False
+        yield
+    finally:
+        for library, allowed in zip(libraries, before):
+            library.allow_tf32 = allowed
 
 
 def remark(error: float, eager_error: float) -> str:

@@ -79,7 +79,7 @@ def summary(out: Path, threads: int) -> str:
         errors = [result["error"] for name, result in results.items() if name != OURS and "error" in result]
         of_peak = None
         if row.dtype == "float32" and "breakdown" in ours:  # the peak's arithmetic
-            of_peak = 1e12 * ours["teraflops_per_second"] / ours["breakdown"]["ceilings"]["flops"]
+            of_peak = ours["images_per_second"] * ours["flops_per_image"] / ours["breakdown"]["ceilings"]["flops"]
         if "over_best_other" in ours:
             ratios.append(ours["over_best_other"])
         scaling = rate[OURS] / one_core if one_core and rate.get(OURS) and threads > 1 else None
@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measures every row; 1 if ours is wrong or failed in any, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = report.results_folder(report.cpu_name())
-    parser.add_argument("--out", type=Path, default=default, help="folder for the results (benchmarks/results/<device>)")
+    parser.add_argument(
+        "--out", type=Path, default=default, help="folder for the results (benchmarks/results/<device>)"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     args = parser.parse_args(argv)
@@ -107,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     for row, count, backends in runs:
         status |= row.measure(args.out, count, backends)
-        report.write(args.out / "cpu.md", f"Command, date and commit of each row: cpu/.\n\n{summary(args.out, threads)}\n")
+        report.write(
+            args.out / "cpu.md", f"Command, date and commit of each row: cpu/.\n\n{summary(args.out, threads)}\n"
+        )
     print(summary(args.out, threads))
     return status
 

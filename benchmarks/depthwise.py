@@ -6,7 +6,9 @@ independent fused multiply-adds on all threads (fma_peak.cpp). Inputs and result
 caches hold, so a layer comes from main memory and goes back there.
 
 GB/s counts the necessary bytes, x once and y once, and GFLOP/s 2 operations a tap and output, taps on the padding
-included. Every variant is first compared with float64 on one image of the very batch that is timed.
+included. Every variant is first compared with float64, without TF32, on one image of the very batch that is timed.
+"ms / k3's" is a row's time over that of the same operator, layout and map with a 3x3 kernel, "speed / NCHW's" how many
+times as fast channels_last is as NCHW; kernel sizes are timed one after another, layouts in the same rounds.
 """
 
 import argparse
@@ -28,7 +30,8 @@ import sweep
 import timing
 import torch
 import torch.nn.functional as F
-from throughput import failure, positive
+from report import positive
+from throughput import cudnn_depthwise, failure, no_cudnn_depthwise
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +45,15 @@ def convolution(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
     return reference.depthwise_conv2d(x, weight)
 
 
+def aten(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding="same", groups=x.shape[1])
+
+
+def cudnn(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
+    with cudnn_depthwise():
+        return aten(x, weight, vectors)
+
+
 def layer(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
     """The convolution with all that stands around it in a ConvMixer: prologue, GELU, BatchNorm, residual."""
     return reference.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
@@ -50,7 +62,8 @@ def layer(x: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
 # Name: what is timed, and its definition in plain PyTorch, both of x, the weight and six vectors of (C,): bias, scale
 # and shift of the epilogue and of the prologue.
 OPERATORS: dict[str, tuple[Callable, Callable]] = {
-    "aten": (lambda x, weight, vectors: F.conv2d(x, weight, padding="same", groups=x.shape[1]), convolution),
+    "aten": (aten, convolution),
+    "cudnn": (cudnn, convolution),
     "ours": (lambda x, weight, vectors: convmixer_fast.depthwise_conv2d(x, weight), convolution),
     "fused": (
         lambda x, weight, vectors: convmixer_fast.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:])),
@@ -61,19 +74,28 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
         layer,
     ),
 }
-OPERATORS_BY_DEFAULT = ["aten", "ours", "fused"]  # torch.compile takes seconds for each shape and layout
-PEER = "aten"
+OURS = ("ours", "fused")
+PEER, CUDNN = "aten", "cudnn"
+OPERATORS_BY_DEFAULT = [PEER, *OURS]  # torch.compile takes seconds for each shape and layout
 COPY, FMA = "copy", "fma"  # the yardsticks
 
 DEFAULTS = {
     "cuda": dict(
         maps=["1536x32x32", "768x32x32", "1536x16x16", "1024x16x16"],
         kernels=[3, 5, 7, 9, 11, 13, 15, 21, 31],
+        operators=OPERATORS_BY_DEFAULT + ([] if no_cudnn_depthwise(torch.device("cuda")) else [CUDNN]),
         batch=64,
         dtype="float16",
         rounds=20,
     ),
-    "cpu": dict(maps=["1536x32x32"], kernels=[3, 7, 9, 15], batch=4, dtype="float32", rounds=7),
+    "cpu": dict(
+        maps=["1536x32x32"],
+        kernels=[3, 7, 9, 15],
+        operators=OPERATORS_BY_DEFAULT,
+        batch=4,
+        dtype="float32",
+        rounds=7,
+    ),
 }
 
 
@@ -126,8 +148,9 @@ def run_case(sizes: tuple[int, int, int], kernel: int, peak, args: argparse.Name
         copies = {layout: timing.cold_copies(x.to(memory_format=LAYOUTS[layout])) for layout in args.layouts}
         expected, eager_errors = {}, {}
         for definition in {OPERATORS[operator][1] for operator in args.operators}:
-            expected[definition] = definition(x[:1].double(), weight.double(), vectors.double())
-            eager = definition(x[:1], weight, vectors.to(dtype))
+            with accuracy.no_tf32():
+                expected[definition] = definition(x[:1].double(), weight.double(), vectors.double())
+                eager = definition(x[:1], weight, vectors.to(dtype))
             eager_errors[definition] = accuracy.relative_error(eager, expected[definition])
     except Exception as error:  # whatever ails one case, the others go on
         for row in rows.values():
@@ -145,8 +168,12 @@ def run_case(sizes: tuple[int, int, int], kernel: int, peak, args: argparse.Name
     for (operator, layout), row in rows.items():
         run, definition = OPERATORS[operator]
         function = functools.partial(call, functools.partial(run, weight=weight, vectors=vectors), layout)
+        if operator == CUDNN and (reason := no_cudnn_depthwise(device)):
+            row.update(status="skipped", message=reason)
+            continue
         try:
-            row["error"] = accuracy.relative_error(function()[:1], expected[definition])
+            with accuracy.no_tf32():
+                row["error"] = accuracy.relative_error(function()[:1], expected[definition])
             row.update(accuracy.verdict(row["error"], eager_errors[definition], dtype))
         except Exception as error:
             row.update(failure(error))
@@ -184,7 +211,9 @@ def time_variants(
 
 def summarise(rows: list[dict]) -> None:
     """Derives the figures of the timed rows, of the median call: gigabytes_per_second, gigaflops_per_second,
-    of_copy and of_fma_peak (fractions), and over_{peer}_{layout} of ours (how many times as fast)."""
+    of_copy and of_fma_peak (fractions), over_{peer}_{layout} of all but the peer (how many times as fast),
+    over_kernel_3 (how many times as long as with kernel size 3) and, of channels_last, over_nchw (how many times as
+    fast)."""
     timed = [row for row in rows if row["status"] == "timed"]
     for row in timed:
         row["median_seconds"] = statistics.median(row["seconds"])
@@ -199,6 +228,14 @@ def summarise(rows: list[dict]) -> None:
         for peer in peers:
             if row["operator"] != PEER and (row["map"], row["kernel"]) == (peer["map"], peer["kernel"]):
                 row[f"over_{PEER}_{peer['layout']}"] = peer["median_seconds"] / row["median_seconds"]
+    seconds = {(row["map"], row["operator"], row["layout"], row["kernel"]): row["median_seconds"] for row in timed}
+    for row in timed:
+        with_kernel_3 = seconds.get((row["map"], row["operator"], row["layout"], 3))
+        if with_kernel_3 and row["kernel"] != 3:
+            row["over_kernel_3"] = row["median_seconds"] / with_kernel_3
+        in_nchw = seconds.get((row["map"], row["operator"], "nchw", row["kernel"]))
+        if in_nchw and row["layout"] == "channels_last":
+            row["over_nchw"] = in_nchw / row["median_seconds"]
 
 
 def table(rows: list[dict]) -> str:
@@ -208,7 +245,7 @@ def table(rows: list[dict]) -> str:
         return "" if fraction is None else f"{fraction:.0%}"
 
     header = ["C x H x W", "operator", "layout", "k", "ms", "GB/s", "GFLOP/s", "of copy", "of FMA peak"]
-    header += [f"x {PEER} {layout}" for layout in LAYOUTS] + ["error", "remark"]
+    header += ["ms / k3's", "speed / NCHW's", *(f"x {PEER} {layout}" for layout in LAYOUTS), "error", "remark"]
     lines = []
     for row in rows:
         milliseconds = row["median_seconds"] * 1e3 if "median_seconds" in row else None
@@ -217,11 +254,12 @@ def table(rows: list[dict]) -> str:
                 *(row["map"], row["operator"], row["layout"], str(row["kernel"]), report.number(milliseconds)),
                 *(report.number(row.get(name)) for name in ("gigabytes_per_second", "gigaflops_per_second")),
                 *(percent(row.get(name)) for name in ("of_copy", "of_fma_peak")),
+                *(report.number(row.get(name)) for name in ("over_kernel_3", "over_nchw")),
                 *(report.number(row.get(f"over_{PEER}_{layout}")) for layout in LAYOUTS),
                 *(f"{row['error']:.1e}" if "error" in row else "", row["message"]),
             ]
         )
-    return report.table(header, lines)
+    return sweep.filled_table(header, lines)
 
 
 def map_sizes(text: str) -> tuple[int, int, int]:
@@ -244,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help=f"timed calls of each {both('rounds')}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS_BY_DEFAULT)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, help=both("operators"))
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     args = parser.parse_args(argv)
     report.resolve_device(parser, args, DEFAULTS)
@@ -265,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = f"{args.device}, batches of {args.batch}, {args.dtype}, median of {args.rounds} calls"
     cases = list(itertools.product(args.maps, args.kernels, [peak]))
     rows = sweep.run(args, settings, cases, run_case, summarise, table)
-    return int(any(row["operator"] != PEER and row["status"] in ("wrong", "failed") for row in rows))
+    return int(any(row["operator"] in OURS and row["status"] in ("wrong", "failed") for row in rows))
 
 
 if __name__ == "__main__":

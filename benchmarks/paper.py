@@ -39,7 +39,6 @@ FULL = {
     "cuda": throughput.PAPERS_PROTOCOL,
     "cpu": throughput.PAPERS_PROTOCOL | dict(device="cpu", dtype="float32"),
 }
-FULL_BACKENDS = throughput.DEFAULT_BACKENDS
 REDUCED_MINUTES = 4  # a busy machine's; alone it takes two
 REDUCED_BACKENDS = ["eager", "channels_last", "fused"]
 
@@ -85,7 +84,7 @@ REDUCED = Plan(
 def reductions(plan: Plan, backends: list[str]) -> list[str]:
     """What a reduced run leaves out, a phrase each."""
     whole, tables = full("cpu"), plan.tables
-    left_out = [backend for backend in FULL_BACKENDS if backend not in backends]
+    left_out = [backend for backend in throughput.DEFAULTS["cpu"]["backends"] if backend not in backends]
     return [
         f"batches of {tables['batch']}, not {whole.tables['batch']}; {tables['batches']} of them, not "
         f"{whole.tables['batches']}",
@@ -349,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     reduced = args.device == "cpu" and not args.full
     plan = REDUCED if reduced else full(args.device)
     minutes = args.minutes if args.minutes is not None else REDUCED_MINUTES if reduced else float("inf")
-    backends = args.backends or (REDUCED_BACKENDS if reduced else FULL_BACKENDS)
+    backends = args.backends or (REDUCED_BACKENDS if reduced else throughput.DEFAULTS[args.device]["backends"])
     facts = report.environment(torch.device(args.device))
     settings = throughput.describe(argparse.Namespace(**plan.tables))
     facts["settings"] = settings + ("; REDUCED: " + "; ".join(reductions(plan, backends)) if reduced else "")

@@ -33,3 +33,9 @@ def run(
                 report.write_results(args.json, dict(environment=facts, rows=rows), text)
     print(table(rows))
     return rows
+
+
+def filled_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """report.table without the columns that are empty in every line."""
+    filled = [column for column, title in enumerate(header) if any(line[column] for line in lines)]
+    return report.table([header[column] for column in filled], [[line[column] for column in filled] for line in lines])

@@ -9,17 +9,25 @@ With `torchrun --nproc-per-node N` every rank times its own copy at the same tim
 CPU; the figure is the sum over the ranks.
 
 Before that, each backend's logits for the first images of the very batch that is timed are compared with those of the
-same weights in float64. Whatever is off by more than accuracy.limit() is reported, and not timed.
+same weights in float64. Whatever is off by more than accuracy.limit() is reported, and not timed. What ours may be off
+by is set by eager PyTorch without TF32. Its peers keep PyTorch's own setting, in which it is at its best, when they are
+checked and timed, and what they may be off by is set by eager PyTorch in that.
+
+On a GPU a model's rows are followed by what others have published of it (data/published.csv): not measured here, and no
+part of "best other".
 """
 
 import argparse
 import copy
+import csv
 import difflib
 import functools
 import importlib.util
+import itertools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +38,13 @@ import report
 import runtimes
 import timing
 import torch
+from report import positive
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import convmixer_fast
-from convmixer_fast import ranks
+from convmixer_fast import gpu_engine, ranks
 from convmixer_fast.model import ALIASES
 
 CHECKED = 4  # images whose logits are compared
@@ -57,26 +66,87 @@ def compiled(model: nn.Module, images: Tensor, max_autotune: bool = False) -> Ca
     return torch.compile(model, mode="max-autotune" if max_autotune else None)
 
 
+def compiled_nchw(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """torch.compile that leaves the maps in NCHW."""
+    # Inductor moves a network with convolutions to channels_last, where PyTorch's depthwise kernels are slow: in timm's
+    # tables (RTX 5090, torch 2.9.1) ConvMixers with 9x9 kernels are 2.1 and 2.4 times as fast in eager mode.
+    options = {"layout_optimization": False} | ({"freezing": True} if images.device.type == "cpu" else {})
+    return torch.compile(model, options=options)
+
+
+@contextmanager
+def cudnn_depthwise() -> Iterator[None]:
+    """Has cuDNN compute depthwise convolutions, also those for which PyTorch would choose kernels of its own."""
+    before = torch.backends.cudnn.depthwise_kernel
+    torch.backends.cudnn.depthwise_kernel = "cudnn"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.depthwise_kernel = before
+
+
+def no_cudnn_depthwise(device: torch.device) -> str:
+    """Why cudnn_depthwise() cannot be used on a device; empty where it can."""
+    if device.type != "cuda":
+        return f"not applicable: cuDNN needs a CUDA device, this is {device.type}"
+    if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+        return f"needs torch.backends.cudnn.depthwise_kernel, from torch 2.14 on; this is {torch.__version__}"
+    return ""
+
+
+def by_cudnn(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with cudnn_depthwise():
+            return model(x)
+
+    return run
+
+
+def l2_chunks(model: nn.Module, images: Tensor) -> nn.Module:
+    """Ours with as many images at a time going through the layers as stay within the GPU's L2 cache."""
+    weights = gpu_engine.Weights.of(convmixer_fast.optimize(model))
+    return convmixer_fast.optimize(model, chunk=gpu_engine.l2_chunk(images, weights))
+
+
+OURS = "fused"
+L2_CHUNKS = "fused-l2-chunks"
+CUDNN = ("cudnn-depthwise", "cudnn-depthwise-channels_last")
 BACKENDS = {
     "eager": Backend(lambda model, images: model),
     "channels_last": Backend(lambda model, images: model.to(memory_format=torch.channels_last), torch.channels_last),
+    CUDNN[0]: Backend(by_cudnn),
+    CUDNN[1]: Backend(
+        lambda model, images: by_cudnn(model.to(memory_format=torch.channels_last), images), torch.channels_last
+    ),
     "compile": Backend(compiled),
+    "compile-nchw": Backend(compiled_nchw),
     "compile-max-autotune": Backend(functools.partial(compiled, max_autotune=True)),
     "onnxruntime": Backend(runtimes.onnxruntime),
     "openvino": Backend(runtimes.openvino),
-    "fused": Backend(lambda model, images: convmixer_fast.optimize(model)),
+    OURS: Backend(lambda model, images: convmixer_fast.optimize(model)),
     "fused-graphs": Backend(lambda model, images: convmixer_fast.optimize(model, cuda_graphs=True)),
-    "fused-one-chunk": Backend(lambda model, images: convmixer_fast.optimize(model, chunk=len(images))),
+    L2_CHUNKS: Backend(l2_chunks),
 }
-DEFAULT_BACKENDS = ["eager", "channels_last", "compile", "fused"]
-OURS = "fused"
-VARIANTS = ("fused-graphs", "fused-one-chunk")  # of ours, on a GPU
+VARIANTS = ("fused-graphs", L2_CHUNKS)  # of ours, on a GPU
+BROKEN_DOWN = (OURS, L2_CHUNKS)
 CPU_ONLY = ("onnxruntime", "openvino")
 
 PAPERS_PROTOCOL = dict(device="cuda", batch=64, dtype="float16", batches=20, image_size=224)
 DEFAULTS = {
-    "cuda": dict(models=["table1"], batch=64, dtype="float16", batches=20),
-    "cpu": dict(models=["convmixer_256_8_k9_p2", "convmixer_256_8_k3_p2"], batch=16, dtype="float32", batches=10),
+    "cuda": dict(
+        models=["table1"],
+        backends=["eager", "channels_last", *CUDNN, "compile", "compile-nchw", OURS],
+        batch=64,
+        dtype="float16",
+        batches=20,
+    ),
+    "cpu": dict(
+        models=["convmixer_256_8_k9_p2", "convmixer_256_8_k3_p2"],
+        backends=["eager", "channels_last", "compile", OURS],
+        batch=16,
+        dtype="float32",
+        batches=10,
+    ),
 }
 
 
@@ -105,6 +175,20 @@ def select_models(patterns: list[str]) -> list[str]:
                 raise ValueError(f"no model is called {pattern!r}" + (f"; close: {', '.join(close)}" if close else ""))
         selected += names
     return list(dict.fromkeys(selected))
+
+
+def model_names(text: str) -> list[str]:
+    """The type of an option that selects models: a mistyped name is refused even where a later option replaces it."""
+    try:
+        return select_models([text])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def each_once(models: Sequence[str | list[str]]) -> list[str]:
+    """The models of an option of that type, or of a default, which argparse leaves as it is."""
+    names = [select_models([model]) if isinstance(model, str) else model for model in models]
+    return list(dict.fromkeys(itertools.chain.from_iterable(names)))
 
 
 def _timm():
@@ -180,6 +264,17 @@ def failure(error: Exception) -> dict[str, str]:
     return dict(status="failed", message=report.one_line(error))
 
 
+def obstacle(backend: str, model: str, device: torch.device) -> str:
+    """Why a backend does not apply to a model or a device; empty where it does."""
+    if backend in (OURS, *VARIANTS) and not model.startswith("convmixer"):
+        return "not applicable: not a ConvMixer"
+    if backend in CPU_ONLY and device.type != "cpu":
+        return "not applicable: runs on the CPU here"
+    if backend in VARIANTS and device.type != "cuda":
+        return "not applicable: for a GPU"
+    return no_cudnn_depthwise(device) if backend in CUDNN else ""
+
+
 @torch.no_grad()
 def run_model(
     name: str, args: argparse.Namespace, progress: tqdm, make: Callable[[], nn.Module] | None = None
@@ -195,8 +290,10 @@ def run_model(
         model = model.to(dtype)
         images = torch.randn(args.batch, 3, size, size, device=device, dtype=dtype)
         checked = images[:CHECKED]
-        expected = copy.deepcopy(model).double()(checked.double())
-        eager_error = accuracy.relative_error(model(checked), expected)
+        with accuracy.no_tf32():
+            expected = copy.deepcopy(model).double()(checked.double())
+            eager_error = accuracy.relative_error(model(checked), expected)
+        error_of_peers = max(eager_error, accuracy.relative_error(model(checked), expected))
         facts = dict(image_size=size, flops_per_image=flops_per_image(model, size), eager_error=eager_error)
         if isinstance(model, convmixer_fast.ConvMixer):
             facts["sizes"] = [model.dim, model.depth, model.patch_size, model.kernel_size]
@@ -210,22 +307,19 @@ def run_model(
     for backend, row in rows.items():
         row.update(facts)
         progress.set_postfix_str(f"{name}, checking {backend}")
-        if backend in (OURS, *VARIANTS) and not name.startswith("convmixer"):
-            row.update(status="skipped", message="not applicable: not a ConvMixer")
-            continue
-        if backend in CPU_ONLY and device.type != "cpu":
-            row.update(status="skipped", message="not applicable: runs on the CPU here")
-            continue
-        if backend in VARIANTS and device.type != "cuda":
-            row.update(status="skipped", message="not applicable: for a GPU")
+        if reason := obstacle(backend, name, device):
+            row.update(status="skipped", message=reason)
             continue
         try:
             batch = images.to(memory_format=BACKENDS[backend].memory_format)
             prepared = BACKENDS[backend].prepare(copy.deepcopy(model), batch)
             row["error"] = accuracy.relative_error(prepared(batch)[:CHECKED], expected)
-            row.update(accuracy.verdict(row["error"], eager_error, dtype))
+            accepted_of = eager_error if backend in (OURS, *VARIANTS) else error_of_peers
+            row.update(accuracy.verdict(row["error"], accepted_of, dtype))
             if row["status"] == "right":
                 row["message"] = accuracy.remark(row["error"], eager_error) if backend == OURS else ""
+                if backend == L2_CHUNKS:
+                    row["message"] = f"{prepared.chunk} images per chunk"
                 ready[backend] = functools.partial(prepared, batch)
         except Exception as error:
             row.update(failure(error))
@@ -237,8 +331,9 @@ def run_model(
         seconds = timing.measure(ready, args.batches, clock, progress.update, settle)
         for backend, samples in seconds.items():
             rows[backend].update(status="timed", seconds=samples)
-        if args.breakdown and OURS in seconds:
-            rows[OURS]["breakdown"] = breakdown.measure(ready[OURS].func, images, args.batches)
+        for backend in BROKEN_DOWN if args.breakdown else ():
+            if backend in seconds:
+                rows[backend]["breakdown"] = breakdown.measure(ready[backend].func, images, args.batches)
     except Exception as error:
         for backend in ready:
             rows[backend].update(failure(error))
@@ -263,15 +358,15 @@ def merge(rows_of_ranks: list[list[dict]]) -> list[dict]:
 
 def summarise(rows: list[dict]) -> None:
     """Derives the figures of the timed rows: images_per_second (of the median batch; summed over ranks),
-    teraflops_per_second, over_best_other (ours over the fastest other backend) and k9_over_k3 (over the same network
-    with kernel size 3)."""
+    teramacs_per_second (multiply-adds, as papers count), over_best_other (ours over the fastest other backend) and
+    k9_over_k3 (over the same network with kernel size 3)."""
     timed = [row for row in rows if row["status"] == "timed"]
     for row in timed:
         rates = [row["batch"] / statistics.median(seconds) for seconds in row.get("rank_seconds", [row["seconds"]])]
         row["images_per_second"] = sum(rates)
         if len(rates) > 1:
             row["rank_images_per_second"] = rates
-        row["teraflops_per_second"] = row["images_per_second"] * row["flops_per_image"] / 1e12
+        row["teramacs_per_second"] = teramacs(row["images_per_second"], row["flops_per_image"])
     rate = {(row["model"], row["backend"]): row["images_per_second"] for row in timed}
     mixers = [(row, (*row["sizes"][:-1], row["backend"]), row["sizes"][-1]) for row in timed if "sizes" in row]
     kernel_3 = {key: row["images_per_second"] for row, key, kernel_size in mixers if kernel_size == 3}
@@ -284,12 +379,43 @@ def summarise(rows: list[dict]) -> None:
             row["k9_over_k3"] = row["images_per_second"] / kernel_3[key]
 
 
+def teramacs(images_per_second: float, flops_per_image: int) -> float:
+    """10^12 multiply-adds per second."""
+    return images_per_second * flops_per_image / 2 / 1e12
+
+
+def published(name: str) -> list[dict]:
+    """A row for every figure that others have published of a model, with images of the paper's size."""
+    with (Path(__file__).parent / "data" / "published.csv").open(newline="") as file:
+        figures = [row for row in csv.DictReader(file) if row["model"] == name]
+    if not figures:
+        return []
+    with torch.device("meta"):
+        flops = flops_per_image(build(name), PAPERS_PROTOCOL["image_size"])
+    rows = []
+    for figure in figures:
+        rate = float(figure["images_per_second"])
+        source = figure["source"].partition(":")[0]
+        rows.append(
+            dict(
+                model=name,
+                backend=f"published: {figure['backend']}",
+                status="published",
+                images_per_second=rate,
+                teramacs_per_second=teramacs(rate, flops),
+                message=f"{source}, {figure['device']}, torch {figure['torch']}; not measured here",
+            )
+        )
+    return rows
+
+
 def breakdowns(rows: list[dict]) -> str:
     """The breakdowns that were measured, as text; empty where there are none."""
-    return "".join(f"\n\n{row['model']}\n\n{breakdown.table(row['breakdown'])}" for row in rows if "breakdown" in row)
+    found = [row for row in rows if "breakdown" in row]
+    return "".join(f"\n\n{row['model']}, {row['backend']}\n\n{breakdown.table(row['breakdown'])}" for row in found)
 
 
-HEADER = ["model", "backend", "img/s", "x best other", "TFLOP/s", "k9/k3", "error", "RTX 8000 (paper)", "remark"]
+HEADER = ["model", "backend", "img/s", "x best other", "TMAC/s", "k9/k3", "error", "RTX 8000 (paper)", "remark"]
 
 
 def table(rows: list[dict]) -> str:
@@ -298,7 +424,7 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         figure = paper[row["model"]]["rtx8000_images_per_second"] if row["model"] in paper else ""
-        names = "images_per_second", "over_best_other", "teraflops_per_second", "k9_over_k3"
+        names = "images_per_second", "over_best_other", "teramacs_per_second", "k9_over_k3"
         figures = [report.number(row.get(name)) for name in names]
         error = f"{row['error']:.1e}" if "error" in row else ""
         of_ranks = " + ".join(map(report.number, row.get("rank_images_per_second", [])))
@@ -308,13 +434,14 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(path: Path, rows: list[dict], title: str) -> None:
-    """A PNG: a group of bars a model, a bar a backend, and the paper's figure as a mark."""
+    """A PNG: a group of bars per model, a bar per backend that was measured, and the paper's figure as a mark."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     paper = report.paper_rows()
+    rows = [row for row in rows if row["status"] != "published"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     blues = plt.get_cmap("Blues")
@@ -347,7 +474,7 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[backend], label=backend) for backend in backends]
     if marked:
         handles.append(plt.Line2D([], [], color="black", linestyle=":", label="paper, RTX 8000"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
     axes.margins(x=0.3, y=0.02)
@@ -379,6 +506,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models",
         nargs="+",
+        type=model_names,
         metavar="NAME",
         help=f"names, patterns, table1, table2, or names of timm's models {both('models')}",
     )
@@ -387,7 +515,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=positive, help=f"timed batches of each backend {both('batches')}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--image-size", type=positive, help="(224 on a GPU, on a CPU the size of the model's data set)")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=DEFAULT_BACKENDS)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help=both("backends"))
     parser.add_argument(
         "--breakdown",
         action="store_true",
@@ -400,17 +528,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     report.resolve_device(parser, args, DEFAULTS, may_miss=args.predict)
     if args.device == "cuda" and args.image_size is None:
         args.image_size = PAPERS_PROTOCOL["image_size"]
-    try:
-        args.models = select_models(args.models)
-    except ValueError as error:
-        parser.error(f"argument --models: {error}")
+    args.models = each_once(args.models)
     return args
-
-
-def positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -455,7 +574,7 @@ def run(args: argparse.Namespace) -> int:
             rows_of_ranks = ranks.gather(run_model(name, args, progress))
             progress.update(done * args.batches - progress.n)
             if first:
-                rows += merge(rows_of_ranks)
+                rows += merge(rows_of_ranks) + (published(name) if args.device == "cuda" else [])
                 summarise(rows)
                 if args.json:
                     text = f"{report.facts_list(facts)}\n\n{table(rows)}{breakdowns(rows)}"

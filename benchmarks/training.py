@@ -6,7 +6,7 @@ counts. On a GPU, "GB" is the peak of the memory that a step takes beyond what i
 
 Before that, each backend's gradient of the very batch that is timed is compared with that of eager PyTorch in a wider
 type: float64, or for autocast on a GPU float32. Whatever is off by more than accuracy.limit() is reported, and not
-timed.
+timed. All of that is without TF32; steps are timed with PyTorch's own setting, in which it is at its best.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import throughput
 import timing
 import torch
 import torch.nn.functional as F
-from throughput import failure, positive
+from report import positive
+from throughput import failure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -103,8 +104,10 @@ def run_model(name: str, dtype_name: str, args: argparse.Namespace, progress: tq
         images = torch.randn(args.batch, 3, size, size, device=device)
         target = torch.arange(args.batch, device=device) % 10
         exact = wider(dtype, device)
-        expected = Trainer(copy.deepcopy(model).to(exact), images.to(exact), target, exact).gradient()
-        eager_error = accuracy.relative_error(Trainer(copy.deepcopy(model), images, target, dtype).gradient(), expected)
+        with accuracy.no_tf32():
+            expected = Trainer(copy.deepcopy(model).to(exact), images.to(exact), target, exact).gradient()
+            eager = Trainer(copy.deepcopy(model), images, target, dtype).gradient()
+        eager_error = accuracy.relative_error(eager, expected)
     except Exception as error:  # whatever ails one model, the others go on
         for row in rows.values():
             row.update(failure(error))
@@ -116,7 +119,8 @@ def run_model(name: str, dtype_name: str, args: argparse.Namespace, progress: tq
         progress.set_postfix_str(f"{name}, {dtype_name}, checking {backend}")
         try:
             trainer = Trainer(BACKENDS[backend](copy.deepcopy(model)), images, target, dtype)
-            row["error"] = accuracy.relative_error(trainer.gradient(), expected)
+            with accuracy.no_tf32():
+                row["error"] = accuracy.relative_error(trainer.gradient(), expected)
             row.update(accuracy.verdict(row["error"], eager_error, dtype))
             if row["status"] == "right":
                 row["message"] = accuracy.remark(row["error"], eager_error) if backend in OURS else ""
@@ -173,7 +177,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def both(name: str) -> str:
         return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
 
-    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"as throughput.py's {both('models')}")
+    models = f"as throughput.py's {both('models')}"
+    parser.add_argument("--models", nargs="+", type=throughput.model_names, metavar="NAME", help=models)
     parser.add_argument("--batch", type=positive, help=f"images a step {both('batch')}")
     parser.add_argument("--dtypes", nargs="+", choices=("float16", "bfloat16", "float32"), help=both("dtypes"))
     parser.add_argument("--rounds", type=positive, help=f"timed steps of each backend {both('rounds')}")
@@ -183,10 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
     args = parser.parse_args(argv)
     report.resolve_device(parser, args, DEFAULTS)
-    try:
-        args.models = throughput.select_models(args.models)
-    except ValueError as error:
-        parser.error(f"argument --models: {error}")
+    args.models = throughput.each_once(args.models)
     return args
 
 

@@ -1,13 +1,12 @@
 """The benchmarks: what they write, what they refuse to time, and their arithmetic. What they measure is not tested."""
 
+import csv
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +21,15 @@ import accuracy  # noqa: E402
 import breakdown  # noqa: E402
 import cpu  # noqa: E402
 import depthwise  # noqa: E402
-import gpu  # noqa: E402
+import gemm  # noqa: E402
+import gradients  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import runtimes  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
+import training  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import convmixer_fast  # noqa: E402
 
@@ -86,18 +88,23 @@ def test_throughput_ratios():
         dict(model=f"k{k}", backend=backend, seconds=seconds, **common, sizes=[256, 8, 2, k])
         for k, backend, seconds in [
             (9, "eager", [9.0, 2.0, 2.0]),  # 5 images a second
-            (9, "compile", [1.0, 1.0, 1.0]),  # 10
+            (9, "compile", [1.25, 1.25, 1.25]),  # 8
+            (9, "compile-nchw", [1.0, 1.0, 1.0]),  # 10
+            (9, "cudnn-depthwise", [2.5, 2.5, 2.5]),  # 4
             (9, "fused", [0.25, 0.25, 8.0]),  # 40
+            (9, "fused-l2-chunks", [0.125, 0.125, 0.125]),  # 80: ours, too
             (3, "eager", [0.5, 0.5, 0.5]),  # 20
             (3, "fused", [0.2, 0.2, 0.2]),  # 50
         ]
     ]
     rows.append(dict(model="k3", backend="compile", batch=10, status="wrong", message="wrong"))
+    rows.append(dict(model="k9", backend="published: eager", status="published", images_per_second=1000.0))
     throughput.summarise(rows)
     figures = {(row["model"], row["backend"]): row for row in rows}
     assert figures["k9", "eager"]["images_per_second"] == 5
-    assert figures["k9", "fused"]["teraflops_per_second"] == pytest.approx(0.04)
+    assert figures["k9", "fused"]["teramacs_per_second"] == pytest.approx(0.02)
     assert figures["k9", "fused"]["over_best_other"] == 4
+    assert figures["k9", "fused-l2-chunks"]["over_best_other"] == 8
     assert figures["k3", "fused"]["over_best_other"] == 2.5
     assert figures["k9", "fused"]["k9_over_k3"] == pytest.approx(0.8)
     assert figures["k9", "eager"]["k9_over_k3"] == 0.25
@@ -116,7 +123,7 @@ def test_breakdown_names_every_part(tmp_path, capsys):
     products = sum(part["flops"] for part in found["parts"] if part["name"] != "pool + head")
     head = 2 * model.dim * model.n_classes
     assert products == 2 * (throughput.flops_per_image(model, 8) - head)
-    assert "pool + head" in capsys.readouterr().out
+    assert f"\n\n{PAIR[0]}, fused\n\n| part " in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no breakdown for meta, only for cpu, cuda"):
         breakdown.measure(convmixer_fast.optimize(model.eval()), torch.empty(1, device="meta"), 1)
 
@@ -137,11 +144,12 @@ def test_breakdown_of_a_gpus_kernels():
 
 @pytest.mark.cuda
 def test_breakdown_on_a_gpu(tmp_path):
-    arguments = ["--models", PAIR[0], "--backends", "fused", "--breakdown", "--device", "cuda", "--image-size", "64"]
-    status, rows = run_throughput(tmp_path, *arguments)
-    assert status == 0
-    parts = {part["name"]: part["seconds"] for part in rows[PAIR[0], "fused"]["breakdown"]["parts"]}
-    assert all(parts[name] > 0 for name in breakdown.PARTS)
+    arguments = ["--models", PAIR[0], "--breakdown", "--device", "cuda", "--image-size", "64"]
+    status, rows = run_throughput(tmp_path, *arguments, "--backends", *throughput.BROKEN_DOWN)
+    assert status == 0 and len(rows) == 2
+    for row in rows.values():
+        parts = {part["name"]: part["seconds"] for part in row["breakdown"]["parts"]}
+        assert all(parts[name] > 0 for name in breakdown.PARTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it is measured")
@@ -156,6 +164,101 @@ def test_breakdown_without_the_gpu_is_a_prediction(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert output.startswith("# H200: prediction, not measured")
     assert f"{PAIR[0]}: 128 images per second, a prediction" in output
+
+
+def test_the_breakdown_is_of_ours_and_of_its_l2_chunks(tmp_path, monkeypatch, capsys):
+    """As on a GPU, of which this CPU takes the place."""
+    monkeypatch.setattr(throughput, "obstacle", lambda *_: "")
+    monkeypatch.setattr(throughput.gpu_engine, "l2_chunk", lambda x, weights: 1)
+    measured = []
+
+    def measure(module, images, rounds):
+        measured.append(module.chunk)
+        part, ceilings = breakdown.Part("GEMM", 0.5, 1.0, 0.25, "memory"), breakdown.Ceilings(1.0, 1.0, 1.0)
+        return breakdown.combine([part], dict(GEMM=0.5, total=0.5), ceilings)
+
+    monkeypatch.setattr(breakdown, "measure", measure)
+    backends = ["eager", "fused", "fused-graphs", "fused-l2-chunks"]
+    status, rows = run_throughput(tmp_path, "--models", PAIR[0], "--backends", *backends, "--breakdown")
+    assert status == 0 and all(row["status"] == "timed" for row in rows.values())
+    assert measured == ["auto", 1]
+    assert [backend for (_, backend), row in rows.items() if "breakdown" in row] == ["fused", "fused-l2-chunks"]
+    assert rows[PAIR[0], "fused-l2-chunks"]["message"] == "1 images per chunk"
+    output = capsys.readouterr().out
+    assert f"\n\n{PAIR[0]}, fused\n\n| part" in output and f"\n\n{PAIR[0]}, fused-l2-chunks\n\n| part" in output
+
+
+def test_l2_chunks_are_as_large_as_the_engine_says(monkeypatch):
+    asked = []
+
+    def l2_chunk(x, weights):
+        asked.append((x.shape, weights.patch.shape[0]))
+        return 3
+
+    monkeypatch.setattr(throughput.gpu_engine, "l2_chunk", l2_chunk)
+    model = throughput.plain(convmixer_fast.ConvMixer(16, 2, 3, 2, 10)).eval()
+    module = throughput.BACKENDS["fused-l2-chunks"].prepare(model, torch.empty(7, 3, 8, 8))
+    assert module.chunk == 3 and asked == [((7, 3, 8, 8), 16)]
+
+
+def test_compile_nchw_leaves_the_layout_alone(monkeypatch):
+    """The options are such as this torch knows: it refuses others before it compiles anything."""
+    compiler, asked = torch.compile, []
+
+    def compile_(model, **settings):
+        asked.append(settings)
+        return compiler(model, **settings)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = torch.nn.Conv2d(1, 1, 1)
+    prepare = throughput.BACKENDS["compile-nchw"].prepare
+    prepare(model, torch.empty(1))
+    prepare(model, torch.empty(1, device="meta"))
+    on_cpu, elsewhere = (settings["options"] for settings in asked)
+    assert on_cpu == {"layout_optimization": False, "freezing": True} and elsewhere == {"layout_optimization": False}
+    throughput.BACKENDS["compile"].prepare(model, torch.empty(1))
+    assert "layout_optimization" not in asked[-1]["options"]
+
+
+@pytest.mark.parametrize("backend", throughput.CUDNN)
+@pytest.mark.parametrize("fails", [False, True])
+def test_cudnn_computes_depthwise_convolutions_during_a_call_alone(monkeypatch, backend, fails):
+    monkeypatch.setattr(torch.backends.cudnn, "depthwise_kernel", "native", raising=False)
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            seen.append((torch.backends.cudnn.depthwise_kernel, x.is_contiguous()))
+            if fails:
+                raise RuntimeError("no algorithm")
+            return x
+
+    chosen = throughput.BACKENDS[backend]
+    images = torch.empty(2, 3, 4, 4).to(memory_format=chosen.memory_format)
+    run = chosen.prepare(Model(), images)
+    assert torch.backends.cudnn.depthwise_kernel == "native"
+    if fails:
+        with pytest.raises(RuntimeError, match="no algorithm"):
+            run(images)
+    else:
+        assert run(images) is images
+    assert seen == [("cudnn", backend == "cudnn-depthwise")]
+    assert torch.backends.cudnn.depthwise_kernel == "native"
+
+
+def test_where_cudnn_cannot_be_chosen_a_row_says_why(tmp_path, monkeypatch):
+    status, rows = run_throughput(tmp_path, "--models", PAIR[0], "--backends", *throughput.CUDNN)
+    assert status == 0
+    for row in rows.values():
+        assert row["status"] == "skipped" and row["message"].endswith("cuDNN needs a CUDA device, this is cpu")
+    gpu_ = torch.device("cuda")
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(depthwise_kernel="auto"))
+    assert throughput.no_cudnn_depthwise(gpu_) == ""
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace())
+    reason = f"needs torch.backends.cudnn.depthwise_kernel, from torch 2.14 on; this is {torch.__version__}"
+    assert throughput.no_cudnn_depthwise(gpu_) == reason
+    assert throughput.obstacle("cudnn-depthwise", PAIR[0], gpu_) == reason
+    assert throughput.obstacle("eager", PAIR[0], gpu_) == throughput.obstacle("fused", PAIR[0], gpu_) == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -201,6 +304,30 @@ def test_depthwise_ratios():
     assert "over_aten_nchw" not in rows[1]
 
 
+def test_depthwise_over_kernel_3_and_over_nchw():
+    times = {  # operator, layout and kernel, on two maps of which one has no kernel 3
+        ("a", "ours", "nchw", 3): 2.0,
+        ("a", "ours", "nchw", 9): 5.0,
+        ("a", "ours", "channels_last", 3): 1.0,
+        ("a", "ours", "channels_last", 9): 4.0,
+        ("a", "aten", "nchw", 9): 7.0,
+        ("b", "ours", "nchw", 9): 100.0,
+        ("b", "ours", "channels_last", 9): 50.0,
+    }
+    names = "map", "operator", "layout", "kernel"
+    figures = dict(bytes=1, flops=1, status="timed", copy_seconds=[1.0], message="")
+    rows = [dict(zip(names, case)) | figures | dict(seconds=[seconds]) for case, seconds in times.items()]
+    depthwise.summarise(rows)
+    over_kernel_3 = [row.get("over_kernel_3") for row in rows]
+    assert over_kernel_3 == [None, 2.5, None, 4, None, None, None]
+    assert [row.get("over_nchw") for row in rows] == [None, None, 2, 1.25, None, None, 2]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in depthwise.table(rows).splitlines()]
+    shown = [dict(zip(lines[0], line)) for line in lines[2:]]
+    assert [line["ms / k3's"] for line in shown] == ["", "2.5", "", "4", "", "", ""]
+    assert [line["speed / NCHW's"] for line in shown] == ["", "", "2", "1.25", "", "", "2"]
+    assert "of FMA peak" not in lines[0] and "remark" not in lines[0], "empty in every row"
+
+
 @pytest.mark.parametrize("name, size", [("convmixer_512_12_k8_p7", 224), ("convmixer_256_8_k3_p2", 32)])
 def test_flops_are_those_of_the_layers(name, size):
     plain, model = throughput.build(name), convmixer_fast.create_model(name)
@@ -220,6 +347,74 @@ def test_paper_models_exist():
     timm = pytest.importorskip("timm")
     assert set(paper) - set(table2) - set(peers.MODELS) - set(peers.EMPTY) <= set(timm.list_models())
     assert throughput.select_models(["deit_tiny_patch7_224"]) == ["deit_tiny_patch7_224"]
+
+
+def test_published_figures():
+    """They are of our models, and stand beside what is measured without any part in its figures."""
+    with (ROOT / "benchmarks" / "data" / "published.csv").open(newline="") as file:
+        figures = list(csv.DictReader(file))
+    assert {figure["model"] for figure in figures} <= set(convmixer_fast.list_models()) and len(figures) == 3
+    (row,) = throughput.published("convmixer_1536_20_k9_p7")
+    assert (row["backend"], row["status"], row["images_per_second"]) == ("published: eager", "published", 401.91)
+    multiply_adds = 32**2 * 1536 * (3 * 7**2 + 20 * (9**2 + 1536)) + 1536 * 1000
+    assert row["teramacs_per_second"] == pytest.approx(401.91 * multiply_adds / 1e12)
+    assert row["message"] == "timm's tables, RTX 5090, torch 2.9.1; not measured here"
+    assert throughput.published("convmixer_768_32_k7_p7")[0]["backend"] == "published: compile"
+    assert throughput.published(PAIR[0]) == []
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_published_figures_follow_a_models_rows_on_a_gpu(tmp_path, monkeypatch, capsys, device):
+    models = ["convmixer_1536_20_k9_p7", "convmixer_1024_20_k9_p14"]
+
+    def run_model(name, args, progress):
+        common = dict(model=name, batch=10, status="timed", flops_per_image=10**9, message="")
+        return [common | dict(backend="eager", seconds=[1.0]), common | dict(backend="fused", seconds=[0.5])]
+
+    monkeypatch.setattr(throughput, "run_model", run_model)
+    monkeypatch.setattr(report, "environment", lambda device: dict(device="a GPU"))
+    args = throughput.parse(["--device", "cpu", "--models", *models])
+    args.device, args.json, args.plot = device, tmp_path / "rows.json", tmp_path / "chart.png"
+    assert throughput.run(args) == 0
+    rows = json.loads(args.json.read_text())["rows"]
+    expected = ["eager", "fused"] + ["published: eager"] * (device == "cuda")
+    assert [row["model"] for row in rows] == [name for name in models for _ in expected]
+    assert [row["backend"] for row in rows] == 2 * expected
+    assert [row.get("over_best_other") for row in rows if row["backend"] == "fused"] == [2, 2]
+    assert capsys.readouterr().out.count("not measured here") == (2 if device == "cuda" else 0)
+    assert args.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_model_that_is_named_must_exist(capsys):
+    """Also one that a later option replaces."""
+    for benchmark in (throughput, training):
+        args = benchmark.parse(["--device", "cpu", "--models", *PAIR, "--models", "convmixer_768_32", PAIR[1], PAIR[1]])
+        assert args.models == ["convmixer_768_32_k7_p7", PAIR[1]]
+        with pytest.raises(SystemExit):
+            benchmark.parse(["--device", "cpu", "--models", PAIR[0], "convmixer_256_8_k9_p3", "--models", PAIR[0]])
+        assert "argument --models: no model is called 'convmixer_256_8_k9_p3'; close: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, given, later",
+    [
+        (throughput, "--dtype float16 --batch 64 --batches 20 --models table1", "--batch 1 --batches 2 --image-size 4"),
+        (throughput, "--image-size 224 --backends fused-graphs compile", "--backends eager --image-size 8"),
+        (depthwise, "--maps 1536x32x32 --kernels 9 3 --batch 64", "--maps 8x6x5 --kernels 3 --batch 1 --rounds 2"),
+        (gradients, "--maps 1536x32x32 --kernels 9 3 --rounds 20", "--maps 8x6x5 --kernels 3 --batch 1 --rounds 2"),
+        (gemm, "--sizes 1536x1536x65536 64x64x64 --rounds 9 --dtype float16", "--sizes 8x9x10 --rounds 1"),
+        (training, "--dtypes float16 bfloat16 --rounds 9", "--dtypes float32 --rounds 1 --models convmixer_768_32"),
+    ],
+)
+def test_later_options_override_earlier_ones(script, given, later):
+    """A rehearsal on a CPU appends its options to those of a GPU's run."""
+    parse = depthwise.parse if script is gradients else script.parse
+    both = vars(parse([*f"--device cuda {given}".split(), *f"--device cpu {later}".split()]))
+    alone = vars(parse(f"--device cpu {later}".split()))
+    named = {word[2:].replace("-", "_") for word in given.split() if word.startswith("--")}
+    assert both["device"] == "cpu"
+    replaced = {word[2:].replace("-", "_") for word in later.split() if word.startswith("--")}
+    assert all(both[name] == alone[name] for name in both if name not in named - replaced)
 
 
 def test_select_models():
@@ -310,7 +505,76 @@ def test_fused_does_not_apply_to_other_networks(tmp_path):
     assert rows["resnet18", "fused"]["message"] == "not applicable: not a ConvMixer"
 
 
-TINY_MAP = ["--device", "cpu", "--maps", "32x48x40", "--batch", "2", "--rounds", "2"]
+class Tf32(torch.nn.Module):
+    """A model whose float32 results are as coarse as with TF32 where PyTorch may use it, as on a GPU."""
+
+    seen = []
+
+    def __init__(self):
+        super().__init__()
+        self.model = throughput.plain(convmixer_fast.ConvMixer(16, 2, 3, 2, 10))
+
+    def forward(self, x):
+        y = self.model(x)
+        if not x.is_meta and not self.training:
+            allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            Tf32.seen.append((x.dtype, allowed))
+            y = y * 1.001 if x.dtype == torch.float32 and all(allowed) else y
+        return y
+
+
+@pytest.fixture
+def tf32(monkeypatch):
+    """PyTorch may use TF32 everywhere."""
+    monkeypatch.setattr(Tf32, "seen", [])
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = True
+    yield
+    for library, allowed in zip(libraries, before):
+        library.allow_tf32 = allowed
+
+
+def test_tf32_is_off_for_references_and_comes_back(tf32):
+    with accuracy.no_tf32():
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with pytest.raises(KeyError), accuracy.no_tf32():
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_tf32_of_the_peers_is_not_accepted_of_ours(tf32, monkeypatch):
+    """Eager PyTorch without TF32 sets what ours may be off by; its peers run, and are judged, by PyTorch's setting."""
+    monkeypatch.setitem(throughput.BACKENDS, "fused", throughput.Backend(lambda model, images: model))
+    args = throughput.parse([*TINY, "--backends", "eager", "fused"])
+    eager, ours = throughput.run_model("convmixer", args, tqdm(disable=True), Tf32)
+    assert eager["status"] == "timed" and 0.9e-3 < eager["error"] < 1.1e-3
+    assert ours["status"] == "wrong" and eager["eager_error"] < 1e-5
+    off, on = (False, False), (True, True)
+    assert [allowed for dtype, allowed in Tf32.seen if dtype == torch.float64] == [off]
+    timed = [allowed for dtype, allowed in Tf32.seen if dtype == torch.float32]
+    assert timed[:2] == [off, on] and set(timed[2:]) == {on} and len(timed) > 4
+
+
+def test_depthwise_is_checked_without_tf32_and_timed_with_pytorchs_setting(tf32, monkeypatch):
+    seen = []
+
+    def convolution(x, weight, vectors):
+        seen.append((x.dtype, torch.backends.cudnn.allow_tf32))
+        return depthwise.aten(x, weight, vectors)
+
+    monkeypatch.setitem(depthwise.OPERATORS, "aten", (convolution, convolution))
+    args = depthwise.parse([*TINY_MAP, "--operators", "aten", "--layouts", "nchw"])
+    (row,) = depthwise.run_case((8, 6, 5), 3, None, args, tqdm(disable=True))
+    assert row["status"] == "timed"
+    assert seen[:3] == [(torch.float64, False), (torch.float32, False), (torch.float32, False)]
+    assert {allowed for _, allowed in seen[3:]} == {True} and len(seen) == 3 + timing.WARM_UP + args.rounds
+
+
+TINY_MAP = ["--device", "cpu", "--maps", "8x24x20", "--batch", "2", "--rounds", "2"]
 
 
 def test_depthwise_writes_json_and_table(tmp_path):
@@ -321,10 +585,12 @@ def test_depthwise_writes_json_and_table(tmp_path):
     assert len(rows) == 2 * 3 * 2  # kernels, operators, layouts
     for row in rows:
         assert row["status"] == "timed" and len(row["seconds"]) == len(row["copy_seconds"]) == 2
-        assert row["bytes"] == 2 * 4 * 2 * 32 * 48 * 40
-        assert row["flops"] == 2 * 2 * 32 * 48 * 40 * row["kernel"] ** 2
+        assert row["bytes"] == 2 * 4 * 2 * 8 * 24 * 20
+        assert row["flops"] == 2 * 2 * 8 * 24 * 20 * row["kernel"] ** 2
         assert row["of_copy"] > 0 and row["of_fma_peak"] > 0
         assert ("over_aten_nchw" in row) == ("over_aten_channels_last" in row) == (row["operator"] != "aten")
+        assert ("over_kernel_3" in row) == (row["kernel"] == 4)
+        assert ("over_nchw" in row) == (row["layout"] == "channels_last")
     assert done.stdout.strip().split("\n\n")[-1] in results.with_suffix(".md").read_text()
 
 
@@ -344,6 +610,130 @@ def test_a_wrong_operator_is_reported_and_not_timed(tmp_path, monkeypatch):
     aten, ours = json.loads(results.read_text())["rows"]
     assert aten["status"] == "timed"
     assert ours["status"] == "wrong" and "seconds" not in ours and len(calls) == 1
+
+
+def test_depthwise_by_cudnn(tmp_path, monkeypatch):
+    """The flag is set during a call alone; where it does nothing, the rows say why, and others go on."""
+    monkeypatch.setattr(torch.backends.cudnn, "depthwise_kernel", "auto", raising=False)
+    seen = []
+
+    def aten(x, weight, vectors):
+        seen.append(torch.backends.cudnn.depthwise_kernel)
+        return x
+
+    monkeypatch.setattr(depthwise, "aten", aten)
+    run, definition = depthwise.OPERATORS["cudnn"]
+    run(torch.empty(1), None, None)
+    assert seen == ["cudnn"] and torch.backends.cudnn.depthwise_kernel == "auto"
+    assert definition is depthwise.convolution
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: None)  # for good, in this process
+    results = tmp_path / "results.json"
+    options = ["--kernels", "3", "--layouts", "nchw", "--operators", "cudnn", "ours", "--json", str(results)]
+    assert depthwise.main([*TINY_MAP, *options]) == 0
+    cudnn, ours = json.loads(results.read_text())["rows"]
+    assert cudnn["status"] == "skipped" and cudnn["message"].endswith("cuDNN needs a CUDA device, this is cpu")
+    assert ours["status"] == "timed"
+
+
+def run_gemm(tmp_path, *options: str) -> tuple[int, dict[str, dict]]:
+    path = tmp_path / "gemm.json"
+    status = gemm.main(["--device", "cpu", "--rounds", "2", "--sizes", "8x6x70", "--json", str(path), *options])
+    return status, {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gemm_writes_json_and_table(tmp_path, capsys, dtype):
+    status, rows = run_gemm(tmp_path, "--dtype", dtype)
+    assert status == 0 and list(rows) == ["mm", "padded", "transposed", "cublaslt", "square"]
+    assert rows["cublaslt"]["status"] == "skipped"
+    assert rows["cublaslt"]["message"].endswith("cuBLASLt needs a CUDA device, this is cpu")
+    for name in ("mm", "padded", "transposed", "square"):
+        row = rows[name]
+        assert row["status"] == "timed" and len(row["seconds"]) == 2
+        assert row["flops"] == (2 * gemm.SIDE["cpu"] ** 3 if name == "square" else 2 * 8 * 6 * 70)
+        assert row["error"] <= accuracy.limit(row["eager_error"], getattr(torch, dtype))
+        assert ("of_ceiling" in row) == (name != "square") and ("over_mm" in row) == (name in ("padded", "transposed"))
+    output = capsys.readouterr().out.strip().split("\n\n")[-1]
+    assert output in (tmp_path / "gemm.md").read_text() and "not applicable" in output
+
+
+@pytest.mark.cuda
+def test_gemm_on_a_gpu(tmp_path):
+    before = torch.backends.cuda.preferred_blas_library()
+    status, rows = run_gemm(tmp_path, "--device", "cuda", "--sizes", "64x32x512")
+    assert status == 0 and all(row["status"] == "timed" for row in rows.values())
+    assert torch.backends.cuda.preferred_blas_library() == before
+
+
+def test_gemm_ratios():
+    common = dict(case="c", status="timed", flops=4e12)
+    times = dict(mm=[4.0, 4.0, 9.0], padded=[2.0, 2.0, 2.0], square=[1.0, 1.0, 1.0])
+    rows = [common | dict(variant=name, seconds=seconds) for name, seconds in times.items()]
+    gemm.summarise(rows)
+    mm, padded, square = rows
+    assert (mm["teraflops_per_second"], padded["teraflops_per_second"]) == (1, 2)
+    assert (mm["of_ceiling"], padded["of_ceiling"], padded["over_mm"]) == (0.25, 0.5, 2)
+    assert "over_mm" not in mm and "of_ceiling" not in square
+
+
+def test_gemm_variants_differ_in_layout_alone(monkeypatch):
+    """Each computes the product; where its operands and its result lie is what it is there for."""
+    calls = []
+    product = torch.mm
+
+    def spy(left, right, *, out):
+        calls.append((left.stride(), right.stride(), out.stride()))
+        return product(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    weight, x = torch.randn(8, 6), torch.randn(6, 70)
+    for name in ("mm", "padded", "transposed"):
+        torch.testing.assert_close(gemm.VARIANTS[name](weight, x)(), weight @ x)
+    pitch = 70 + 64
+    assert calls == [((6, 1), (70, 1), (70, 1)), ((6, 1), (pitch, 1), (pitch, 1)), ((6, 1), (1, 6), (8, 1))]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gemm_by_cublaslt_restores_the_library(monkeypatch, fails):
+    preferred = ["cublas"]
+
+    def library(name=None):
+        preferred.extend([name] if name else [])
+        return preferred[-1]
+
+    def mm(weight, x, out):
+        assert library() == "cublaslt"
+        if fails:
+            raise RuntimeError("no algorithm")
+        return out
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", library)
+    monkeypatch.setattr(torch, "mm", mm)
+    run = gemm.VARIANTS["cublaslt"](torch.randn(8, 6), torch.randn(6, 70))
+    if fails:
+        with pytest.raises(RuntimeError, match="no algorithm"):
+            run()
+    else:
+        assert run().shape == (8, 70)
+    assert preferred == ["cublas", "cublaslt", "cublas"]
+
+
+def test_a_wrong_product_is_reported_and_not_timed(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def shifted(weight, x):
+        def run():
+            calls.append(x.shape)
+            return (weight @ x).roll(1, dims=1)
+
+        return run
+
+    monkeypatch.setitem(gemm.VARIANTS, "padded", shifted)
+    status, rows = run_gemm(tmp_path)
+    assert status == 1 and len(calls) == 1
+    assert rows["padded"]["status"] == "wrong" and "seconds" not in rows["padded"]
+    assert rows["mm"]["status"] == rows["square"]["status"] == "timed"
+    assert re.search(r"padded .*wrong: error .*; not timed", capsys.readouterr().out)
 
 
 def test_fma_peak_needs_a_compiler(tmp_path, monkeypatch):
@@ -387,108 +777,6 @@ def test_commit_is_of_this_tree_or_unknown(tmp_path, monkeypatch):
     assert report.commit() == "unknown"
     monkeypatch.setenv("COMMIT", "abc")
     assert report.commit() == "abc"
-
-
-def test_gpu_run_needs_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as exit_:
-        gpu.main([])
-    assert exit_.value.code == 2 and "this command needs a GPU" in capsys.readouterr().err
-
-
-def test_gpu_plan_fits_its_time(tmp_path):
-    steps = gpu.plan(tmp_path, (9, 0))
-    names = [step.name for step in steps]
-    inference, training = ["throughput", "engine", "latency", "depthwise"], ["gradients", "training"]
-    late = ["compiled", "peers", "training-compiled", "memcheck", "racecheck", "paper"]
-    assert names == ["build", "tests", *inference, *training, *late]
-    assert set(gpu.BENCHMARKS) <= set(names)
-    assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
-    assert gpu.plan(tmp_path, (8, 9))[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.9"
-    assert sum(gpu.limits(steps, 9 * 60)) <= 9 * 60
-    assert sum(gpu.limits(steps, 60)) == pytest.approx(60)
-    longer = gpu.plan(tmp_path, (9, 0), seconds=20 * 60)  # all of it for the paper's tables and figures
-    assert sum(step.seconds for step in longer) == pytest.approx(20 * 60)
-    minutes = float(longer[-1].command[longer[-1].command.index("--minutes") + 1])
-    assert 0.8 * longer[-1].seconds < 60 * minutes < longer[-1].seconds - 15
-
-
-def python_step(name: str, code: str, seconds: float = 20, **options) -> gpu.Step:
-    return gpu.Step(name, [sys.executable, "-c", code], seconds, **options)
-
-
-def statuses(out: Path) -> dict[str, str]:
-    return {step["step"]: step["status"] for step in json.loads((out / "results.json").read_text())["steps"]}
-
-
-def test_gpu_plan_of_some_steps(tmp_path):
-    names = [step.name for step in gpu.plan(tmp_path, (9, 0), 600, ["engine", "paper"])]
-    assert names == ["build", "engine", "paper"]
-    assert [step.name for step in gpu.plan(tmp_path, (9, 0), 600, ["tests"])] == ["build", "tests"]
-
-
-def test_gpu_run_of_some_steps_keeps_the_others(tmp_path):
-    for name in ("engine", "depthwise"):
-        (tmp_path / f"{name}.md").write_text(f"table of {name}")
-    assert gpu.run([gpu.Step("engine", ["true"], 1)], tmp_path, {"device": "D"}, total=20) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert "table of depthwise" in text and "table of engine" not in text
-
-
-def test_gpu_run_reports_every_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "GRACE", 1)
-    stale = tmp_path / "throughput.json"
-    stale.write_text("of an earlier run")
-    steps = [
-        python_step("throughput", f"open({str(tmp_path / 'throughput.md')!r}, 'w').write('| figures |')"),
-        python_step("failing", "print('the reason'); raise SystemExit(3)"),
-        python_step("absent", "", missing="its program is not on PATH"),
-        python_step("slow", "import time; time.sleep(60)", 0.5),
-        python_step("needed", "raise SystemExit(1)", needed=True),
-        python_step("after", ""),
-    ]
-    assert gpu.run(steps[:1], tmp_path / "good", {"device": "D"}, total=20) == 0
-    assert gpu.run(steps[:3], tmp_path, {"device": "D"}, total=60) == 1
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("# D\n\n* device: D") and "| figures |" in readme
-    assert not stale.exists()
-    assert statuses(tmp_path) == {"throughput": "passed", "failing": "failed", "absent": "skipped"}
-    assert "the reason" in capsys.readouterr().out
-    assert gpu.run(steps[3:], tmp_path, {"device": "D"}, total=42) == 1
-    assert statuses(tmp_path) == {"slow": "out of time", "needed": "failed", "after": "not run"}
-
-
-def test_gpu_run_writes_what_it_has_when_stopped(tmp_path):
-    started = tmp_path / "started"
-    script = tmp_path / "stopped.py"
-    script.write_text(
-        f"""
-import sys
-sys.path.append({str(ROOT / "benchmarks")!r})
-from pathlib import Path
-import gpu
-steps = [
-    gpu.Step("first", [sys.executable, "-c", ""], 20),
-    gpu.Step("second", ["sh", "-c", "sleep 300 & echo $! > {started}.new && mv {started}.new {started}; wait"], 20),
-    gpu.Step("third", [sys.executable, "-c", ""], 20),
-]
-sys.exit(gpu.run(steps, Path({str(tmp_path / "out")!r}), {{"device": "D"}}, 60))
-"""
-    )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not started.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        grandchild = int(started.read_text())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 1
-    finally:
-        process.kill()
-    assert statuses(tmp_path / "out") == {"first": "passed", "second": "stopped", "third": "not run"}
-    assert "stopped" in (tmp_path / "out" / "README.md").read_text()
-    state = Path(f"/proc/{grandchild}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_cpu_table(tmp_path, monkeypatch, capsys):

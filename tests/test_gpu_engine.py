@@ -423,7 +423,7 @@ def fake_cuda(monkeypatch):
 
 @pytest.mark.parametrize("chunk", ["auto", 2])
 def test_recorded_graph_holds_on_to_all_its_memory(fake_cuda, chunk):
-    """What the kernels of a replay read or write outlives the replay, whatever the stream; each stream is named once."""
+    """What the kernels of a replay read or write outlives the replay, whatever the stream; a stream is named once."""
     run, x = make_engine(build(), chunk=chunk), images(5, 3, 8, 8)
     geometry = run.geometry(x)
     arena = gpu_engine.Arena(run.weights, geometry)
@@ -564,8 +564,8 @@ def test_gpu_allocates_the_logits_only(options):
 
 
 def bare_head(optimized, images):
-    """The classifier's product for so many images by PyTorch alone, run once: whether it takes a workspace at every call
-    is a matter of how PyTorch was built."""
+    """The classifier's product for so many images by PyTorch alone, run once: whether it takes a workspace at every
+    call is a matter of how PyTorch was built."""
     weight, bias = optimized.head_weight.t(), optimized.head_bias
     pooled, logits = weight.new_zeros(images, len(weight)), weight.new_empty(images, len(bias))
     product = partial(torch.addmm, bias, pooled, weight, out=logits)

@@ -31,7 +31,8 @@ class RuntimeCalls:
     """What the launchers call of the runtime, as far as it goes through a HostProgram.
 
     Attributes:
-        names: of all calls so far. cudaDeviceGetAttribute is a "device_number", as it asks whether there is that device.
+        names: of all calls so far. cudaDeviceGetAttribute is a "device_number", as it asks whether there is that
+            device.
         settings: (attribute, value) of all function attributes set so far.
         failing: which call is to fail, counted from the next; None: none.
         before: by name, what to do once before such a call is made.

@@ -1,5 +1,6 @@
 """The benchmarks of the backward pass: what they write, and what they do with a wrong or missing backend."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accuracy  # noqa: E402
+import depthwise  # noqa: E402
 import gradients  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
@@ -71,6 +73,33 @@ def test_a_step_trains():
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
 
 
+class Tf32(torch.nn.Module):
+    """Notes whether it runs with TF32."""
+
+    seen = []
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        Tf32.seen.append((x.dtype, torch.backends.cudnn.allow_tf32))
+        return self.model(x)
+
+
+def test_training_is_checked_without_tf32_and_timed_with_pytorchs_setting(tmp_path, monkeypatch):
+    build = throughput.build
+    monkeypatch.setattr(throughput, "build", lambda name: Tf32(build(name)))
+    monkeypatch.setattr(throughput, "default_image_size", lambda model: 8)
+    monkeypatch.setattr(Tf32, "seen", [])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    status, (row,) = run_training(tmp_path / "rows.json", "--backends", "eager")
+    assert status == 0 and row["status"] == "timed"
+    assert Tf32.seen[:3] == [(torch.float64, False), (torch.float32, False), (torch.float32, False)]
+    steps = Tf32.seen[3:]
+    assert steps == [(torch.float32, True)] * (1 + timing.WARM_UP + 2)
+
+
 class WrongGradient(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -103,12 +132,12 @@ def test_a_failing_backend_does_not_stop_the_rest(tmp_path, monkeypatch):
 
 def test_gradients_writes_json_and_table(tmp_path, capsys):
     path = tmp_path / "gradients.json"
-    status, rows = run(gradients, path, "--maps", "32x24x20", "--kernels", "3", "5")
+    status, rows = run(gradients, path, "--maps", "8x12x10", "--kernels", "3", "5")
     assert status == 0
     assert len(rows) == 2 * 2 * 2 * 2  # gradients, kernels, operators, layouts
     for row in rows:
-        assert row["status"] == "timed" and row["map"] in ("dgrad 32x24x20", "wgrad 32x24x20")
-        assert row["bytes"] == 2 * 4 * 4 * 32 * 24 * 20
+        assert row["status"] == "timed" and row["map"] in ("dgrad 8x12x10", "wgrad 8x12x10")
+        assert row["bytes"] == 2 * 4 * 4 * 8 * 12 * 10
         assert row["of_copy"] > 0 and row["of_fma_peak"] > 0
         assert ("over_aten_nchw" in row) == (row["operator"] == "ours")
     assert capsys.readouterr().out.strip().split("\n\n")[-1] in path.with_suffix(".md").read_text()
@@ -123,6 +152,53 @@ def test_a_wrong_operator_is_reported_and_not_timed(tmp_path, monkeypatch, gradi
     for row in rows:
         wrong = row["map"].startswith(gradient) and row["operator"] == "ours"
         assert row["status"] == ("wrong" if wrong else "timed")
+
+
+@pytest.mark.parametrize("gradient", list(gradients.GRADIENTS))
+@pytest.mark.parametrize("image", [0, 3])
+def test_every_image_of_the_batch_is_checked(tmp_path, monkeypatch, gradient, image):
+    """A gradient of the input that is wrong in one image, and one of the weight that leaves one out."""
+    right = gradients.GRADIENTS[gradient]["ours"]
+
+    def wrong(x, gy, weight):
+        gy = gy.clone()
+        gy[image] = 0
+        return right(x, gy, weight)
+
+    monkeypatch.setitem(gradients.GRADIENTS[gradient], "ours", wrong)
+    status, rows = run(gradients, tmp_path / "rows.json", "--maps", "8x9x8", "--kernels", "3", "--layouts", "nchw")
+    assert status == 1
+    found = {(row["map"].split()[0], row["operator"]): row["status"] for row in rows}
+    assert found.pop((gradient, "ours")) == "wrong"
+    assert set(found.values()) == {"timed"}
+
+
+def test_nothing_in_float64_is_left_when_gradients_are_timed(tmp_path, monkeypatch):
+    left = []
+    time_variants = depthwise.time_variants
+
+    def count(*arguments):
+        left.append([x.shape for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.float64])
+        return time_variants(*arguments)
+
+    gc.collect()
+    monkeypatch.setattr(depthwise, "time_variants", count)
+    status, _ = run(gradients, tmp_path / "rows.json", "--maps", "8x9x8", "--kernels", "3")
+    assert status == 0 and left == [[], []]
+
+
+def test_gradients_are_checked_without_tf32_and_timed_with_pytorchs_setting(tmp_path, monkeypatch):
+    right, seen = gradients.GRADIENTS["wgrad"]["aten"], []
+
+    def aten(x, gy, weight):
+        seen.append((x.dtype, torch.backends.cudnn.allow_tf32))
+        return right(x, gy, weight)
+
+    monkeypatch.setitem(gradients.GRADIENTS["wgrad"], "aten", aten)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    run(gradients, tmp_path / "rows.json", "--maps", "8x9x8", "--kernels", "3", "--layouts", "nchw")
+    assert seen[:3] == [(torch.float64, False), (torch.float32, False), (torch.float32, False)]
+    assert seen[3:] == [(torch.float32, True)] * (timing.WARM_UP + 2)
 
 
 def test_gradients_of_even_kernels_have_no_peer():
