@@ -102,15 +102,15 @@ def rehearse(out: Path, names: list[str], seconds: float, archive: Path | None) 
 
 
 def make_tiny(step: supervisor.Step, number: int) -> supervisor.Step:
-    """The step as a rehearsal runs it: two at a time, since nothing is timed, and with time for a slow machine.
-    torch.compile works in the first step that has it, without trying out the processor's vector instructions; the others
-    leave out its minutes."""
+    """The step as a rehearsal runs it: two at a time on a core each, since nothing is timed, and with time for a slow
+    machine. torch.compile works in the first step that has it, without trying out the processor's vector instructions;
+    the others leave out its minutes."""
     compiler = {"TORCHINDUCTOR_VEC_ISA_OK": "0"} if step.name == "networks-compiled" else {"TORCH_COMPILE_DISABLE": "1"}
     return replace(
         step,
         command=[*step.command, *step.rehearsal],
         seconds=3 * step.seconds,
-        environment=step.environment | compiler,
+        environment=step.environment | compiler | {"OMP_NUM_THREADS": "1"},
         group=step.group or f"pair {number // 2}",
         in_place_of="",
     )
