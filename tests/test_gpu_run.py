@@ -475,9 +475,9 @@ def test_rehearsal_of_the_first_part(tmp_path):
 
 def test_rehearsal_finds_a_mistyped_option(tmp_path, monkeypatch, capsys):
     """Also one that a later option overrides: values are checked as they are read."""
-    for options in (["--kernel", "9"], ["--kernels", "nine"]):
+    for options in (["--kernal", "9"], ["--kernels", "nine"]):
         step = gpu_steps.benchmark(tmp_path, "kernels", "depthwise", 60, *options, tiny=gpu_steps.TINY_MAP)
         monkeypatch.setattr(gpu_steps, "plan", lambda *_, step=step: [step])
         assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
         assert statuses(tmp_path)["kernels"] == "failed"
-        assert re.search("unrecognized arguments: --kernel|nine", capsys.readouterr().out)
+        assert re.search("unrecognized arguments: --kernal|nine", capsys.readouterr().out)
