@@ -22,7 +22,6 @@ from pathlib import Path
 import accuracy
 import report
 import sweep
-import timing
 import torch
 from report import positive
 from throughput import failure
@@ -118,13 +117,7 @@ def run_case(m: int, k: int, n: int, args: argparse.Namespace, progress: tqdm) -
             row.update(failure(error))
 
     progress.set_postfix_str(case)
-    try:
-        seconds = timing.measure(ready, args.rounds, timing.clock_for(device), progress.update)
-        for variant, samples in seconds.items():
-            rows[variant].update(status="timed", seconds=samples)
-    except Exception as error:
-        for variant in ready:
-            rows[variant].update(failure(error))
+    sweep.time_rows(rows, ready, args, progress)
     return list(rows.values())
 
 

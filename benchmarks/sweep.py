@@ -1,10 +1,12 @@
 """Runs a benchmark's cases one after another and keeps the results file up to date."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import report
+import timing
 import torch
+from throughput import failure
 from tqdm import tqdm
 
 
@@ -33,6 +35,23 @@ def run(
                 report.write_results(args.json, dict(environment=facts, rows=rows), text)
     print(table(rows))
     return rows
+
+
+def time_rows(
+    rows: Mapping[str, dict],
+    functions: Mapping[str, Callable[[], object]],
+    args: argparse.Namespace,
+    progress: tqdm,
+) -> None:
+    """Times the functions in args.rounds rounds, each in turn, into the rows of their names."""
+    try:
+        seconds = timing.measure(functions, args.rounds, timing.clock_for(torch.device(args.device)), progress.update)
+    except Exception as error:
+        for name in functions:
+            rows[name].update(failure(error))
+        return
+    for name, samples in seconds.items():
+        rows[name].update(status="timed", seconds=samples)
 
 
 def filled_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

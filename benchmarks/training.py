@@ -132,13 +132,7 @@ def run_model(name: str, dtype_name: str, args: argparse.Namespace, progress: tq
             row.update(failure(error))
 
     progress.set_postfix_str(f"{name}, {dtype_name}")
-    try:
-        seconds = timing.measure(ready, args.rounds, timing.clock_for(device), progress.update)
-        for backend, samples in seconds.items():
-            rows[backend].update(status="timed", seconds=samples)
-    except Exception as error:
-        for backend in ready:
-            rows[backend].update(failure(error))
+    sweep.time_rows(rows, ready, args, progress)
     return list(rows.values())
 
 

@@ -170,10 +170,14 @@ class _Kept:
                         setattr(module, name, buffer.clone())
             buffers = list(module.buffers())
             made_of = [(id(buffer), buffer.data_ptr(), buffer._version) for buffer in buffers]
-            if type(self._engine) is not kind or made_of != self._made_of:
-                self._engine = kind(module)
+            if type(self._engine) is kind and made_of == self._made_of:
+                return self._engine
+            engine = kind(module)
+            # What an engine prepares while the caller captures a graph is computed by that graph's replays alone.
+            if not (module.patch.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._engine = engine
                 self._made_of, self._buffers = made_of, buffers  # kept, so that no other takes over an id
-            return self._engine
+            return engine
 
 
 def _pointwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:

@@ -465,6 +465,18 @@ def test_capture_by_the_caller_uses_no_stream(fake_cuda):
     assert fake_cuda.uses == fake_cuda.log == []
 
 
+def test_an_engine_made_while_the_caller_captures_is_not_kept(fake_cuda):
+    """Its copies of the weights are written when that graph is replayed, and not before."""
+    optimized = optimize(build())
+    fake_cuda.capturing = True
+    captured = optimized.engine(GpuEngine)
+    fake_cuda.capturing = False
+    kept = optimized.engine(GpuEngine)
+    assert kept is not captured
+    fake_cuda.capturing = True
+    assert optimized.engine(GpuEngine) is kept
+
+
 # ------------------------------------------------------------------------------------------------ weights
 
 
@@ -692,6 +704,20 @@ def test_gpu_captured_by_the_caller(options):
         static.copy_(data)
         graph.replay()
         assert torch.equal(logits, value)
+
+
+@on_gpu
+@pytest.mark.parametrize("options", ENGINES, ids=str)
+def test_gpu_first_call_in_a_capture_by_the_caller(options):
+    _, warm = gpu_pair(**options)
+    x = images(4, 3, 32, 32, dtype=torch.float16, device="cuda")
+    expected = warm(x)  # the libraries choose their kernels
+    first, graph = copy.deepcopy(warm), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = first(x)
+    assert torch.equal(first(x), expected)
+    graph.replay()
+    assert torch.equal(logits, expected)
 
 
 @on_gpu
