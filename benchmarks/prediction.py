@@ -2,7 +2,8 @@
 
 Every part at its floor (breakdown.py), by the speeds of an H200 that were measured elsewhere with cuBLAS and a copy;
 but for the depthwise steps, whose instructions are counted in the machine code of the kernel (kernel_report.py) with
-GELU and a 32x32 map, and taken in proportion for other maps. No gaps between kernels: a CUDA graph.
+GELU and a 32x32 map, and taken in proportion for other maps. No gaps between kernels: a CUDA graph. It is a lower
+bound: latency is taken for hidden and pooling for bound by memory; docs/worklog.md has what a cycle model says.
 """
 
 import breakdown
