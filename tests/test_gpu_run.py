@@ -54,8 +54,11 @@ def test_first_part_fits_five_minutes_and_three_quarters(tmp_path):
     """Whatever the kernels turn out to be; and both parts fit 15 minutes with a minute for the start of each."""
     seconds = [gpu_steps.seconds_for(gpu_steps.plan(tmp_path, [part])) for part in ("first", "second")]
     assert seconds[0] <= 5.75 * 60 and sum(seconds) <= 13 * 60
-    first = {step.name: step.seconds for step in gpu_steps.plan(tmp_path, ["first"])}
-    assert first["diagnosis"] <= first["networks"] + first["networks-compiled"]
+    first = {step.name: step for step in gpu_steps.plan(tmp_path, ["first"])}
+    replaced = [step for step in first.values() if step.needs == "kernels"]
+    assert [step.name for step in replaced] == ["networks", "networks-compiled"]
+    assert first["diagnosis"].in_place_of == "kernels"
+    assert first["diagnosis"].seconds <= sum(step.seconds for step in replaced)
 
 
 def test_the_papers_tables_get_the_time_that_is_left(tmp_path):
@@ -203,6 +206,9 @@ def test_limits_are_the_steps_own_and_nothing_starts_without_time(tmp_path, monk
     assert time.monotonic() - begun < 9
     assert statuses(tmp_path) == {"first": "passed", "endless": "out of time", "late": "not run"}
     assert remarks(tmp_path)["late"] == "no time left"
+    steps = [python_step("first", "import time; time.sleep(3)", 100), *steps[2:]]
+    assert supervisor.run(steps, tmp_path / "short", FACTS, total=6) == 0  # two seconds are left, and three are needed
+    assert statuses(tmp_path / "short") == {"first": "passed", "late": "not run"}
 
 
 def test_steps_of_a_group_run_at_the_same_time(tmp_path, monkeypatch):
