@@ -80,6 +80,7 @@ def test_cold_copies_exceed_the_cache_and_keep_the_layout():
     assert sum(copy.numel() * 4 for copy in copies) >= 3 * timing.last_level_cache(x.device)
     assert len({copy.data_ptr() for copy in copies}) == len(copies) > 1
     assert all(copy.is_contiguous(memory_format=torch.channels_last) and torch.equal(copy, x) for copy in copies)
+    assert len(timing.cold_copies(torch.zeros(1))) == timing.MOST_COPIES
 
 
 def test_throughput_ratios():
