@@ -27,6 +27,7 @@ from convmixer_fast import gpu_engine
 from convmixer_fast.cpu_engine import CpuEngine
 
 PARTS = ("patchify", "GEMM", "depthwise", "pool + head")
+PROFILED = 5  # passes on a GPU: the profiler takes much longer than they do
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,15 @@ def cuda_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, f
     geometry = run.geometry(x)
     arena, logits = gpu_engine.Arena(run.weights, geometry), x.new_empty(len(x), len(module.head_bias))
     samples = []
-    for _ in range(timing.WARM_UP + rounds):
+    profiled_rounds = min(rounds, PROFILED)
+    for _ in range(timing.WARM_UP + profiled_rounds):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
             for part, step in gpu_engine.steps(run.weights, x, logits, geometry, arena):
                 with record_function(part):
                     step()
             torch.cuda.synchronize(x.device)
         samples.append(kernel_seconds(profiled.events()))
-    medians = {name: statistics.median(sample[name] for sample in samples[-rounds:]) for name in PARTS}
+    medians = {name: statistics.median(sample[name] for sample in samples[-profiled_rounds:]) for name in PARTS}
     total = timing.measure({"total": lambda: module(x)}, rounds, timing.CudaClock)["total"]
     return medians | {"total": statistics.median(total)}
 
@@ -213,8 +215,8 @@ def table(breakdown: dict[str, object]) -> str:
     )
     for part in [*breakdown["parts"], everything]:
         seconds, floor = part["seconds"], part["floor_seconds"]
-        rate = report.number(part["flops"] / seconds / 1e9) if part["flops"] else ""
-        floors = [report.number(floor * 1e3), f"{floor / seconds:.0%}"] if floor else ["", ""]
+        rate = report.number(part["flops"] / seconds / 1e9) if part["flops"] and seconds else ""
+        floors = [report.number(floor * 1e3), f"{floor / seconds:.0%}"] if floor and seconds else ["", ""]
         lines.append(
             [part["name"], report.number(seconds * 1e3), f"{seconds / total:.1%}", rate, *floors, part["bound"]]
         )

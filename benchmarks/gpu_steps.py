@@ -25,6 +25,7 @@ OTHER_MAPS = ("96x56x56", "768x33x33", "192x28x28", "384x15x15", "384x14x14", "7
 OVERHEAD = 20  # seconds of a run beside its steps: start, checks of the libraries, ends of processes
 WORKERS = 5  # of pytest-xdist: a float64 reference of each fits the GPU's memory beside the sanitizers'
 SECONDS_PER_TEST = 60
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # in each of the processes side by side
 CHECKS = 110  # seconds for the tests and sanitizers that run side by side
 
 # What a rehearsal appends to the steps' options, so that they end soon on a CPU.
@@ -104,12 +105,12 @@ def first_part(out: Path) -> list[Step]:
 def second_part(out: Path) -> list[Step]:
     engine = ("test_gpu_engine", "test_optimize", "test_nn", "test_package", "test_benchmarks")
     sanitized = ("test_ops", "test_autograd")
-    latency = ("--models", *PAIR, "--backends", "eager", *OURS, "--batch")
+    latency = ("--models", *PAIR, "--backends", "eager", *OURS, "--latency", "--batch")
     return [
         Step(
             "counters",
             [sys.executable, "benchmarks/counters.py", "--json", f"{relative(out)}/counters.json"],
-            60,
+            90,
             missing="" if shutil.which("ncu") else "ncu is not on PATH",
             rehearsal=TINY_LAUNCHES,
         ),
@@ -186,11 +187,14 @@ def tests(out: Path, name: str, seconds: float, *files: str, few: str, group: st
         options.append(f"--timeout={SECONDS_PER_TEST}")
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(WORKERS)]
+        # A signal does not reach a test that waits for a kernel: the worker is ended, and another one goes on.
+        options += ["--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
         few_workers = ("-n", "1")
     else:
         few_workers = ()
     command = pytest(results, files, *options)
-    return Step(name, command, seconds, group=group, tests=results, rehearsal=(*FEW_TESTS, few, *few_workers))
+    rehearsal = (*FEW_TESTS, few, *few_workers)
+    return Step(name, command, seconds, dict(FEW_THREADS), group=group, tests=results, rehearsal=rehearsal)
 
 
 def memcheck(name: str, command: list[str], seconds: float, **rules) -> Step:
@@ -213,7 +217,7 @@ def sanitizer(name: str, options: list[str], command: list[str], seconds: float,
         name,
         [*wrapper, *command],
         seconds,
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else an overrun stays inside a block that torch caches
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **FEW_THREADS},  # else an overrun stays inside a block of torch's cache
         missing="" if program else "compute-sanitizer is not on PATH",
         **rules,
     )

@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = args.minutes if args.minutes is not None else REDUCED_MINUTES if reduced else float("inf")
     backends = args.backends or (REDUCED_BACKENDS if reduced else throughput.DEFAULTS[args.device]["backends"])
     facts = report.environment(torch.device(args.device))
-    settings = throughput.describe(argparse.Namespace(**plan.tables))
+    settings = throughput.describe(argparse.Namespace(latency=False, **plan.tables))
     facts["settings"] = settings + ("; REDUCED: " + "; ".join(reductions(plan, backends)) if reduced else "")
     out = args.out or report.results_folder(facts["device"]) / "paper"
     print(report.facts_list(facts), end="\n\n", flush=True)

@@ -5,6 +5,7 @@ archive holds the folder; also when a step fails, runs out of its time, or the w
 short, since often only its end is seen: the tables come last, in few characters, the most telling at the very end.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -43,12 +44,12 @@ class Step:
     Attributes:
         name: also of its log and, where it writes a table, of that.
         command: the program and its arguments.
-        seconds: its limit. Nothing shortens it but the end of the whole.
+        seconds: its time limit, cut only by the deadline of the whole run.
         environment: variables beside those of this process.
         group: steps of one group stand together and run at the same time; nothing may be timed in them.
         required: without its success nothing that follows makes sense.
         needs: a step that must not have failed, or this one is skipped.
-        in_place_of: a step whose failure is what this one looks into; it is skipped otherwise.
+        in_place_of: a step after whose failure alone this one runs, to diagnose it.
         tests: the JUnit report that the command writes; the step has failed if no test in it ran.
         missing: why it cannot run here.
         rehearsal: options that the rehearsal appends, with which it ends soon on a CPU.
@@ -141,7 +142,8 @@ def end(process: subprocess.Popen) -> None:
             pass
         except subprocess.TimeoutExpired:
             continue
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver may not hold up the rest
+        process.wait(GRACE)
 
 
 def judge(step: Step, status: int) -> tuple[str, str]:
@@ -236,9 +238,13 @@ def run(
             (out / step.name).with_suffix(suffix).unlink(missing_ok=True)
 
     def on_signal(number, frame):
+        for other in handlers:  # timeout(1) sends the signal twice, and what follows has to be written
+            signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:
+        signal.signal(number, on_signal)
     stopped, clocks = False, Clocks(logs / "clocks.csv")
     try:
         for _, group in itertools.groupby(zip(steps, results), lambda pair: pair[0].group or pair[0].name):
@@ -251,11 +257,11 @@ def run(
     except Stopped:
         stopped = True
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         clocks.stop()
         write(out, facts, steps, results)
         pack(out, archive)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     show(out, steps, results, say)
     return int(stopped or any(result["status"] in FAILED for result in results))
 

@@ -226,8 +226,8 @@ def _patchify(x: Tensor, patch_size: tuple[int, int, int], geometry: Geometry, p
     patches[elements:].zero_()
 
 
-class SharedMemory:
-    """Memory that kernels of several streams use: when it is freed, nobody else gets it before all of them are through.
+class MultiStreamMemory:
+    """Memory that kernels of several streams use: freed, it is not reused until the work on all of them has finished.
 
     Left alone, the allocator gives freed memory to the next one who asks on the stream for which it was made, and lets
     only work of that stream finish first.
@@ -260,7 +260,7 @@ class Recorded:
         with torch.inference_mode(False):  # replays, outside of inference mode too, write to them
             self.images = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             self.logits = x.new_empty(len(x), weights.head[1].shape[0])
-        self.memory = SharedMemory((self.images, self.logits, *arena.buffers(), *weights.tensors()))
+        self.memory = MultiStreamMemory((self.images, self.logits, *arena.buffers(), *weights.tensors()))
         with torch.cuda.device(x.device):
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
@@ -334,7 +334,7 @@ class GpuEngine:
                     written = torch.cuda.current_stream().record_event()
                 if module.cuda_graphs:
                     self.graphs = GraphCache(self._record, torch.cuda.Event())
-        self._memory = SharedMemory(self.weights.tensors(), written)
+        self._memory = MultiStreamMemory(self.weights.tensors(), written)
 
     @staticmethod
     def runs(x: Tensor) -> bool:

@@ -189,6 +189,34 @@ def test_the_breakdown_is_of_ours_and_of_its_l2_chunks(tmp_path, monkeypatch, ca
     assert f"\n\n{PAIR[0]}, fused\n\n| part" in output and f"\n\n{PAIR[0]}, fused-l2-chunks\n\n| part" in output
 
 
+def test_a_figure_stands_without_its_breakdown(tmp_path, monkeypatch):
+    def no_profiler(*_):
+        raise RuntimeError("CUPTI is busy")
+
+    monkeypatch.setattr(breakdown, "measure", no_profiler)
+    status, rows = run_throughput(tmp_path, "--models", PAIR[0], "--backends", "eager", "fused", "--breakdown")
+    assert status == 0 and all(row["status"] == "timed" for row in rows.values())
+    assert rows[PAIR[0], "fused"]["message"].endswith("no breakdown: RuntimeError: CUPTI is busy")
+
+
+def test_a_part_that_the_profiler_did_not_see_has_no_rate():
+    part, ceilings = breakdown.Part("depthwise", 0.0, 1.0, 0.25, "memory"), breakdown.Ceilings(1.0, 1.0, 1.0)
+    text = breakdown.table(breakdown.combine([part], dict(depthwise=0.0, total=0.5), ceilings))
+    assert re.search(r"\| depthwise +\| +0 \| +0.0% \| +\|", text)
+
+
+def test_latency_is_that_of_an_idle_gpu(capsys):
+    gpu_, cpu_ = torch.device("cuda"), torch.device("cpu")
+    assert timing.settle_for(gpu_, latency=True) is torch.cuda.synchronize
+    assert timing.settle_for(gpu_) is not torch.cuda.synchronize and timing.settle_for(gpu_)() is None
+    assert timing.settle_for(cpu_, latency=True).args == timing.settle_for(cpu_).args == (0.02,)
+    args = throughput.parse(["--device", "cpu", "--latency"])
+    args.device = "cuda"
+    assert "each on an idle GPU" in throughput.describe(args)
+    args.latency = False
+    assert "idle" not in throughput.describe(args)
+
+
 def test_l2_chunks_are_as_large_as_the_engine_says(monkeypatch):
     asked = []
 

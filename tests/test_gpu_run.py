@@ -75,6 +75,11 @@ def test_steps_run_together_are_not_timed(tmp_path):
     assert all(step.tests for step in grouped)
 
 
+def test_latency_steps_wait_for_an_idle_gpu(tmp_path):
+    with_it = [step.name for step in gpu_steps.plan(tmp_path) if "--latency" in step.command]
+    assert with_it == ["latency-1", "latency-8"]
+
+
 @pytest.mark.parametrize("capability, target", [((9, 0), "9.0a"), ((8, 9), "8.9"), ((12, 0), "12.0")])
 def test_build_is_for_one_gpu(capability, target):
     step = gpu_steps.build(capability)
