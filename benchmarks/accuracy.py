@@ -36,7 +36,7 @@ def verdict(error: float, eager_error: float, dtype: torch.dtype) -> dict[str, s
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """PyTorch's float32 products and convolutions without TF32, as a result must be that others are judged by.
+    """Disables TF32 in PyTorch's float32 products and convolutions, whose results others are judged by.
 
     On a GPU cuDNN rounds the operands of float32 convolutions to TF32's 10 bits unless it is told not to: by such a
     reference a right result counts as wrong, and by such an error of eager PyTorch a wrong one as right. What is timed

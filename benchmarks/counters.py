@@ -1,7 +1,7 @@
 """What the hardware counts while the main kernels run once each: launches.py under Nsight Compute's ncu.
 
-Per plane, a map of one image and channel: warp instructions, and wavefronts that shared memory spends on bank
-conflicts. Beside them how often a scheduler issues, what its warps wait for, the DRAM's bytes over the necessary ones,
+Per plane, a map of one image and channel: warp instructions, and the extra wavefronts of shared memory that bank
+conflicts cost. Beside them how often a scheduler issues, what its warps wait for, the DRAM's bytes over the necessary ones,
 the clock, and the shared memory that the driver gave an SM. ncu flushes the caches before each launch and replays it
 for every group of counters; clocks are left as they are. The .csv beside the JSON file holds all that ncu counted.
 """
@@ -130,7 +130,13 @@ def total(*values: float | None) -> float | None:
 
 
 HEADER = ["launch", "us", "GHz", "instructions/plane", "issue %", "warps %", "DRAM/necessary"]
-HEADER += ["smem conflicts/plane st", "ld", "smem KB/SM", "registers", "warps waiting, per issue"]
+HEADER += [
+    "smem store conflicts/plane",
+    "smem load conflicts/plane",
+    "smem KB/SM",
+    "registers",
+    "top stalls, warps per issue",
+]
 
 
 def table(rows: list[dict]) -> str:

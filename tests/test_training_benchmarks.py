@@ -100,6 +100,20 @@ def test_training_is_checked_without_tf32_and_timed_with_pytorchs_setting(tmp_pa
     assert steps == [(torch.float32, True)] * (1 + timing.WARM_UP + 2)
 
 
+def test_a_gradient_is_checked_on_the_first_layers_and_all_are_timed(tmp_path, monkeypatch):
+    """In float16 a deep network of random weights has no gradient that could be compared."""
+    deep = convmixer_fast.ConvMixer(dim=8, depth=9, kernel_size=3, patch_size=2, n_classes=10)
+    layers = []
+    monkeypatch.setattr(throughput, "build", lambda name: throughput.plain(deep))
+    monkeypatch.setitem(training.BACKENDS, "eager", lambda model: layers.append(len(model.blocks)) or model)
+    status, (row,) = run_training(tmp_path / "rows.json", "--backends", "eager")
+    assert status == 0 and row["status"] == "timed" and layers == [training.CHECKED_LAYERS, 9]
+    few = training.shallow(deep)
+    assert len(deep.blocks) == 9 and torch.equal(few.blocks[3][1].weight, deep.blocks[3][1].weight)
+    other = torch.nn.Linear(2, 3)
+    assert torch.equal(training.shallow(other).weight, other.weight)
+
+
 class WrongGradient(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
