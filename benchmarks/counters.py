@@ -1,9 +1,9 @@
 """What the hardware counts while the main kernels run once each: launches.py under Nsight Compute's ncu.
 
 Per plane, a map of one image and channel: warp instructions, and the extra wavefronts of shared memory that bank
-conflicts cost. Beside them how often a scheduler issues, what its warps wait for, the DRAM's bytes over the necessary ones,
-the clock, and the shared memory that the driver gave an SM. ncu flushes the caches before each launch and replays it
-for every group of counters; clocks are left as they are. The .csv beside the JSON file holds all that ncu counted.
+conflicts cost. Beside them how often a scheduler issues, what its warps wait for, the DRAM's bytes over the necessary
+ones, the clock, and the shared memory that the driver gave an SM. ncu flushes the caches before each launch and replays
+it for every group of counters; clocks are left as they are. The .csv beside the JSON file holds all that ncu counted.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in three parts of a few minutes each: `make gpu`.
 
 It uses the libraries that are there if they load, contain code for this GPU and were built from these sources; else it
-says why and builds both. Then come the steps of gpu_steps.py: --steps names parts (first, second, third) or single steps, and leaves
-the other steps' results as they are. It uses the active python3, downloads nothing, and needs neither make nor a
-repository (the commit is then $COMMIT). After each step the results so far are in benchmarks/results/<device>/ and in
---archive: README.md with all tables, JSON files, charts, logs and clocks.
+says why and builds both. Then come the steps of gpu_steps.py: --steps names parts (first, second, third) or single
+steps, and leaves the other steps' results as they are. It uses the active python3, downloads nothing, and needs neither
+make nor a repository (the commit is then $COMMIT). After each step the results so far are in
+benchmarks/results/<device>/ and in --archive: README.md with all tables, JSON files, charts, logs and clocks.
 
 --rehearse runs every step's real command line on a CPU, with options appended that make it tiny and with stand-ins for
 the profiler, the sanitizer and nvidia-smi that check their arguments: a mistyped option costs nothing on a GPU then.

@@ -5,8 +5,9 @@ bfloat16, and in float32 without. A round times one step of every backend in tur
 counts. On a GPU, "GB" is the peak of the memory that a step takes beyond what is held before it.
 
 Before that, each backend's gradient of the very batch that is timed is compared with that of eager PyTorch in a wider
-type: float64, or for autocast on a GPU float32; of a ConvMixer on its first layers alone (shallow). Whatever is off by more than accuracy.limit() is reported, and not
-timed. All of that is without TF32; steps are timed with PyTorch's own setting, in which it is at its best.
+type: float64, or for autocast on a GPU float32; of a ConvMixer on its first layers alone (shallow). Whatever is off by
+more than accuracy.limit() is reported, and not timed. All of that is without TF32; steps are timed with PyTorch's own
+setting, in which it is at its best.
 """
 
 import argparse
