@@ -326,7 +326,7 @@ def write(out: Path, facts: dict[str, str], steps: Sequence[Step], results: Sequ
 
 
 def pack(out: Path, archive: Path | None) -> None:
-    """The whole folder in one file: from a machine that is lent, few files may come back."""
+    """The whole folder in one file: from a machine that is rented, few files may come back."""
     if archive is None:
         return
     archive.parent.mkdir(parents=True, exist_ok=True)
