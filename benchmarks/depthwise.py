@@ -262,11 +262,7 @@ def table(rows: list[dict]) -> str:
     return sweep.filled_table(header, lines)
 
 
-def map_sizes(text: str) -> tuple[int, int, int]:
-    sizes = text.split("x")
-    if len(sizes) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not CxHxW, such as 1536x32x32")
-    return tuple(map(positive, sizes))
+map_sizes = report.three_sizes("CxHxW", "1536x32x32")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

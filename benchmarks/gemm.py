@@ -159,11 +159,7 @@ def table(rows: list[dict]) -> str:
     return sweep.filled_table(header, lines)
 
 
-def product_sizes(text: str) -> tuple[int, int, int]:
-    sizes = text.split("x")
-    if len(sizes) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MxKxN, such as 1536x1536x65536")
-    return tuple(map(positive, sizes))
+product_sizes = report.three_sizes("MxKxN", "1536x1536x65536")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

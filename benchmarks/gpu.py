@@ -52,7 +52,7 @@ def unusable(capability: tuple[int, int]) -> str:
 
 def unfit(info: dict, capability: tuple[int, int], sources: str) -> str:
     """As unusable(), of libraries that loaded: by what build_info() says of them."""
-    target = "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
+    target = "sm_" + gpu_steps.target(capability).replace(".", "")
     if info["cuda_missing"]:
         return info["cuda_missing"]
     if target not in info["cuda_targets"]:

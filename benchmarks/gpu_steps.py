@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import report
@@ -71,14 +72,23 @@ def seconds_for(steps: Collection[Step]) -> float:
     return sum(groups.values()) + OVERHEAD
 
 
+def target(capability: tuple[int, int]) -> str:
+    """What the kernels are compiled for on a GPU, as TORCH_CUDA_ARCH_LIST names it: 9.0a, 8.9."""
+    return "{}.{}".format(*capability) + ("a" if capability == (9, 0) else "")
+
+
 def build(capability: tuple[int, int]) -> Step:
     """Both libraries for one GPU, at once and on all cores."""
-    target = "{}.{}".format(*capability) + ("a" if capability == (9, 0) else "")
     return Step(
         "build",
         [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"],
         240,
-        {"TORCH_CUDA_ARCH_LIST": target, "CMF_CUDA": "1", "CMF_LINEINFO": "0", "MAX_JOBS": str(os.cpu_count())},
+        {
+            "TORCH_CUDA_ARCH_LIST": target(capability),
+            "CMF_CUDA": "1",
+            "CMF_LINEINFO": "0",
+            "MAX_JOBS": str(os.cpu_count()),
+        },
         required=True,
         rehearsal=("--help",),  # reads the options, and compiles nothing
     )
@@ -168,9 +178,8 @@ def benchmark(out: Path, name: str, script: str, seconds: float, *options: str, 
 
 
 def network(out: Path, name: str, seconds: float, *options: str, needs: str = "", tiny: tuple[str, ...] = ()) -> Step:
-    command = [sys.executable, "benchmarks/throughput.py", "--device", "cuda"]
-    command += ["--json", f"{relative(out)}/{name}.json", *options]
-    return Step(name, command, seconds, needs=needs, rehearsal=(*TINY_NETWORK, "--batches", "1", *tiny))
+    step = benchmark(out, name, "throughput", seconds, *options, tiny=(*TINY_NETWORK, "--batches", "1", *tiny))
+    return replace(step, needs=needs)
 
 
 def pytest(report_file: Path, files: Collection[str], *options: str) -> list[str]:
@@ -182,18 +191,17 @@ def pytest(report_file: Path, files: Collection[str], *options: str) -> list[str
 def tests(out: Path, name: str, seconds: float, *files: str, few: str, group: str = "") -> Step:
     """The CUDA tests of files. A fault makes CUDA unusable for its process: tests/cuda_faults.py ends that one, and
     pytest-xdist starts another. few: the tests of them that a rehearsal runs, by pytest's -k."""
-    results, options = out / "logs" / f"{name}.xml", ["-m", "cuda"]
-    if importlib.util.find_spec("pytest_timeout"):
-        options.append(f"--timeout={SECONDS_PER_TEST}")
-    if importlib.util.find_spec("xdist"):
+    results, options, rehearsal = out / "logs" / f"{name}.xml", ["-m", "cuda"], (*FEW_TESTS, few)
+    workers, limits = (importlib.util.find_spec(plugin) is not None for plugin in ("xdist", "pytest_timeout"))
+    if workers:
         options += ["-n", str(WORKERS)]
+        rehearsal += ("-n", "1")
+    if limits:
+        options.append(f"--timeout={SECONDS_PER_TEST}")
+    if workers and limits:
         # A signal does not reach a test that waits for a kernel: the worker is ended, and another one goes on.
-        options += ["--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
-        few_workers = ("-n", "1")
-    else:
-        few_workers = ()
+        options.append("--timeout-method=thread")
     command = pytest(results, files, *options)
-    rehearsal = (*FEW_TESTS, few, *few_workers)
     return Step(name, command, seconds, dict(FEW_THREADS), group=group, tests=results, rehearsal=rehearsal)
 
 

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -143,6 +143,18 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def three_sizes(shape: str, example: str) -> Callable[[str], tuple[int, int, int]]:
+    """The type of an option such as 1536x32x32; shape: what the three are, such as CxHxW."""
+
+    def sizes_of(text: str) -> tuple[int, int, int]:
+        sizes = text.split("x")
+        if len(sizes) != 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {shape}, such as {example}")
+        return tuple(map(positive, sizes))
+
+    return sizes_of
 
 
 def resolve_device(
