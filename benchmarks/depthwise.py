@@ -267,10 +267,7 @@ map_sizes = report.three_sizes("CxHxW", "1536x32x32")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def both(name: str) -> str:
-        return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
-
+    both = functools.partial(report.both_defaults, DEFAULTS)
     parser.add_argument("--maps", nargs="+", type=map_sizes, metavar="CxHxW", help=f"channels, size {both('maps')}")
     parser.add_argument("--kernels", nargs="+", type=positive, metavar="K", help=f"kernel sizes {both('kernels')}")
     parser.add_argument("--batch", type=positive, help=f"images {both('batch')}")

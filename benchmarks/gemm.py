@@ -164,10 +164,7 @@ product_sizes = report.three_sizes("MxKxN", "1536x1536x65536")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def both(name: str) -> str:
-        return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
-
+    both = functools.partial(report.both_defaults, DEFAULTS)
     parser.add_argument("--sizes", nargs="+", type=product_sizes, metavar="MxKxN", help=f"products {both('sizes')}")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help=both("dtype"))
     parser.add_argument("--rounds", type=positive, help=f"timed calls of each {both('rounds')}")

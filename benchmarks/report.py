@@ -157,6 +157,11 @@ def three_sizes(shape: str, example: str) -> Callable[[str], tuple[int, int, int
     return sizes_of
 
 
+def both_defaults(defaults: dict[str, dict], name: str) -> str:
+    """What an option's help says of its default, which depends on the device."""
+    return f"({defaults['cuda'][name]} on a GPU, {defaults['cpu'][name]} on a CPU)"
+
+
 def resolve_device(
     parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict[str, dict], may_miss: bool = False
 ) -> None:

@@ -505,10 +505,7 @@ def describe(args: argparse.Namespace) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def both(name: str) -> str:
-        return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
-
+    both = functools.partial(report.both_defaults, DEFAULTS)
     parser.add_argument(
         "--models",
         nargs="+",

@@ -12,6 +12,7 @@ setting, in which it is at its best.
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -183,10 +184,7 @@ def table(rows: list[dict]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def both(name: str) -> str:
-        return f"({DEFAULTS['cuda'][name]} on a GPU, {DEFAULTS['cpu'][name]} on a CPU)"
-
+    both = functools.partial(report.both_defaults, DEFAULTS)
     models = f"as throughput.py's {both('models')}"
     parser.add_argument("--models", nargs="+", type=throughput.model_names, metavar="NAME", help=models)
     parser.add_argument("--batch", type=positive, help=f"images a step {both('batch')}")
