@@ -31,7 +31,7 @@ throughput: $(if $(GPU),$(TOOLKIT)) build
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
 test: $(TOOLKIT) build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 build: $(READY)
 	TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(BIN)/python setup.py --quiet build_ext --inplace

@@ -5,6 +5,9 @@ are computed in float32."""
 
 import os
 
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if workers > 1:  # they share the cores: each one's tests, and the programs that these start, compute with its part
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read once, at the first convolution
 
 import pytest  # noqa: E402
@@ -32,6 +35,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """At least two threads share what an operator computes, where pytest-xdist left this process one, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(max(2, threads)))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import convmixer_fast as cf
 from convmixer_fast import reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 _ops = torch.ops.convmixer_fast
 SMALL = cases.Case(2, 5, 6, 7, 3, 4)
 CHECKED = [  # by finite differences

@@ -15,7 +15,10 @@ from numerics import assert_error_at_most_peer
 from convmixer_fast import ConvMixer, optimize
 from convmixer_fast.cpu_engine import CpuEngine
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("two_threads"),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LOGITS = 400  # at least, that an error is judged by: which of two ways to add is luckier with a few says little
 

@@ -10,6 +10,8 @@ import pytest
 
 import convmixer_fast
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "tests" / "mixer_program.cpp")
 FILES = "tests/test_ops.py", "tests/test_autograd.py"

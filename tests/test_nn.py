@@ -11,7 +11,10 @@ import convmixer_fast
 from convmixer_fast import DepthwiseConv2d, optimize, replace_depthwise
 from convmixer_fast.nn import Replaced
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 def plain(channels, kernel_size, bias=True, **options):

@@ -8,6 +8,8 @@ from numerics import assert_error_at_most_peer
 import convmixer_fast as cf
 from convmixer_fast import ops, reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 PAPER = cases.Case(2, 48, 32, 32, 9, 9)
 SMALL = cases.Case(2, 5, 6, 7, 3, 4)

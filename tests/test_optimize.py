@@ -12,7 +12,10 @@ from torch import nn
 
 from convmixer_fast import ConvMixer, optimize
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 DIM, DEPTH, KERNEL, PATCH, CLASSES = 32, 3, 7, 4, 100
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

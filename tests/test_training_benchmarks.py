@@ -187,15 +187,19 @@ def test_every_image_of_the_batch_is_checked(tmp_path, monkeypatch, gradient, im
     assert set(found.values()) == {"timed"}
 
 
+def float64_tensors():
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.float64]
+
+
 def test_nothing_in_float64_is_left_when_gradients_are_timed(tmp_path, monkeypatch):
     left = []
     time_variants = depthwise.time_variants
+    earlier = float64_tensors()  # held, so that no new tensor gets the id of one of them
 
     def count(*arguments):
-        left.append([x.shape for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.float64])
+        left.append([x.shape for x in float64_tensors() if all(x is not other for other in earlier)])
         return time_variants(*arguments)
 
-    gc.collect()
     monkeypatch.setattr(depthwise, "time_variants", count)
     status, _ = run(gradients, tmp_path / "rows.json", "--maps", "8x9x8", "--kernels", "3")
     assert status == 0 and left == [[], []]

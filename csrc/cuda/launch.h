@@ -21,8 +21,9 @@ cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream);
 
 cudaError_t activate_pool(const PoolParams& params, cudaStream_t stream);
 
-// What each of these functions returns: `status`, after clearing the runtime's last error where it is one. The runtime is
-// this library's own, linked statically, so nobody else clears that error, and the next launch would report it as its own.
+// Every launcher returns its status through this function, which clears the runtime's last error if the status is one.
+// The runtime is linked statically into this library, so nobody else would clear that error, and the next launch would
+// report it as its own.
 inline cudaError_t without_last_error(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
