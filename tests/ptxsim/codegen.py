@@ -75,7 +75,7 @@ class EntryCodegen:
         out, todo = [], [self.entry]
         while todo:
             name = todo.pop()
-            fn = self.ast.functions[name]
+            fn = self.ast.function(name)
             if fn.declared_only or fn in out:
                 continue
             out.append(fn)

@@ -142,6 +142,16 @@ class ModuleAst:
     locs: list = field(default_factory=list)  # (file, line, inlined_at (file, line) | None)
     loc_parents: list = field(default_factory=list)  # index into locs of the place it was inlined at, or -1
     target: str = ""
+    bodies: dict = field(default_factory=dict)  # function name -> (text, its first line), until function() parses it
+    loc_index: dict = field(default_factory=dict)  # (*locs[i], loc_parents[i]) -> i
+
+    def function(self, name: str) -> Function:
+        """A function with its body, which is parsed when it is first asked for: a program uses few of its kernels."""
+        fn = self.functions[name]
+        if name in self.bodies:
+            text, line = self.bodies.pop(name)
+            Parser(text, self, line).parse_body(fn)
+        return fn
 
 
 TYPE_SIZE = {
@@ -190,9 +200,41 @@ _TOKEN = re.compile(
 )
 
 
-def _tokenize(text):
+_BRACE = re.compile(r"""[{}]|"[^"]*"|//[^\n]*|/\*.*?\*/""", re.S)
+_OPENS_BODY = re.compile(r"\.(entry|func)\b([^;={]|\.pragma[^;]*;)*\Z")  # what precedes the brace
+
+
+def _split(text):
+    """The text with the body of each function empty, and the bodies, each with its braces, as (text, its first line)."""
+    outline, bodies, depth = [], [], 0
+    start, line = 0, 1  # of what has not been split yet
+    for m in _BRACE.finditer(text):
+        if m[0] == "{":
+            if depth == 0:
+                before, opened = text[start : m.start()], m.start()
+                line += before.count("\n")
+            depth += 1
+        elif m[0] == "}":
+            depth -= 1
+            if depth < 0:
+                raise ParseError(f"PTX line {line + text.count(chr(10), start, m.start())}: unexpected '}}'")
+            if depth == 0:
+                inside, start = text[opened : m.end()], m.end()
+                newlines = "\n" * inside.count("\n")
+                is_body = _OPENS_BODY.search(before)
+                if is_body:
+                    bodies.append((inside, line))
+                outline += [before, "{" + newlines + "}" if is_body else inside]
+                line += len(newlines)
+    if depth:
+        raise ParseError(f"PTX line {line}: '{{' without '}}'")
+    outline.append(text[start:])
+    return "".join(outline), bodies
+
+
+def _tokenize(text, line):
     kinds, toks, lines = [], [], []
-    line, pos, end = 1, 0, len(text)
+    pos, end = 0, len(text)
     match = _TOKEN.match
     while pos < end:
         m = match(text, pos)
@@ -239,14 +281,14 @@ class _Scope:
 
 
 class Parser:
-    """Recursive-descent parser over the token list."""
+    """Recursive-descent parser over the token list: of a module without its functions' bodies, or of one body."""
 
-    def __init__(self, text):
-        self.kinds, self.toks, self.lines = _tokenize(text)
+    def __init__(self, text, mod, line):
+        self.kinds, self.toks, self.lines = _tokenize(text, line)
         self.i = 0
         self.n = len(self.toks)
-        self.mod = ModuleAst()
-        self.loc_index, self.last_loc = {}, {}
+        self.mod = mod
+        self.last_loc = {}
 
     # -- token helpers
     def peek(self, k=0):
@@ -280,8 +322,8 @@ class Parser:
             pass
 
     # -- module level
-    def parse(self):
-        mod = self.mod
+    def parse_module(self, bodies):
+        mod, self.bodies = self.mod, iter(bodies)
         while self.i < self.n:
             tok = self.peek()
             if tok in (".version", ".address_size"):
@@ -406,9 +448,9 @@ class Parser:
                 self.integer()
         parent = self.last_loc.get(inlined, -1)  # the call, itself perhaps inlined
         key = (file, line, inlined, parent)
-        index = self.loc_index.get(key)
+        index = self.mod.loc_index.get(key)
         if index is None:
-            index = self.loc_index[key] = len(self.mod.locs)
+            index = self.mod.loc_index[key] = len(self.mod.locs)
             self.mod.locs.append(key[:3])
             self.mod.loc_parents.append(parent)
         self.last_loc[file, line] = index
@@ -469,17 +511,22 @@ class Parser:
             self.mod.functions.setdefault(name, fn)
             return
         self.expect("{")
+        self.expect("}")
+        self.mod.functions[name] = fn
+        self.mod.bodies[name] = next(self.bodies)
+
+    def parse_body(self, fn):
+        self.expect("{")
         self.fn = fn
         self.loc = -1
         self.scope_count = 0
         self.cname = {}
         scope = _Scope(None, "")
-        for p in params + rets:
+        for p in fn.params + fn.rets:
             if p.is_reg:
                 scope.regs[p.name] = p.type
         self.scan_labels(scope)
         self.parse_block(scope)
-        self.mod.functions[name] = fn
 
     def scan_labels(self, scope):
         """Record the labels declared directly in this scope (nested scopes have their own)."""
@@ -709,7 +756,8 @@ class Parser:
         return out
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def parse(text: str) -> ModuleAst:
     """Parse PTX text.  The result is shared by callers with the same text: it is not to be changed."""
-    return Parser(text).parse()
+    outline, bodies = _split(text)
+    return Parser(outline, ModuleAst(), 1).parse_module(bodies)

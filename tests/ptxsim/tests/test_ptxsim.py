@@ -567,6 +567,43 @@ def test_unsupported():
         Module.from_ptx(text)
 
 
+def test_bodies_are_found_whatever_they_contain():
+    """They are left out when a module is loaded. Braces of blocks, comments and strings, a declaration, a variable with
+    an initial value and a debug section lie around them; an unknown instruction is named with its line."""
+    text = """.version 8.0
+.target sm_80
+.address_size 64
+.extern .func (.param .b32 r) vprintf(.param .b64 a, .param .b64 b);
+.global .align 4 .b32 table[2] = {7, 8}; // }
+.visible .entry first(.param .u64 p) .maxntid 32 .pragma "a {"; {
+  .reg .b32 %r<3>; .reg .b64 %rd<3>; /* } */
+  .loc 1 3 0
+  ld.param.u64 %rd1, [p]; { // {
+  .reg .b32 %r1;
+  ld.global.u32 %r1, [table+4];
+  st.global.u32 [%rd1], %r1; }
+  ret; }
+.section .debug_str { .b8 1 }
+.visible .entry second() { ret; }
+.visible .entry third() {
+
+  nonsense.u32; }
+.file 1 "a}.cu"
+"""
+    module = Module.from_ptx(text, only=["first", "second"])
+    assert module.kernels == ["first", "second"]
+    y = np.zeros(1, np.uint32)
+    module.launch("first", 1, 1, [y])
+    module.launch("second", 1, 1)
+    assert y == [8]
+    with pytest.raises(ptxsim.UnsupportedInstruction, match="PTX line 18: .*nonsense.u32"):
+        Module.from_ptx(text)
+    with pytest.raises(ptxsim.ParseError, match="PTX line 16: '{' without '}'"):
+        Module.from_ptx(text.replace("nonsense.u32; }", ""))
+    with pytest.raises(ptxsim.ParseError, match="PTX line 18: unexpected '}'"):
+        Module.from_ptx(text.replace("nonsense.u32;", "}"))
+
+
 def test_large_kernel():
     """A straight-line kernel of about 15000 instructions compiles and runs."""
     n = 3000
