@@ -265,8 +265,9 @@ def table(rows: list[dict]) -> str:
 map_sizes = report.three_sizes("CxHxW", "1536x32x32")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Of the options that this benchmark has in common with that of the gradients, for settle()."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     both = functools.partial(report.both_defaults, DEFAULTS)
     parser.add_argument("--maps", nargs="+", type=map_sizes, metavar="CxHxW", help=f"channels, size {both('maps')}")
     parser.add_argument("--kernels", nargs="+", type=positive, metavar="K", help=f"kernel sizes {both('kernels')}")
@@ -275,12 +276,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help=f"timed calls of each {both('rounds')}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--operators", nargs="+", choices=OPERATORS, help=both("operators"))
     parser.add_argument("--json", type=Path, help="file for the results; a table goes beside it, as .md")
+    return parser
+
+
+def settle(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with the device's defaults for what is not given."""
     args = parser.parse_args(argv)
     report.resolve_device(parser, args, DEFAULTS)
     args.maps = [map_sizes(sizes) if isinstance(sizes, str) else sizes for sizes in args.maps]
     return args
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, help=report.both_defaults(DEFAULTS, "operators"))
+    return settle(parser, argv)
 
 
 @torch.no_grad()

@@ -120,13 +120,19 @@ def run_case(
     return list(rows.values())
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = depthwise.argument_parser(__doc__)
+    args = depthwise.settle(parser, argv)
+    even = [kernel for kernel in args.kernels if kernel % 2 == 0]
+    if even:
+        parser.error(f"argument --kernels: PyTorch's gradient pads both sides alike, accepted: odd sizes, got {even[0]}")
+    return args
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if ours is wrong or failed anywhere, else 0."""
-    args = depthwise.parse(argv)
-    even = [kernel for kernel in args.kernels if kernel % 2 == 0]
-    if even:
-        sys.exit(f"argument --kernels: PyTorch's gradient pads both sides alike, accepted: odd sizes, got {even[0]}")
+    args = parse(argv)
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # PyTorch at its best
     peak = None

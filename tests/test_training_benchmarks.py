@@ -219,6 +219,14 @@ def test_gradients_are_checked_without_tf32_and_timed_with_pytorchs_setting(tmp_
     assert seen[3:] == [(torch.float32, True)] * (timing.WARM_UP + 2)
 
 
-def test_gradients_of_even_kernels_have_no_peer():
-    with pytest.raises(SystemExit, match="argument --kernels: .* odd sizes, got 4"):
-        gradients.main(["--device", "cpu", "--kernels", "3", "4"])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--kernels", "3", "4"], "argument --kernels: PyTorch's gradient pads both sides alike, accepted: odd sizes, got 4"),
+        (["--operators", "fused"], "unrecognized arguments: --operators fused"),
+    ],
+)
+def test_what_gradients_have_not_is_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        gradients.main(["--device", "cpu", *arguments])
+    assert said in capsys.readouterr().err
