@@ -125,7 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = depthwise.settle(parser, argv)
     even = [kernel for kernel in args.kernels if kernel % 2 == 0]
     if even:
-        parser.error(f"argument --kernels: PyTorch's gradient pads both sides alike, accepted: odd sizes, got {even[0]}")
+        parser.error(f"argument --kernels: got {even[0]}, accepted: odd sizes, PyTorch pads both sides alike")
     return args
 
 
