@@ -79,11 +79,10 @@ PEER, CUDNN = "aten", "cudnn"
 OPERATORS_BY_DEFAULT = [PEER, *OURS]  # torch.compile takes seconds for each shape and layout
 COPY, FMA = "copy", "fma"  # the yardsticks
 
-DEFAULTS = {
+SHARED_DEFAULTS = {  # the gradients' benchmark has the same options, all but the operators
     "cuda": dict(
         maps=["1536x32x32", "768x32x32", "1536x16x16", "1024x16x16"],
         kernels=[3, 5, 7, 9, 11, 13, 15, 21, 31],
-        operators=OPERATORS_BY_DEFAULT + ([] if no_cudnn_depthwise(torch.device("cuda")) else [CUDNN]),
         batch=64,
         dtype="float16",
         rounds=20,
@@ -91,11 +90,15 @@ DEFAULTS = {
     "cpu": dict(
         maps=["1536x32x32"],
         kernels=[3, 7, 9, 15],
-        operators=OPERATORS_BY_DEFAULT,
         batch=4,
         dtype="float32",
         rounds=7,
     ),
+}
+DEFAULTS = {
+    "cuda": SHARED_DEFAULTS["cuda"]
+    | dict(operators=OPERATORS_BY_DEFAULT + ([] if no_cudnn_depthwise(torch.device("cuda")) else [CUDNN])),
+    "cpu": SHARED_DEFAULTS["cpu"] | dict(operators=OPERATORS_BY_DEFAULT),
 }
 
 
@@ -266,9 +269,9 @@ map_sizes = report.three_sizes("CxHxW", "1536x32x32")
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """Of the options that this benchmark has in common with that of the gradients, for settle()."""
+    """It knows the options that this benchmark and that of the gradients share; settle() uses it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    both = functools.partial(report.both_defaults, DEFAULTS)
+    both = functools.partial(report.both_defaults, SHARED_DEFAULTS)
     parser.add_argument("--maps", nargs="+", type=map_sizes, metavar="CxHxW", help=f"channels, size {both('maps')}")
     parser.add_argument("--kernels", nargs="+", type=positive, metavar="K", help=f"kernel sizes {both('kernels')}")
     parser.add_argument("--batch", type=positive, help=f"images {both('batch')}")
@@ -280,10 +283,10 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def settle(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def settle(parser: argparse.ArgumentParser, argv: list[str] | None, defaults: dict[str, dict]) -> argparse.Namespace:
     """The arguments, with the device's defaults for what is not given."""
     args = parser.parse_args(argv)
-    report.resolve_device(parser, args, DEFAULTS)
+    report.resolve_device(parser, args, defaults)
     args.maps = [map_sizes(sizes) if isinstance(sizes, str) else sizes for sizes in args.maps]
     return args
 
@@ -291,7 +294,7 @@ def settle(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, help=report.both_defaults(DEFAULTS, "operators"))
-    return settle(parser, argv)
+    return settle(parser, argv, DEFAULTS)
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ def run_case(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = depthwise.argument_parser(__doc__)
-    args = depthwise.settle(parser, argv)
+    args = depthwise.settle(parser, argv, depthwise.SHARED_DEFAULTS)
     even = [kernel for kernel in args.kernels if kernel % 2 == 0]
     if even:
         parser.error(f"argument --kernels: got {even[0]}, accepted: odd sizes, PyTorch pads both sides alike")

@@ -171,5 +171,5 @@ def resolve_device(
     if args.device == "cuda" and not (torch.cuda.is_available() or may_miss):
         parser.error("argument --device: 'cuda', but torch sees no CUDA device")
     for name, value in defaults[args.device].items():
-        if getattr(args, name, value) is None:  # a program may lack an option of the one whose defaults it shares
+        if getattr(args, name) is None:
             setattr(args, name, value)

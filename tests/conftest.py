@@ -6,7 +6,7 @@ are computed in float32."""
 import os
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-if workers > 1:  # they share the cores: each one's tests, and the programs that these start, compute with its part
+if workers > 1:  # they share the cores: a worker's tests, and the programs that they start, compute on its part of them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read once, at the first convolution
 
@@ -39,10 +39,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """At least two threads share what an operator computes, where pytest-xdist left this process one, too."""
+    """Operators, and the programs that a test starts, compute with two threads or more, even in a worker of
+    pytest-xdist whose part of the cores is one."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(2, threads))
-    monkeypatch.setenv("OMP_NUM_THREADS", str(max(2, threads)))
+    wanted = max(2, threads)
+    torch.set_num_threads(wanted)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(wanted))
     yield
     torch.set_num_threads(threads)
 

@@ -437,9 +437,8 @@ def test_every_model_that_is_named_must_exist(capsys):
 )
 def test_later_options_override_earlier_ones(script, given, later):
     """A rehearsal on a CPU appends its options to those of a GPU's run."""
-    parse = script.parse
-    both = vars(parse([*f"--device cuda {given}".split(), *f"--device cpu {later}".split()]))
-    alone = vars(parse(f"--device cpu {later}".split()))
+    both = vars(script.parse([*f"--device cuda {given}".split(), *f"--device cpu {later}".split()]))
+    alone = vars(script.parse(f"--device cpu {later}".split()))
     named = {word[2:].replace("-", "_") for word in given.split() if word.startswith("--")}
     assert both["device"] == "cpu"
     replaced = {word[2:].replace("-", "_") for word in later.split() if word.startswith("--")}

@@ -149,8 +149,8 @@ class ModuleAst:
         """A function with its body, which is parsed when it is first asked for: a program uses few of its kernels."""
         fn = self.functions[name]
         if name in self.bodies:
-            text, line = self.bodies.pop(name)
-            Parser(text, self, line).parse_body(fn)
+            Parser(*self.bodies[name], self).parse_body(fn)
+            del self.bodies[name]  # only now: text that does not parse is refused each time
         return fn
 
 
@@ -200,34 +200,35 @@ _TOKEN = re.compile(
 )
 
 
-_BRACE = re.compile(r"""[{}]|"[^"]*"|//[^\n]*|/\*.*?\*/""", re.S)
-_OPENS_BODY = re.compile(r"\.(entry|func)\b([^;={]|\.pragma[^;]*;)*\Z")  # what precedes the brace
+_BRACE = re.compile(r"""[{}]|"[^"]*"|//[^\n]*|/\*.*?\*/""", re.S)  # strings and comments hide theirs
+_OPENS_BODY = re.compile(r"\.(entry|func)\b([^;={]|\.pragma[^;]*;)*\Z")  # matches what stands before a body's brace
+
+
+def _line_at(text, position):
+    return text.count("\n", 0, position) + 1
 
 
 def _split(text):
     """The text with the body of each function empty, and the bodies, each with its braces, as (text, its first line)."""
     outline, bodies, depth = [], [], 0
-    start, line = 0, 1  # of what has not been split yet
+    start = 0  # everything before it is in the outline
     for m in _BRACE.finditer(text):
         if m[0] == "{":
             if depth == 0:
-                before, opened = text[start : m.start()], m.start()
-                line += before.count("\n")
+                opened = m.start()
             depth += 1
         elif m[0] == "}":
             depth -= 1
             if depth < 0:
-                raise ParseError(f"PTX line {line + text.count(chr(10), start, m.start())}: unexpected '}}'")
+                raise ParseError(f"PTX line {_line_at(text, m.start())}: unexpected '}}'")
             if depth == 0:
-                inside, start = text[opened : m.end()], m.end()
-                newlines = "\n" * inside.count("\n")
-                is_body = _OPENS_BODY.search(before)
-                if is_body:
-                    bodies.append((inside, line))
-                outline += [before, "{" + newlines + "}" if is_body else inside]
-                line += len(newlines)
+                before, inside, start = text[start:opened], text[opened : m.end()], m.end()
+                if _OPENS_BODY.search(before):
+                    bodies.append((inside, _line_at(text, opened)))
+                    inside = "{" + "\n" * inside.count("\n") + "}"
+                outline += [before, inside]
     if depth:
-        raise ParseError(f"PTX line {line}: '{{' without '}}'")
+        raise ParseError(f"PTX line {_line_at(text, opened)}: '{{' without '}}'")
     outline.append(text[start:])
     return "".join(outline), bodies
 
@@ -283,7 +284,7 @@ class _Scope:
 class Parser:
     """Recursive-descent parser over the token list: of a module without its functions' bodies, or of one body."""
 
-    def __init__(self, text, mod, line):
+    def __init__(self, text, line, mod):
         self.kinds, self.toks, self.lines = _tokenize(text, line)
         self.i = 0
         self.n = len(self.toks)
@@ -760,4 +761,4 @@ class Parser:
 def parse(text: str) -> ModuleAst:
     """Parse PTX text.  The result is shared by callers with the same text: it is not to be changed."""
     outline, bodies = _split(text)
-    return Parser(outline, ModuleAst(), 1).parse_module(bodies)
+    return Parser(outline, 1, ModuleAst()).parse_module(bodies)
