@@ -602,6 +602,8 @@ def test_bodies_are_found_whatever_they_contain():
         Module.from_ptx(text.replace("nonsense.u32; }", ""))
     with pytest.raises(ptxsim.ParseError, match="PTX line 18: unexpected '}'"):
         Module.from_ptx(text.replace("nonsense.u32;", "}"))
+    with pytest.raises(ptxsim.ParseError, match="PTX line 19: unexpected '.filed'"):
+        Module.from_ptx(text.replace(".file 1", ".filed 1"))
     for _ in range(2):  # the module is kept, what was read of the body is not
         with pytest.raises(ptxsim.ParseError, match="PTX line 18: unexpected '='"):
             Module.from_ptx(text.replace("nonsense.u32;", "mov.u32 %r1, =;"))
