@@ -25,8 +25,8 @@ struct PointwiseParams {
 
 // y = epilogue(conv(z)) (+ z if residual), where z is x, or prologue(x) rounded to `dtype`.
 // The padding is implicit and zero; with a prologue it is z, not x, that is zero there.
-// Output (h, w) sees z at (h + i - pad_top, w + j - pad_left), i < kernel_h, j < kernel_w, through weight[i][j], or with
-// flip_taps (the gradient of the input) through weight[kernel_h - 1 - i][kernel_w - 1 - j].
+// Output (h, w) sees z at (h + i - pad_top, w + j - pad_left), i < kernel_h, j < kernel_w, through weight[i][j], or
+// with flip_taps (the gradient of the input) through weight[kernel_h - 1 - i][kernel_w - 1 - j].
 struct DepthwiseParams {
   const void* x;
   const void* weight;  // contiguous (channels, kernel_h, kernel_w), of type `dtype`
@@ -46,13 +46,13 @@ struct DepthwiseParams {
 // The gradients of a plain depthwise convolution's weight and bias, given that of its output:
 //   gweight[c][i][j] = sum over n, h, w of x[n, c, h + i - pad_top, w + j - pad_left] * gy[n, c, h, w]
 //   gbias[c] = sum over n, h, w of gy[n, c, h, w]
-// with x zero outside its map. Partial sums are float32 (float64 for float64); CUDA adds them up in float64, the CPU with
-// compensation, in an order that depends on nothing but the params and the device. The result is rounded once.
+// with x zero outside its map. Partial sums are float32 (float64 for float64); CUDA adds them up in float64, the CPU
+// with compensation, in an order that depends on nothing but the params and the device. The result is rounded once.
 struct WgradParams {
   const void* x;
   const void* gy;
-  void* gweight;  // contiguous (channels, kernel_h, kernel_w), of type `dtype`; null: not wanted
-  void* gbias;    // (channels), of type `dtype`; null: not wanted
+  void* gweight;    // contiguous (channels, kernel_h, kernel_w), of type `dtype`; null: not wanted
+  void* gbias;      // (channels), of type `dtype`; null: not wanted
   void* workspace;  // for partial sums, of as many bytes as the backend asks for
   int64_t batch, channels, height, width;
   Strides x_stride, gy_stride;
@@ -83,12 +83,12 @@ struct MixerSizes {
 
 // Contiguous, of type `dtype` but for the vectors.
 struct MixerWeights {
-  const void* patch;       // (dim, in_channels, patch_h, patch_w)
-  const void* depthwise;   // (depth, dim, kernel_h, kernel_w)
-  const void* pointwise;   // (depth, dim, dim)
-  const double* vectors;   // (2 depth + 1, 3, dim): bias, scale and shift after each convolution, as they run
-  const void* head;        // (classes, dim)
-  const void* head_bias;   // (classes)
+  const void* patch;      // (dim, in_channels, patch_h, patch_w)
+  const void* depthwise;  // (depth, dim, kernel_h, kernel_w)
+  const void* pointwise;  // (depth, dim, dim)
+  const double* vectors;  // (2 depth + 1, 3, dim): bias, scale and shift after each convolution, as they run
+  const void* head;       // (classes, dim)
+  const void* head_bias;  // (classes)
 };
 
 // What happens between two barriers. Layers are numbered from 0.

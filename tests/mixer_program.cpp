@@ -57,7 +57,7 @@ double error_of(DType dtype, int64_t dim, double scale) {
 
   MixerSizes sizes{in, patch, patch, dim, depth, k, k, classes, dtype, Activation::kGelu, true};
   const MixerWeights weights{patches.stored.data(), depthwise.stored.data(), pointwise.stored.data(),
-                             vectors.exact.data(), head.stored.data(), head_bias.stored.data()};
+                             vectors.exact.data(),  head.stored.data(),      head_bias.stored.data()};
   const cpu::MixerKernels& kernels = cpu::mixer_kernels();
   MixerParams params{};
   params.sizes = sizes;

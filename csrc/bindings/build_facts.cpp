@@ -1,5 +1,5 @@
-// What setup.py knows of this build, for convmixer_fast._library through ctypes. Compiled into either library, so that a
-// library tells by itself which sources it is of.
+// What setup.py knows of this build, for convmixer_fast._library through ctypes. Compiled into either library, so that
+// a library tells by itself which sources it is of.
 #include "build_facts.h"  // written by setup.py into the folder of the objects
 
 #define CMF_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,5 +1,5 @@
-// The choice of kernel and tile, for convmixer_fast.explain and the kernel report, through ctypes; explain.py mirrors the
-// structs.
+// The choice of kernel and tile, for convmixer_fast.explain and the kernel report, through ctypes; explain.py mirrors
+// the structs.
 #include <cstring>
 
 #include "../cuda/depthwise_direct_tiles.h"
@@ -18,10 +18,10 @@ struct DepthwiseQuery {  // tensors at 16-byte aligned addresses
 };
 
 struct Choice {
-  int64_t items, read_elements;  // pieces of work that blocks share out; of x, with the halo of tiles
+  int64_t items, read_elements;    // pieces of work that blocks share out; of x, with the halo of tiles
   int32_t planes, tile_h, tile_w;  // of one item: maps of one image and channel, outputs of each
-  int32_t unrolled, k_steps;  // template arguments: kernel rows (tensor cores) or tap columns (direct); mma depths
-  int32_t threads, smem_bytes;  // of a block
+  int32_t unrolled, k_steps;       // template arguments: kernel rows (tensor cores) or tap columns (direct); mma depths
+  int32_t threads, smem_bytes;     // of a block
 };
 
 DepthwiseParams params_of(const DepthwiseQuery& query) {
@@ -50,8 +50,8 @@ int64_t read_along(int64_t size, int64_t tiles, int64_t tile, int64_t before, in
 }  // namespace
 }  // namespace convmixer_fast
 
-using convmixer_fast::DepthwiseQuery;
 using convmixer_fast::Choice;
+using convmixer_fast::DepthwiseQuery;
 
 // What the tensor-core kernel would do; 0 where it does not apply.
 extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(const DepthwiseQuery* query,
@@ -65,9 +65,15 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(
   if (tile.tiled)
     read = read_along(params.height, tile.tiles_h, tile_h, params.pad_top, tile_h + params.kernel_h - 1) *
            read_along(params.width, tile.tiles_w, tile_w, tile.left, tile.pitch);
-  *choice = {tile.items, params.batch * params.channels * read,
-             tile.images * tile.channels, tile_h, tile_w, cuda::unrolled_rows(params, tile), tile.k_steps,
-             32 * tile.warps, tile.smem_bytes()};
+  *choice = {tile.items,
+             params.batch * params.channels * read,
+             tile.images * tile.channels,
+             tile_h,
+             tile_w,
+             cuda::unrolled_rows(params, tile),
+             tile.k_steps,
+             32 * tile.warps,
+             tile.smem_bytes()};
   return 1;
 }
 
@@ -79,13 +85,21 @@ extern "C" __attribute__((visibility("default"))) void convmixer_fast_choose_dir
   const cuda::DirectTile tile = cuda::choose_direct_tile(params);
   int64_t rows = 0, cols = 0;  // read of one map: once for each block of taps
   for (int tap = 0; tap < tile.taps_h; tap += tile.tap_rows)
-    rows += read_along(params.height, tile.tiles_h, tile.height, params.pad_top - tile.first_tap_row - tap, tile.in_rows);
+    rows +=
+        read_along(params.height, tile.tiles_h, tile.height, params.pad_top - tile.first_tap_row - tap, tile.in_rows);
   for (int tap = 0; tap < tile.taps_w; tap += tile.tap_cols)
-    cols += read_along(params.width, tile.tiles_w, tile.width, params.pad_left - tile.first_tap_col - tap, tile.in_cols);
+    cols +=
+        read_along(params.width, tile.tiles_w, tile.width, params.pad_left - tile.first_tap_col - tap, tile.in_cols);
   const int element = cuda::bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
-  *choice = {tile.groups * tile.tiles_h * tile.tiles_w, params.batch * params.channels * rows * cols,
-             tile.slots, tile.height, tile.width, cuda::direct_exact_taps(params), 0,
-             tile.threads, tile.smem_bytes(element, real)};
+  *choice = {tile.groups * tile.tiles_h * tile.tiles_w,
+             params.batch * params.channels * rows * cols,
+             tile.slots,
+             tile.height,
+             tile.width,
+             cuda::direct_exact_taps(params),
+             0,
+             tile.threads,
+             tile.smem_bytes(element, real)};
 }
 
 // The parameters of that kernel as they lie in its constant memory; returns their size, 0 where it does not apply or
@@ -103,12 +117,13 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_argumen
   return kSize;
 }
 
-// The tensor-core kernel of the weight's gradient, as one block that does all the work: its launch, and its parameters as
-// they lie in its constant memory, of which the size is returned; 0 where it does not apply or the capacity does not
+// The tensor-core kernel of the weight's gradient, as one block that does all the work: its launch, and its parameters
+// as they lie in its constant memory, of which the size is returned; 0 where it does not apply or the capacity does not
 // suffice. y's strides are gy's.
 extern "C" __attribute__((visibility("default"))) int convmixer_fast_wgrad_arguments(const DepthwiseQuery* query,
                                                                                      Choice* choice,
-                                                                                     unsigned char* bytes, int capacity) {
+                                                                                     unsigned char* bytes,
+                                                                                     int capacity) {
   using namespace convmixer_fast;
   const DepthwiseParams forward = params_of(*query);
   WgradParams params{};
@@ -125,9 +140,15 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_wgrad_argum
   constexpr int kShare = (kTile + sizeof(tile) + kAlign - 1) / kAlign * kAlign, kSize = kShare + sizeof(plan.share);
   static_assert(kTile % alignof(cuda::WgradTile) == 0, "no gap before the tile");
   if (!plan.tensor_cores || capacity < kSize) return 0;
-  *choice = {plan.share.items, params.batch * params.channels * params.height * params.width,
-             tile.images, tile.bands * cuda::kUnit, tile.windows * cuda::kUnit, tile.fixed ? tile.tap_rows : 0,
-             tile.k_steps, 32 * tile.warps, plan.smem_bytes};
+  *choice = {plan.share.items,
+             params.batch * params.channels * params.height * params.width,
+             tile.images,
+             tile.bands * cuda::kUnit,
+             tile.windows * cuda::kUnit,
+             tile.fixed ? tile.tap_rows : 0,
+             tile.k_steps,
+             32 * tile.warps,
+             plan.smem_bytes};
   std::memcpy(bytes, &params, kTile);
   std::memcpy(bytes + kTile, &tile, sizeof(tile));
   std::memcpy(bytes + kShare, &plan.share, sizeof(plan.share));

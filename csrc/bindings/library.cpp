@@ -9,11 +9,10 @@
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("depthwise_conv2d_dgrad(Tensor gy, Tensor weight) -> Tensor");
+  m.def("depthwise_conv2d_wgrad(Tensor x, Tensor gy, SymInt kernel_h, SymInt kernel_w, bool bias) -> (Tensor, Tensor)");
   m.def(
-      "depthwise_conv2d_wgrad(Tensor x, Tensor gy, SymInt kernel_h, SymInt kernel_w, bool bias) -> (Tensor, Tensor)");
-  m.def(
-      "fused_depthwise(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, bool residual, "
-      "Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift) -> Tensor");
+      "fused_depthwise(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, "
+      "bool residual, Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift) -> Tensor");
   m.def(
       "fused_depthwise.out(Tensor x, Tensor weight, Tensor bias, Tensor scale, Tensor shift, int activation, "
       "bool residual, Tensor? prologue_bias, Tensor? prologue_scale, Tensor? prologue_shift, *, Tensor(a!) out) -> ()");

@@ -25,8 +25,8 @@ MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& 
   check(patch.dim() == 4, "patch must be (dim, in_channels, ph, pw), got ", ShapeOf{patch});
   check(depthwise.dim() == 5 && depthwise.size(1) == patch.size(0) && depthwise.size(2) == 1,
         "depthwise must be (depth, dim, 1, kh, kw) with dim = ", patch.size(0), ", got ", ShapeOf{depthwise});
-  check(head_weight.dim() == 2 && head_weight.size(1) == patch.size(0), "head_weight must be (n_classes, dim) with dim = ",
-        patch.size(0), ", got ", ShapeOf{head_weight});
+  check(head_weight.dim() == 2 && head_weight.size(1) == patch.size(0),
+        "head_weight must be (n_classes, dim) with dim = ", patch.size(0), ", got ", ShapeOf{head_weight});
   MixerSizes sizes{};
   sizes.in_channels = patch.size(1), sizes.patch_h = patch.size(2), sizes.patch_w = patch.size(3);
   sizes.dim = depthwise.size(1), sizes.depth = depthwise.size(0);
@@ -41,9 +41,8 @@ MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& 
 MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   check_map("x", x);
   check(dtype_of("x", x) == sizes.dtype, "x must have the weights' dtype, got ", name_of(x.scalar_type()));
-  check(x.size(1) == sizes.in_channels && x.size(2) >= sizes.patch_h && x.size(3) >= sizes.patch_w,
-        "x must be (N, ", sizes.in_channels, ", H, W) with H >= ", sizes.patch_h, " and W >= ", sizes.patch_w, ", got ",
-        ShapeOf{x});
+  check(x.size(1) == sizes.in_channels && x.size(2) >= sizes.patch_h && x.size(3) >= sizes.patch_w, "x must be (N, ",
+        sizes.in_channels, ", H, W) with H >= ", sizes.patch_h, " and W >= ", sizes.patch_w, ", got ", ShapeOf{x});
   MixerParams params{};
   params.sizes = sizes;
   params.x = x.const_data_ptr();
@@ -100,12 +99,9 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   check_shape("head_bias", head_bias, {s.classes}, type);
   const cpu::MixerKernels& kernels = cpu::mixer_kernels();
   Tensor packed = empty_bytes(patch, kernels.packed_bytes(s));
-  const MixerWeights weights{patch.const_data_ptr(),
-                             depthwise.const_data_ptr(),
-                             pointwise.const_data_ptr(),
-                             static_cast<const double*>(vectors.const_data_ptr()),
-                             head_weight.const_data_ptr(),
-                             head_bias.const_data_ptr()};
+  const MixerWeights weights{patch.const_data_ptr(),       depthwise.const_data_ptr(),
+                             pointwise.const_data_ptr(),   static_cast<const double*>(vectors.const_data_ptr()),
+                             head_weight.const_data_ptr(), head_bias.const_data_ptr()};
   kernels.pack(s, weights, packed.mutable_data_ptr());
   return packed;
 }

@@ -129,8 +129,8 @@ inline Tensor empty_output(const Tensor& x) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const auto or_one = [](int64_t size) { return size > 0 ? size : 1; };
   if (is_channels_last(x)) return empty_strided_like<4>(x, {n, c, h, w}, {h * w * c, 1, w * c, c});
-  return empty_strided_like<4>(
-      x, {n, c, h, w}, {or_one(c) * or_one(h) * or_one(w), or_one(h) * or_one(w), or_one(w), 1});
+  return empty_strided_like<4>(x, {n, c, h, w},
+                               {or_one(c) * or_one(h) * or_one(w), or_one(h) * or_one(w), or_one(w), 1});
 }
 
 inline void check_map(const char* argument, const Tensor& x) {
@@ -154,8 +154,8 @@ inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* 
 
 inline Tensor checked_vector(const char* argument, const Tensor& vector, const Tensor& x, ScalarType type) {
   check_beside(argument, vector, x);
-  check(vector.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()), " x, got ",
-        name_of(vector.scalar_type()));
+  check(vector.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()),
+        " x, got ", name_of(vector.scalar_type()));
   check(vector.dim() == 1 && vector.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
         " channels as x, got ", ShapeOf{vector});
   return torch::stable::contiguous(vector);
@@ -336,8 +336,8 @@ Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias
     check(out->is_contiguous(), "out must be contiguous");
   }
   Tensor y = out ? *out : empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
-  PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0),     channels, x.size(2), x.size(3),
-                    strides_of(x),      dtype,                prologue.params};
+  PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0), channels,       x.size(2),
+                    x.size(3),          strides_of(x),        dtype,     prologue.params};
   if (y.numel() > 0) Backend::activate_pool(params, x);
   return y;
 }
@@ -356,14 +356,14 @@ void activate_pool_out(const Tensor& x, const Tensor& bias, const Tensor& scale,
 
 }  // namespace convmixer_fast
 
-#define CONVMIXER_FAST_IMPL(DISPATCH_KEY, BACKEND)                                                   \
-  STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                                       \
-    using namespace convmixer_fast;                                                                  \
-    m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d<BACKEND>));                               \
-    m.impl("depthwise_conv2d_dgrad", TORCH_BOX(&depthwise_conv2d_dgrad<BACKEND>));                   \
-    m.impl("depthwise_conv2d_wgrad", TORCH_BOX(&depthwise_conv2d_wgrad<BACKEND>));                   \
-    m.impl("fused_depthwise", TORCH_BOX(&fused_depthwise<BACKEND>));                                 \
-    m.impl("fused_depthwise.out", TORCH_BOX(&fused_depthwise_out<BACKEND>));                         \
-    m.impl("activate_pool", TORCH_BOX(&activate_pool<BACKEND>));                                     \
-    m.impl("activate_pool.out", TORCH_BOX(&activate_pool_out<BACKEND>));                             \
+#define CONVMIXER_FAST_IMPL(DISPATCH_KEY, BACKEND)                                 \
+  STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                     \
+    using namespace convmixer_fast;                                                \
+    m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d<BACKEND>));             \
+    m.impl("depthwise_conv2d_dgrad", TORCH_BOX(&depthwise_conv2d_dgrad<BACKEND>)); \
+    m.impl("depthwise_conv2d_wgrad", TORCH_BOX(&depthwise_conv2d_wgrad<BACKEND>)); \
+    m.impl("fused_depthwise", TORCH_BOX(&fused_depthwise<BACKEND>));               \
+    m.impl("fused_depthwise.out", TORCH_BOX(&fused_depthwise_out<BACKEND>));       \
+    m.impl("activate_pool", TORCH_BOX(&activate_pool<BACKEND>));                   \
+    m.impl("activate_pool.out", TORCH_BOX(&activate_pool_out<BACKEND>));           \
   }

@@ -229,12 +229,11 @@ struct GeluPolynomials {
   float log2[kLog2], exp2[kExp2];  // 2^f is halved by the exponent
 };
 // Together they are off by 1.1e-7 Phi(-t) for t < 0.75, by 1.9e-8 / t beyond.
-constexpr GeluPolynomials<10, 6> kGelu = {
-    {4.190667317218388e-07f, -8.221937960584197e-06f, 6.719936871101976e-05f, -0.00026057253440669136f,
-     -2.6314870177938595e-05f, 0.006972101349101637f, -0.052456833008752334f, -0.45921580372912024f,
-     -1.1511047538621313f, 0.f},
-    {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f, 0.24022242081104875f, 0.6931469775964698f,
-     1.f}};
+constexpr GeluPolynomials<10, 6> kGelu = {{4.190667317218388e-07f, -8.221937960584197e-06f, 6.719936871101976e-05f,
+                                           -0.00026057253440669136f, -2.6314870177938595e-05f, 0.006972101349101637f,
+                                           -0.052456833008752334f, -0.45921580372912024f, -1.1511047538621313f, 0.f},
+                                          {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f,
+                                           0.24022242081104875f, 0.6931469775964698f, 1.f}};
 
 // value = the polynomial with these terms, from the highest power down, at x.
 template <int kTerms, int kCount>
@@ -294,9 +293,7 @@ struct Pointwise {
   template <class F>
   CMF_INLINE void apply(const Vec<Real>* v, int64_t n, F emit) const {
     switch (activation) {
-      case Activation::kGelu:
-        apply_in_step(v, n, [](auto& z) CMF_INLINE_LAMBDA { gelu(z); }, emit);
-        break;
+      case Activation::kGelu: apply_in_step(v, n, [](auto& z) CMF_INLINE_LAMBDA { gelu(z); }, emit); break;
       case Activation::kRelu:
         for (int64_t i = 0; i < n; ++i) {
           const Vec<Real> biased = v[i] + bias;
@@ -474,9 +471,8 @@ struct TapRows {
 template <int kTaps, class Real, class Input, int kColumns>
 CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum)[kColumns]) {
   static_assert(kColumns >= kTaps - 1, "else a sum would get the next row's products before this one's");
-  const auto add = [&](int i, Input in, const Input& weight, int t) CMF_INLINE_LAMBDA {
-    sum[i - t] = multiply_add(sum[i - t], in, weight);
-  };
+  const auto add = [&](int i, Input in, const Input& weight, int t)
+                       CMF_INLINE_LAMBDA { sum[i - t] = multiply_add(sum[i - t], in, weight); };
   Input w[kTaps];
 #pragma GCC unroll 16
   for (int i = 0; i < kTaps - 1; ++i) {
@@ -635,8 +631,9 @@ CMF_INLINE void for_pixel_groups(int64_t rows, int64_t columns, bool joined, F f
     for (int64_t i = 0; i < length; i += kGroup) f(run + i / columns, i % columns, min(kGroup, length - i));
 }
 
-// The pixels of `rows` x `columns` from memory: those of channel vector v and of a row go, after `change(v, pixels, n)`,
-// to the vectors from `row_of(v, row)` on. `joined`: a row starts in memory where the one before it ends.
+// The pixels of `rows` x `columns` from memory: those of channel vector v and of a row go, after
+// `change(v, pixels, n)`, to the vectors from `row_of(v, row)` on. `joined`: a row starts in memory where the one
+// before it ends.
 template <class S, class RowOf, class Change, class V = Vec<typename S::Real>>
 CMF_INLINE void pack_pixels(const S* x, const Strides& stride, int64_t channels, int64_t rows, int64_t columns,
                             bool joined, RowOf row_of, Change change) {
@@ -660,12 +657,13 @@ CMF_INLINE void pack_pixels(const S* x, const Strides& stride, int64_t channels,
   });
 }
 
-// What the rows of a ring hold: `used` columns from the map's column `origin` on, zeros beside the map and up to `pitch`.
+// What the rows of a ring hold: `used` columns from the map's column `origin` on, zeros beside the map and up to
+// `pitch`.
 struct RingColumns {
   int64_t origin, used, pitch;
 };
 
-// Rows [begin, end) of an image's channels into the ring's rows row_of(channel vector, row); `change` as in pack_pixels.
+// Rows [begin, end) of an image's channels into the rows row_of(channel vector, row); `change` as in pack_pixels.
 template <class S, class RowOf, class Change, class V = Vec<typename S::Real>>
 CMF_INLINE void pack_ring(const S* x, const Strides& stride, int64_t width, int64_t channels, int64_t begin,
                           int64_t end, RingColumns columns, RowOf row_of, Change change) {
@@ -834,7 +832,8 @@ class Depthwise {
   const DepthwiseParams& p_;
   const Plan<Real> plan_;
   V *weight_, *tile_, *sum_, *start_;
-  Pointwise<Real> *prologue_, *epilogue_;
+  Pointwise<Real>* prologue_;
+  Pointwise<Real>* epilogue_;
   int64_t channel_, channels_;  // of the block
   int64_t image_;
   int64_t w_begin_, columns_;  // of the band

@@ -1,8 +1,8 @@
 // The gradients of the weight and the bias, in the vectors of depthwise_kernel.h: neighbouring channels of one pixel.
 //
-// A task is (part of the batch, block of channels). It slides down the maps of its images: the next rows of x are packed
-// into a ring, as zero-padded rows of vectors, and those of gy as plain ones; `accumulate` adds their products, a row of
-// taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
+// A task is (part of the batch, block of channels). It slides down the maps of its images: the next rows of x are
+// packed into a ring, as zero-padded rows of vectors, and those of gy as plain ones; `accumulate` adds their products,
+// a row of taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
 // A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap of its channel into NaN.
 #pragma once
 #include "depthwise_kernel.h"
@@ -108,8 +108,8 @@ void correlate(RingRows<V> x, const V* gy, int64_t rows, int64_t columns, Compen
 template <class V, int... kTaps>
 CMF_INLINE void correlate_taps(RingRows<V> x, const V* gy, int64_t rows, int64_t columns, int64_t taps,
                                CompensatedSum<V>* total, std::integer_sequence<int, kTaps...>) {
-  static constexpr void (*kCorrelate[])(RingRows<V>, const V*, int64_t, int64_t, CompensatedSum<V>*) = {
-      correlate<V, kTaps + 1>...};
+  static constexpr void (*kCorrelate[])(RingRows<V>, const V*, int64_t, int64_t,
+                                        CompensatedSum<V>*) = {correlate<V, kTaps + 1>...};
   for (int64_t groups = ceil_div(taps, kMaxTaps); groups > 0; --groups) {
     const int64_t group = ceil_div(taps, groups);
     kCorrelate[group - 1](x, gy, rows, columns, total);
@@ -153,9 +153,7 @@ class DepthwiseWgrad {
   }
 
  private:
-  V* x_row(int64_t v, int64_t row) const {
-    return x_ + (v * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch;
-  }
+  V* x_row(int64_t v, int64_t row) const { return x_ + (v * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch; }
   V* gy_row(int64_t v, int64_t row) const { return gy_ + (v * plan_.step_rows + row) * columns_; }
 
   // Adds what columns [w_begin, w_end) of gy contribute.
@@ -244,7 +242,7 @@ class DepthwiseWgrad {
   CompensatedSum<V>* total_;
   int64_t channel_, channels_;  // of the block
   int64_t image_, last_image_;  // of the part
-  int64_t w_begin_, columns_;  // of the band
+  int64_t w_begin_, columns_;   // of the band
 };
 
 // The gradients of channel vectors [begin, end), from the sums of all parts.

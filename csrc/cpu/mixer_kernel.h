@@ -428,11 +428,11 @@ struct Workspace : Layout<Operand> {
   using Layout<Operand>::n;
   using Layout<Operand>::depth;
 
-  int64_t height, width, pixels;  // of a map; pixels: of all of them
+  int64_t height, width, pixels;     // of a map; pixels: of all of them
   int64_t part_height, part_pixels;  // of a part: the upper or the lower half of every map
-  int64_t pitch;                  // vectors from row to row of a plane, padding included
+  int64_t pitch;                     // vectors from row to row of a plane, padding included
   int64_t pad_top, pad_left;
-  int64_t plane;                           // elements
+  int64_t plane;                // elements
   int64_t panels, pooled, end;  // offsets; the planes come first
 
   explicit Workspace(const MixerParams& p) : Layout<Operand>(p.sizes) {
@@ -547,8 +547,8 @@ class Packing {
 template <class S, class Operand>
 class Mixer {
   static constexpr int64_t n = kLanes<float>;
-  static constexpr int64_t kTasks = 64;  // of a depthwise convolution, wanted, for the threads to share
-  static constexpr int64_t kBandRows = 8;    // of such a task, at least
+  static constexpr int64_t kTasks = 64;    // of a depthwise convolution, wanted, for the threads to share
+  static constexpr int64_t kBandRows = 8;  // of such a task, at least
   static constexpr int64_t kFewPixels = 4;
   using Groups = typename Operand::Groups;
 
@@ -561,8 +561,8 @@ class Mixer {
         planes_(static_cast<Operand*>(p.workspace)),
         panels_(planes_ + w_.panels),
         pooled_(planes_ + w_.pooled) {
-    const int64_t wanted = max(ceil_div(p.threads, max(1, p.batch)),
-                               ceil_div(kTasks, max(1, p.batch * w_.scheme.halves * w_.depth)));
+    const int64_t wanted =
+        max(ceil_div(p.threads, max(1, p.batch)), ceil_div(kTasks, max(1, p.batch * w_.scheme.halves * w_.depth)));
     band_rows_ = max(min(w_.part_height, kBandRows), ceil_div(w_.part_height, wanted));
     bands_ = ceil_div(w_.part_height, band_rows_);
   }
@@ -678,17 +678,17 @@ class Mixer {
     };
     multiply_tasks(plan, panels_, weight, Operand::summed_at_once(plan.scheme) / n, begin, end, scratch, find_slots,
                    [&](int64_t pixel, int64_t part, int64_t column, Tile& tile) {
-      const int64_t* slot = slots[part / halves] + pixel;
-      const int64_t first = (column + part % halves * plan.tiles) * kVectors;
-      for (int64_t v = 0; v < min(kVectors, w_.depth - first); ++v) {
-        Operand* map = planes_ + (first + v) * w_.plane;
-        const auto [pointwise, shift] = epilogue(convolution, first + v);
-        Operand::apply(pointwise, tile[v], min(plan.rows, pixels - pixel), [&](int64_t r, Vec<float> z) {
-          if (slot[r] != kOutside) Operand::store(map + slot[r], z + shift);
-          __builtin_prefetch(map + slot[plan.rows + r], 1, 2);  // of the next panel
-        });
-      }
-    });
+                     const int64_t* slot = slots[part / halves] + pixel;
+                     const int64_t first = (column + part % halves * plan.tiles) * kVectors;
+                     for (int64_t v = 0; v < min(kVectors, w_.depth - first); ++v) {
+                       Operand* map = planes_ + (first + v) * w_.plane;
+                       const auto [pointwise, shift] = epilogue(convolution, first + v);
+                       Operand::apply(pointwise, tile[v], min(plan.rows, pixels - pixel), [&](int64_t r, Vec<float> z) {
+                         if (slot[r] != kOutside) Operand::store(map + slot[r], z + shift);
+                         __builtin_prefetch(map + slot[plan.rows + r], 1, 2);  // of the next panel
+                       });
+                     }
+                   });
   }
 
   // A channel vector of an image, and what the depthwise convolution of some of its rows needs.
@@ -811,11 +811,11 @@ class Mixer {
     for (int64_t begin = 0, count; begin < columns; begin += count) {
       count = columns - begin;
       Operand* to = place(column + begin, count);
-      Operand::apply(after.pointwise, sums + begin, count, [=, shift = after.shift](int64_t w, Vec<float> z)
-                                                               CMF_INLINE_LAMBDA {
-        z += shift;
-        Operand::store(to + w * n, adds ? z + Operand::load(residual + (begin + w) * n) : z);
-      });
+      Operand::apply(after.pointwise, sums + begin, count,
+                     [=, shift = after.shift](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
+                       z += shift;
+                       Operand::store(to + w * n, adds ? z + Operand::load(residual + (begin + w) * n) : z);
+                     });
     }
   }
 
@@ -843,18 +843,19 @@ class Mixer {
     const ProductPlan<Operand> plan = head_product();
     multiply_tasks(plan, pooled_, weight, kAtOnce, begin, end, scratch, keep_first,
                    [&](int64_t pixel, int64_t, int64_t column, Tile& tile) {
-      const int64_t image = first_image + pixel;
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);
-        if (columns <= 0) continue;
-        Vec<float> biases;
-        memcpy(&biases, bias + first * w_.kFloat, sizeof biases);
-        for (int64_t r = 0; r < min(plan.rows, p_.batch - image); ++r) {
-          const Vec<float> logits = tile[v][r] + biases;
-          store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1, &logits);
-        }
-      }
-    });
+                     const int64_t image = first_image + pixel;
+                     for (int64_t v = 0; v < kVectors; ++v) {
+                       const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);
+                       if (columns <= 0) continue;
+                       Vec<float> biases;
+                       memcpy(&biases, bias + first * w_.kFloat, sizeof biases);
+                       for (int64_t r = 0; r < min(plan.rows, p_.batch - image); ++r) {
+                         const Vec<float> logits = tile[v][r] + biases;
+                         store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1,
+                                      &logits);
+                       }
+                     }
+                   });
   }
 
   const MixerParams& p_;
@@ -882,9 +883,8 @@ CMF_INLINE auto with_mixer_types(DType dtype, F f) {
 }
 
 int64_t packed_bytes(const MixerSizes& s) {
-  return with_mixer_types(s.dtype, [&](auto, auto operand) {
-    return bytes<decltype(operand)>(Layout<decltype(operand)>(s).end);
-  });
+  return with_mixer_types(
+      s.dtype, [&](auto, auto operand) { return bytes<decltype(operand)>(Layout<decltype(operand)>(s).end); });
 }
 
 void pack(const MixerSizes& s, const MixerWeights& weights, void* packed) {
@@ -894,9 +894,8 @@ void pack(const MixerSizes& s, const MixerWeights& weights, void* packed) {
 }
 
 int64_t workspace_bytes(const MixerParams& p) {
-  return with_mixer_types(p.sizes.dtype, [&](auto, auto operand) {
-    return bytes<decltype(operand)>(Workspace<decltype(operand)>(p).end);
-  });
+  return with_mixer_types(
+      p.sizes.dtype, [&](auto, auto operand) { return bytes<decltype(operand)>(Workspace<decltype(operand)>(p).end); });
 }
 
 int64_t mixer_tasks(const MixerParams& p, MixerStep step) {

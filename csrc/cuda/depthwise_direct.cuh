@@ -17,8 +17,8 @@ template <class T_, bool kChannelsLast_, int kTaps_>
 struct DirectTraits {
   using T = T_;
   using Real = arithmetic_t<T>;
-  static constexpr bool kChannelsLast = kChannelsLast_;  // lanes run over channels, not along a row
-  static constexpr bool kGuarded = kTaps_ == 0;          // any kernel width, in blocks of 8 tap columns
+  static constexpr bool kChannelsLast = kChannelsLast_;              // lanes run over channels, not along a row
+  static constexpr bool kGuarded = kTaps_ == 0;                      // any kernel width, in blocks of 8 tap columns
   static constexpr int kTaps = kGuarded ? kDirectTapBlock : kTaps_;  // tap columns held in registers
   static constexpr int kStripH = kDirectStripH, kStripW = kDirectStripW;
   static constexpr int kWindow = kStripW + kTaps - 1;
@@ -175,13 +175,15 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       if (!has_strip || plane >= planes) return;
       const int64_t n = plane / params.channels, c = plane % params.channels;
       const Pointwise<T> epilogue(params.epilogue, c);
-      const int centre_row = static_cast<int>(tile_row - origin_row), centre_col = static_cast<int>(tile_col - origin_col);
+      const int centre_row = static_cast<int>(tile_row - origin_row);
+      const int centre_col = static_cast<int>(tile_col - origin_col);
       for (int i = 0; i < kStripH; i++) {
         const int64_t h = tile_row + strip_row + i, w0 = tile_col + strip_col;
         if (strip_row + i >= tile.height || h >= params.height) return;
         const T* const z = inputs + slot * tile.slot_stride + (centre_row + strip_row + i) * tile.row_stride +
                            (centre_col + strip_col) * tile.col_stride;
-        const int count = static_cast<int>(min(static_cast<int64_t>(min(kStripW, tile.width - strip_col)), params.width - w0));
+        const int count =
+            static_cast<int>(min(static_cast<int64_t>(min(kStripW, tile.width - strip_col)), params.width - w0));
         __align__(16) T out[kStripW];
 #pragma unroll
         for (int j = 0; j < kStripW; j++) {

@@ -15,19 +15,19 @@
 namespace convmixer_fast::cuda {
 
 constexpr int kDirectStripH = 2, kDirectStripW = 8;  // outputs of a thread
-constexpr int kDirectTapBlock = 8;                   // tap columns held in registers, where the width is not a usual one
+constexpr int kDirectTapBlock = 8;  // tap columns held in registers, where the width is not a usual one
 constexpr int kDirectMaxThreads = 256;
 
 // How the work is cut: chosen on the host, the same for all blocks.
 struct DirectTile {
-  int64_t groups;           // of `slots` planes
-  int tiles_h, tiles_w;     // a plane
-  int slots;                // planes a block
-  int height, width;        // outputs of one tile
-  int tap_rows, tap_cols;   // of one tap block
-  int in_rows, in_cols;     // of one plane's shared tile, columns padded to whole windows
+  int64_t groups;                           // of `slots` planes
+  int tiles_h, tiles_w;                     // a plane
+  int slots;                                // planes a block
+  int height, width;                        // outputs of one tile
+  int tap_rows, tap_cols;                   // of one tap block
+  int in_rows, in_cols;                     // of one plane's shared tile, columns padded to whole windows
   int slot_stride, row_stride, col_stride;  // of the shared tile, in elements
-  int fill_lanes;           // threads that fill one row together
+  int fill_lanes;                           // threads that fill one row together
   int threads;
   int first_tap_row, taps_h, first_tap_col, taps_w;  // the taps that can reach the map
 
@@ -59,8 +59,8 @@ inline int direct_exact_taps(const DepthwiseParams& params) {
   return params.dtype == DType::kFloat32 && taps % 2 == 1 && 3 <= taps && taps <= 9 ? taps : 0;
 }
 
-// The first of these that fits shared memory: all tap rows at once, or 8, or 1; then wide before narrow tap blocks, high
-// before low tiles, many before few planes.
+// The first of these that fits shared memory: all tap rows at once, or 8, or 1; then wide before narrow tap blocks,
+// high before low tiles, many before few planes.
 inline DirectTile choose_direct_tile(const DepthwiseParams& params) {
   constexpr int kSmem = 48 << 10;  // what every architecture gives without asking
   const int element = bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
@@ -87,8 +87,8 @@ inline DirectTile choose_direct_tile(const DepthwiseParams& params) {
           if (tile.slots * strips > kDirectMaxThreads) continue;
           tile.tap_cols = std::min(tile.taps_w, most_cols);
           if (exact_taps && tile.tap_cols != exact_taps) continue;
-          tile.in_cols = (tile.strips() - 1) * kDirectStripW +
-                         (ceil_div(tile.tap_cols, taps) - 1) * taps + window_pitch;
+          tile.in_cols =
+              (tile.strips() - 1) * kDirectStripW + (ceil_div(tile.tap_cols, taps) - 1) * taps + window_pitch;
           for (tile.tap_rows = all_rows; tile.tap_rows >= least_rows; tile.tap_rows--) {
             tile.in_rows = tile.strip_rows() * kDirectStripH + tile.tap_rows - 1;
             if (tile.smem_bytes(element, real) > kSmem) continue;

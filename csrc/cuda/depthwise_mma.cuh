@@ -4,16 +4,16 @@
 //
 //   out[unit, o, j] = sum over dy, i of  in[unit, o + dy, i] * taps[dy][i - j]     (i: stored columns of a window)
 //
-// One mma takes 16 units (M; depthwise_tiles.h) times 8 output columns (N) over 16 stored input columns (K). The Toeplitz
-// matrix of a tap row is the B operand: two registers a lane, built once a channel. A stored input row is the A operand:
-// loaded once by ldmatrix, it serves every output row of the unit that it reaches.
+// One mma takes 16 units (M; depthwise_tiles.h) times 8 output columns (N) over 16 stored input columns (K). The
+// Toeplitz matrix of a tap row is the B operand: two registers a lane, built once a channel. A stored input row is the
+// A operand: loaded once by ldmatrix, it serves every output row of the unit that it reaches.
 //
 // A block keeps to consecutive items (a channel's images, then the next channel's), so the Toeplitz matrices, bias,
 // scale and shift stay in registers. Of an item it
 //   1. writes the inputs, through the prologue, into shared memory, whose zero border is the implicit padding,
 //   2. loads the next item into registers, in flight during all that follows,
-//   3. sums the taps; applies the epilogue in registers; the residual comes through the tensor cores as well, as a product
-//      with a shifted identity; lays the outputs down in shared memory,
+//   3. sums the taps; applies the epilogue in registers; the residual comes through the tensor cores as well, as a
+//      product with a shifted identity; lays the outputs down in shared memory,
 //   4. writes them to memory, 16 bytes a thread.
 // That is for contiguous rows. In channels_last an item is the same of 16 neighbouring channels, each computed by one
 // warp; steps 1 and 4 transpose in registers, 8 channels of two neighbouring pixels a thread.
@@ -40,7 +40,8 @@ struct MmaTraits {
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr bool kFlat = !kChannelsLast && has_flat(kGelu, kKernelH);
   static constexpr int kMaxThreads = 32 * (kChannelsLast ? max_channels(kKSteps) : kMaxWarps);
-  // 16 warps of 128 registers an SM: 32 KB of prefetched inputs in flight. Wide kernels need 168: they are not memory-bound.
+  // 16 warps of 128 registers an SM: 32 KB of prefetched inputs in flight. Wide kernels need 168: they are not
+  // memory-bound.
   static constexpr int kMinBlocks = kChannelsLast ? 1 : kKSteps == 1 ? 4 : 3;
   static_assert(kKernelH == 0 || (kKSteps == 1 && kKernelH <= 9), "all Toeplitz matrices stay in registers");
   static_assert(kKSteps <= kMaxKSteps, "the ring is 16 registers a k-step");
@@ -131,7 +132,8 @@ struct MmaUnits {
   __device__ MmaUnits(const MmaTile& tile, int group, uint32_t inputs_address) {
     const int lane = threadIdx.x % 32, units_an_image = tile.bands * tile.windows;
     const auto place = [&](int unit, int image_pitch, int pitch, int band_gap) {
-      const int image = unit / units_an_image, band = unit % units_an_image / tile.windows, window = unit % tile.windows;
+      const int image = unit / units_an_image;
+      const int band = unit % units_an_image / tile.windows, window = unit % tile.windows;
       return image * image_pitch + band * (kUnit * pitch + band_gap) + window * kUnit;
     };
     // ldmatrix: matrices (units 0-7, columns 0-7), (units 8-15, columns 0-7), then columns 8-15. A unit beyond the last
@@ -247,8 +249,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     const MmaPlace place(params, tile, item.index);
     if constexpr (Traits::kFlat) {
       if (tile.flat) {
-        const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
-                           place.image * params.x_stride.n;
+        const T* const x =
+            static_cast<const T*>(params.x) + item.channel * params.x_stride.c + place.image * params.x_stride.n;
 #pragma unroll
         for (int step = 0; step < kPrefetch; step++)
           with_flat_piece(place, thread + step * threads, [&](int image, int first) {
@@ -264,8 +266,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         return;
       }
     }
-    const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c +
-                       place.image * params.x_stride.n + my_load;
+    const T* const x =
+        static_cast<const T*>(params.x) + item.channel * params.x_stride.c + place.image * params.x_stride.n + my_load;
 #pragma unroll
     for (int step = 0; step < kSteps; step++)
       if (has_piece(place, step))
@@ -325,7 +327,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     const int first_row = tile.tiled ? place.row - pad_top : 0, first_col = tile.tiled ? place.col - left : 0;
     const int rows = tile.tiled ? kUnit * tile.bands + kernel_h - 1 : height;
     const int cols = tile.tiled ? pitch : width;
-    const T* const x = static_cast<const T*>(params.x) + item.channel * params.x_stride.c + place.image * params.x_stride.n;
+    const T* const x =
+        static_cast<const T*>(params.x) + item.channel * params.x_stride.c + place.image * params.x_stride.n;
     with_vector<kChannelsLast>(tile.load_vector, [&](auto vector) {
       constexpr int kVector = decltype(vector)::value, kCols = kChannelsLast ? 1 : kVector;
       for (int line = mover / tile.load_lanes; line < place.images * rows; line += tile.rows_a_step) {
@@ -362,13 +365,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     const int kernel = kernel_h * kernel_w;
     for (int i = team_thread; i < kernel; i += team_threads) {
       const int place = i / kernel_w * tile.tap_pitch + i % kernel_w + lead + kUnit - 1;
-      team_taps[place] = team_taps[kernel_h * tile.tap_pitch + place + 1] = weight[params.flip_taps ? kernel - 1 - i : i];
+      team_taps[place] = team_taps[kernel_h * tile.tap_pitch + place + 1] =
+          weight[params.flip_taps ? kernel - 1 - i : i];
     }
   };
   // Lane (g, t) of the B operand holds taps[dy][i - g - lead] for stored columns i = 2t, 2t + 1, 2t + 8, 2t + 9.
   const int odd = (lane / 4 + 1) % 2;
   const T* const lane_taps = team_taps + odd * (kernel_h * tile.tap_pitch + 1) + lane % 4 * 2 + kUnit - 1 - lane / 4;
-  const auto load_toeplitz = [&](uint32_t(&b)[kKSteps][2], int dy) {
+  const auto load_toeplitz = [&](uint32_t (&b)[kKSteps][2], int dy) {
 #pragma unroll
     for (int s = 0; s < kKSteps; s++)
 #pragma unroll
@@ -487,10 +491,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         if (has_piece(place, step)) {
           Piece<8> pieces[kPieces];
           const T* const from = my_output + step * tile.output_step;
-          if constexpr (kChannelsLast)
+          if constexpr (kChannelsLast) {
             load_octets(pieces, reinterpret_cast<const char*>(from), anew(2 * tile.output_channel));
-          else
+          } else {
             pieces[0] = *reinterpret_cast<const Piece<8>*>(from);
+          }
 #pragma unroll
           for (int i = 0; i < kPieces; i++)
             *reinterpret_cast<Piece<8>*>(y + my_store + step * tile.store_step + i * y_next) = pieces[i];
@@ -513,7 +518,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
           } else {
             piece = *reinterpret_cast<const Piece<kVector>*>(from);
           }
-          *reinterpret_cast<Piece<kVector>*>(y + offset(params.y_stride, image, place.row + row, place.col + col)) = piece;
+          *reinterpret_cast<Piece<kVector>*>(y + offset(params.y_stride, image, place.row + row, place.col + col)) =
+              piece;
         }
       }
     });
@@ -571,8 +577,7 @@ cudaError_t launch_mma(const DepthwiseParams& params, const MmaTile& tile, cudaS
   const int smem = tile.smem_bytes(), threads = 32 * tile.warps;
   int device = 0, multiprocessors = 0, blocks_each = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess) status = prepare_shared_memory<kernel>();
   if (status == cudaSuccess)
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, smem);

@@ -9,25 +9,28 @@
 namespace convmixer_fast::cuda {
 
 // A unit is 8 x 8 outputs: band b holds rows 8b .. 8b + 7, window q columns 8q .. 8q + 7. The M = 16 rows of an mma are
-// 16 units, of one image or of several images of the same channel; one group of 16 units is what a warp computes at once.
+// 16 units, of one image or of several images of the same channel; one group of 16 units is what a warp computes at
+// once.
 constexpr int kUnit = 8;
 constexpr int kGroupUnits = 16;
-constexpr int kMmaDepth = 16;    // K of an mma: input columns
-constexpr int kMaxKSteps = 3;    // kernel widths up to 41
-constexpr int kMaxWarps = 4;     // a block that works on one channel
-constexpr int kFixedWindows = 4;  // maps or tiles up to 32 wide under kernels up to 9 wide have one shape in shared memory,
-constexpr int kFixedPitch = 40;   // so that the addresses are constants of the kernel: pitch of the inputs,
-constexpr int kFixedLeft = 4;     // columns left of the map,
-constexpr int kFixedOutPitch = 32;  // pitch of the outputs
-constexpr int kPrefetch = 4;     // 16-byte pieces of the next item that a thread holds in registers
+constexpr int kMmaDepth = 16;  // K of an mma: input columns
+constexpr int kMaxKSteps = 3;  // kernel widths up to 41
+constexpr int kMaxWarps = 4;   // a block that works on one channel
+// Maps or tiles up to 32 wide under kernels up to 9 wide have one shape in shared memory, so that the addresses are
+// constants of the kernel.
+constexpr int kFixedWindows = 4;
+constexpr int kFixedPitch = 40;      // pitch of the inputs
+constexpr int kFixedLeft = 4;        // columns left of the map
+constexpr int kFixedOutPitch = 32;   // pitch of the outputs
+constexpr int kPrefetch = 4;         // 16-byte pieces of the next item that a thread holds in registers
 constexpr int kPointwiseBytes = 32;  // bias, scale, shift of prologue and epilogue
-constexpr int kMaxSmem = 96 << 10;  // a block that works on one channel; every GPU since sm_80 gives 99 KB
+constexpr int kMaxSmem = 96 << 10;   // a block that works on one channel; every GPU since sm_80 gives 99 KB
 // channels_last: a block works on 16 channels, 32 bytes of a pixel and so a whole sector, or on 8; each of its warps on
 // one of them. Threads move an octet of channels at a time. Kernels of two k-steps need more than 128 registers.
 constexpr int kOctet = 8;
 constexpr int max_channels(int k_steps) { return k_steps == 1 ? 2 * kOctet : kOctet; }
 constexpr int kMaxChannelsLastKSteps = 2;
-constexpr int kOctetGap = 32;    // elements after each octet in shared memory, so that two octets lie in different banks
+constexpr int kOctetGap = 32;  // elements after each octet in shared memory, so that two octets lie in different banks
 
 // Divides integers below 2^16 by a value from 2 to 2^16, in one multiplication.
 struct Divisor {
@@ -40,35 +43,35 @@ struct Divisor {
 };
 
 struct MmaTile {
-  bool channels_last;      // x and y
-  int channels;            // of one item
-  int partners;            // blocks that work on the same sectors at the same time, each on its octet of channels; else 1
-  int images;              // of one item, all of these channels
-  int bands, windows;      // of one image's tile
-  int tiles_h, tiles_w;    // of a map
-  bool tiled;              // more than one: inputs come with a halo
-  int units, groups;       // of one channel of an item
-  int warps;               // of a block
-  int k_steps;             // mma depths across one window and its halo
-  int left;                // stored columns left of the map: the padding, rounded up to 8 bytes
-  bool fixed;              // k_steps 1 and windows <= kFixedWindows: the kernel may rely on the constants above
+  bool channels_last;    // x and y
+  int channels;          // of one item
+  int partners;          // blocks that work on the same sectors at the same time, each on its octet of channels; else 1
+  int images;            // of one item, all of these channels
+  int bands, windows;    // of one image's tile
+  int tiles_h, tiles_w;  // of a map
+  bool tiled;            // more than one: inputs come with a halo
+  int units, groups;     // of one channel of an item
+  int warps;             // of a block
+  int k_steps;           // mma depths across one window and its halo
+  int left;              // stored columns left of the map: the padding, rounded up to 8 bytes
+  bool fixed;            // k_steps 1 and windows <= kFixedWindows: the kernel may rely on the constants above
   int pitch, band_gap, image_pitch;              // of the stored inputs, in elements
   int out_pitch, out_band_gap, out_image_pitch;  // of the stored outputs
-  int tap_pitch;           // of one stored row of taps
+  int tap_pitch;                                 // of one stored row of taps
   int input_channel, output_channel;             // from one channel to the next, kOctetGap apart
   int load_vector, store_vector;                 // elements a global access: of a row; in channels_last, of a pixel
-  int channel_lanes;       // threads that move the channels of one pixel together
+  int channel_lanes;                             // threads that move the channels of one pixel together
   int load_lanes, store_lanes;                   // such teams that move one row together
-  int rows_a_step;         // rows that the block loads at once
-  bool prefetch;           // an item is kPrefetch vectors of 8 a thread, at equal distances: loaded one item ahead. In
-                           // channels_last they are pairs, the octets of two neighbouring pixels
-  bool flat;               // instead: the planes start on 16 bytes, but their rows do not; pieces of planes are loaded
-                           // one item ahead, and cut into rows on the way to and from shared memory
-  int plane;               // flat: elements of a plane
-  Divisor plane_pieces, row;                     // pieces of it, elements of its rows
+  int rows_a_step;                               // rows that the block loads at once
+  bool prefetch;  // an item is kPrefetch vectors of 8 a thread, at equal distances: loaded one item ahead. In
+                  // channels_last they are pairs, the octets of two neighbouring pixels
+  bool flat;      // instead: the planes start on 16 bytes, but their rows do not; pieces of planes are loaded
+                  // one item ahead, and cut into rows on the way to and from shared memory
+  int plane;      // flat: elements of a plane
+  Divisor plane_pieces, row;                           // pieces of it, elements of its rows
   int load_step, input_step, output_step, store_step;  // these distances: in x, stored inputs, stored outputs, y
-  int input_elements, output_elements, tap_elements;  // of the parts of shared memory, in this order; last the pointwise
-  int items_a_channel;     // or to the channels of an item
+  int input_elements, output_elements, tap_elements;   // of shared memory's parts, in this order; last the pointwise
+  int items_a_channel;                                 // or to the channels of an item
   int64_t items;
 
   int smem_bytes() const { return 2 * (input_elements + output_elements + tap_elements) + channels * kPointwiseBytes; }
@@ -113,12 +116,13 @@ inline int lanes_for(int64_t pieces) {
 }  // namespace tiles
 
 // The geometry for these params; false where the tensor-core kernel does not apply, which leaves the direct kernel:
-// float32 and float64, neither rows nor the channels of a pixel contiguous, kernels wider than 41 (25 in channels_last),
-// too little shared memory. device_smem: bytes that a block of the device may have.
+// float32 and float64, neither rows nor the channels of a pixel contiguous, kernels wider than 41 (25 in
+// channels_last), too little shared memory. device_smem: bytes that a block of the device may have.
 inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaTile& tile) {
   using namespace tiles;
   constexpr int64_t kMaxOffset = int64_t{1} << 31;
-  const bool rows_contiguous = (params.width == 1 || params.x_stride.w == 1) && (params.width == 1 || params.y_stride.w == 1);
+  const bool rows_contiguous =
+      (params.width == 1 || params.x_stride.w == 1) && (params.width == 1 || params.y_stride.w == 1);
   const bool pixels_contiguous = params.x_stride.c == 1 && params.y_stride.c == 1;
   if ((params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) || !(rows_contiguous || pixels_contiguous))
     return false;
@@ -140,7 +144,8 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   const int max_smem = tile.channels_last ? device_smem : kMaxSmem;
 
   const auto set_units = [&](int64_t bands, int64_t windows, int64_t images, bool fixed) {
-    tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows), tile.images = static_cast<int>(images);
+    tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows);
+    tile.images = static_cast<int>(images);
     tile.tiles_h = static_cast<int>(ceil_div(params.height, bands * kUnit));
     tile.tiles_w = static_cast<int>(ceil_div(params.width, windows * kUnit));
     tile.tiled = tile.tiles_h * tile.tiles_w > 1;
@@ -171,8 +176,9 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
     tile.channels = channels;
     return set_units(bands, windows, images, true) || (tile.channels_last && set_units(bands, windows, images, false));
   };
-  // The whole map of as many images as fill a group; a large map in tiles of 64 x 64, or 32 x 32 for large kernels. Of a
-  // map that fits one group rather fewer channels than fewer images or tiles: those leave the tensor cores half empty.
+  // The whole map of as many images as fill a group; a large map in tiles of 64 x 64, or 32 x 32 for large kernels. Of
+  // a map that fits one group rather fewer channels than fewer images or tiles: those leave the tensor cores half
+  // empty.
   const int64_t bands = ceil_div(params.height, kUnit), windows = ceil_div(params.width, kUnit);
   const int64_t images = std::max<int64_t>(1, kGroupUnits / std::min<int64_t>(kGroupUnits, bands * windows));
   const int fewest = tile.channels_last ? kOctet : 1;
@@ -222,7 +228,8 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   tile.load_step = static_cast<int>(step_images * params.x_stride.n + step_rows * params.x_stride.h);
   tile.store_step = static_cast<int>(step_images * params.y_stride.n + step_rows * params.y_stride.h);
   tile.input_step = step_images * tile.image_pitch + step_rows * tile.pitch + step_rows / kUnit * tile.band_gap;
-  tile.output_step = step_images * tile.out_image_pitch + step_rows * tile.out_pitch + step_rows / kUnit * tile.out_band_gap;
+  tile.output_step =
+      step_images * tile.out_image_pitch + step_rows * tile.out_pitch + step_rows / kUnit * tile.out_band_gap;
 
   const int64_t items = ceil_div(params.batch, tile.images) * tile.tiles_h * tile.tiles_w;
   tile.items_a_channel = static_cast<int>(items);
@@ -231,11 +238,12 @@ inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaT
   return items < kMaxOffset;
 }
 
-// Whether the kernel with so many rows of Toeplitz matrices in registers (0: the ring) has code for flat planes. Without
-// GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
+// Whether the kernel with so many rows of Toeplitz matrices in registers (0: the ring) has code for flat planes.
+// Without GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
 constexpr bool has_flat(bool gelu, int rows) { return gelu || rows < 7; }
 
-// Kernel rows for which there is an instantiation with all Toeplitz matrices in registers; 0 where it is the ring of any.
+// Kernel rows for which there is an instantiation with all Toeplitz matrices in registers; 0 where it is the ring of
+// any.
 inline int unrolled_rows(const DepthwiseParams& params, const MmaTile& tile) {
   const int rows = static_cast<int>(params.kernel_h);
   const bool exists = rows % 2 == 1 && rows >= (tile.channels_last ? 7 : 3) && rows <= 9;

@@ -1,5 +1,5 @@
-// Gradient of a depthwise convolution's weight and bias: the choice between the tensor-core and the direct kernel, which
-// leave partial sums in the workspace, and the kernel that adds these up, always in the same order.
+// Gradient of a depthwise convolution's weight and bias: the choice between the tensor-core and the direct kernel,
+// which leave partial sums in the workspace, and the kernel that adds these up, always in the same order.
 #include "depthwise_wgrad_tiles.h"
 #include "elements.cuh"
 #include "launch.h"
@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kSumsABlock* kThreadsASum)
   double total = 0;
   if (sum < share.sums && share.items > 0) {
     const int64_t last = share.block_of((group + 1) * share.items_a_group - 1);
-    for (int64_t block = share.block_of(group * share.items_a_group) + threadIdx.y; block <= last; block += kThreadsASum)
+    for (int64_t block = share.block_of(group * share.items_a_group) + threadIdx.y; block <= last;
+         block += kThreadsASum)
       total += static_cast<const Real*>(params.workspace)[share.partial(block, group, channel % share.channels) + sum];
   }
   shared[threadIdx.y][threadIdx.x] = total;

@@ -1,10 +1,10 @@
 // Gradient of a depthwise convolution's weight and bias on CUDA cores: any kernel size, map, strides and dtype.
 //
-// A block brings tiles of x, with their halo, and of gy into shared memory, zeros where the padding is. Each thread sums
-// 2 tap rows by kTaps tap columns in registers over its share of the tile: it goes down strips of 8 columns, and a row of
-// x, loaded once, meets the row of gy of either tap row, 16 kTaps FMAs. The sums stay in registers for as long as the
-// block stays in a channel; then the threads with the same taps add theirs up through shared memory and leave one partial
-// (depthwise_wgrad_tiles.h). In channels_last a tile is of as many channels as a sector holds.
+// A block brings tiles of x, with their halo, and of gy into shared memory, zeros where the padding is. Each thread
+// sums 2 tap rows by kTaps tap columns in registers over its share of the tile: it goes down strips of 8 columns, and a
+// row of x, loaded once, meets the row of gy of either tap row, 16 kTaps FMAs. The sums stay in registers for as long
+// as the block stays in a channel; then the threads with the same taps add theirs up through shared memory and leave
+// one partial (depthwise_wgrad_tiles.h). In channels_last a tile is of as many channels as a sector holds.
 #pragma once
 #include "depthwise_wgrad_tiles.h"
 #include "elements.cuh"
@@ -17,15 +17,18 @@ template <class T_, int kTaps_>
 struct WgradDirectTraits {
   using T = T_;
   using Real = arithmetic_t<T>;
-  static constexpr int kTaps = kTaps_ == 0 ? kDirectTapBlock : kTaps_;  // 0: any kernel width, in blocks of 8 tap columns
+  // 0: any kernel width, in blocks of 8 tap columns.
+  static constexpr int kTaps = kTaps_ == 0 ? kDirectTapBlock : kTaps_;
   static constexpr int kStrip = kDirectStripW;
   static constexpr int kWindowPitch = (kStrip + kTaps - 1 + 7) / 8 * 8;  // read 8 at a time
-  static constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : 2;  // 128 registers a thread hold sums, window and two rows of gy
+  // 128 registers a thread hold sums, window and two rows of gy.
+  static constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : 2;
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
-    depthwise_wgrad_direct_kernel(const __grid_constant__ WgradParams params, const __grid_constant__ WgradDirectTile tile,
+    depthwise_wgrad_direct_kernel(const __grid_constant__ WgradParams params,
+                                  const __grid_constant__ WgradDirectTile tile,
                                   const __grid_constant__ WgradShare share) {
   using T = typename Traits::T;
   using Real = typename Traits::Real;
@@ -52,8 +55,8 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
   };
 
   // rows x pitch elements of each channel and image, whose first is (first_row, first_col) of the map.
-  const auto fill = [&](const void* tensor, const Strides& stride, int64_t group, int64_t first_image, int64_t first_row,
-                        int64_t first_col, int rows, int pitch, int image_pitch, T* to) {
+  const auto fill = [&](const void* tensor, const Strides& stride, int64_t group, int64_t first_image,
+                        int64_t first_row, int64_t first_col, int rows, int pitch, int image_pitch, T* to) {
     const int lane = thread % tile.lanes, channel = lane % tile.channels;
     const int64_t c = group * tile.channels + channel;
     const T* const from = static_cast<const T*>(tensor) + c * stride.c;
@@ -66,7 +69,8 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
       for (int col = lane / tile.channels - skew; col < pitch; col += tile.lanes / tile.channels) {
         if (col < 0) continue;
         const int64_t w = first_col + col;
-        to_line[col] = has_line && w >= 0 && w < params.width ? from[n * stride.n + h * stride.h + w * stride.w] : narrow<T>(0);
+        to_line[col] =
+            has_line && w >= 0 && w < params.width ? from[n * stride.n + h * stride.h + w * stride.w] : narrow<T>(0);
       }
     }
   };
@@ -140,7 +144,8 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
     const int64_t group = item / share.items_a_group, index = item % share.items_a_group;
     const int tiles = tile.tiles_h * tile.tiles_w, tile_index = static_cast<int>(index % tiles);
     const int64_t image = index / tiles * tile.images;
-    const int64_t row = int64_t{tile_index / tile.tiles_w} * tile.height, col = int64_t{tile_index % tile.tiles_w} * tile.width;
+    const int64_t row = int64_t{tile_index / tile.tiles_w} * tile.height;
+    const int64_t col = int64_t{tile_index % tile.tiles_w} * tile.width;
     __syncthreads();  // the previous tiles or sums are no longer read
     fill(params.x, params.x_stride, group, image, row + pass_row - params.pad_top, col + pass_col - params.pad_left,
          tile.x_rows, tile.x_pitch, tile.x_image, x_tile);

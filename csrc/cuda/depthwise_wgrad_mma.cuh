@@ -1,18 +1,19 @@
-// Gradient of a depthwise convolution's weight and bias on tensor cores: float16 and bfloat16, contiguous rows, sm_80 and
-// up. One pass over x and gy.
+// Gradient of a depthwise convolution's weight and bias on tensor cores: float16 and bfloat16, contiguous rows, sm_80
+// and up. One pass over x and gy.
 //
 // The units are those of the forward pass: 8 x 8 elements of gy, and the x that their taps reach. For each tap row dy
 //
-//   D_dy[i][j] = sum over units and their rows o of  x[unit, o + dy, i] * gy[unit, o, j]     (i: stored columns of a window)
+//   D_dy[i][j] = sum over units and their rows o of  x[unit, o + dy, i] * gy[unit, o, j]   (i: a window's stored
+//   columns)
 //
 // and the gradient of tap dx is the sum of D_dy along a diagonal, dx = i - j - lead. So 16 units are the K of an mma:
-// row o + dy of all of them is the A operand, transposed by ldmatrix, row o of gy the B operand. An A operand, loaded once,
-// serves every row of gy that reaches it. The D_dy stay in registers, 4 a lane and tap row, for as long as the block stays
-// in a channel; the diagonals are then summed through shared memory and leave as one partial (depthwise_wgrad_tiles.h).
-// The sum of gy is one more product, with ones.
+// row o + dy of all of them is the A operand, transposed by ldmatrix, row o of gy the B operand. An A operand, loaded
+// once, serves every row of gy that reaches it. The D_dy stay in registers, 4 a lane and tap row, for as long as the
+// block stays in a channel; the diagonals are then summed through shared memory and leave as one partial
+// (depthwise_wgrad_tiles.h). The sum of gy is one more product, with ones.
 //
-// A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide. Of any other kernel it has a group of 8 tap rows
-// by 16 stored columns, and the warps of a block divide the groups; 16 groups are one pass.
+// A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide. Of any other kernel it has a group of 8 tap
+// rows by 16 stored columns, and the warps of a block divide the groups; 16 groups are one pass.
 //
 // Each tap has products of its own: an element that is not finite spoils the taps that meet it, and those that meet the
 // padding there (0 times Inf), no others.
@@ -41,7 +42,8 @@ struct WgradTraits {
 struct WgradUnits {
   uint32_t x, gy;
 
-  __device__ WgradUnits(const WgradTile& tile, int group, int row_group, int k_step, uint32_t x_tile, uint32_t gy_tile) {
+  __device__ WgradUnits(const WgradTile& tile, int group, int row_group, int k_step, uint32_t x_tile,
+                        uint32_t gy_tile) {
     const int lane = threadIdx.x % 32, units_an_image = tile.bands * tile.windows;
     const auto place = [&](const WgradOperand& operand, int unit, int first_row_group) {
       if (unit >= tile.units) return operand.zero_unit;
@@ -223,7 +225,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       float sum = 0;
       for (int split = 0; split < tile.splits; split++)
         for (int step = 0; step < tile.k_steps; step++) {
-          const int from = (split * tile.row_groups + dy / kTapRows) * tile.k_steps + step, at = diagonal - step * kMmaDepth;
+          const int from = (split * tile.row_groups + dy / kTapRows) * tile.k_steps + step;
+          const int at = diagonal - step * kMmaDepth;
           if (at >= 0 && at < kWgradDiagonals - 1)
             sum += diagonals[(from * kTapRows + dy % kTapRows) * kWgradDiagonals + at];
         }

@@ -1,9 +1,10 @@
-// How the gradient of the weight cuts its work: which kernel, its geometry, and where the partial sums go. Host code, no
-// CUDA.
+// How the gradient of the weight cuts its work: which kernel, its geometry, and where the partial sums go. Host code,
+// no CUDA.
 //
 // Items (some images or a tile of one channel, or of some channels) are numbered group by group of channels. Each block
-// takes consecutive ones and sums over those of one group; a block that meets a new group first writes its sums away. So
-// the sums of (block b, group g) are partial number b + g: along the items either a block or a group ends between two.
+// takes consecutive ones and sums over those of one group; a block that meets a new group first writes its sums away.
+// So the sums of (block b, group g) are partial number b + g: along the items either a block or a group ends between
+// two.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -37,7 +38,7 @@ struct WgradShare {
   int blocks;
   int64_t items_a_block;  // the first items % blocks of them have one more
   int64_t rest;           // items % blocks
-  int64_t sums;    // of a channel in one partial: a tap each, and gy's
+  int64_t sums;           // of a channel in one partial: a tap each, and gy's
 
   CMF_HOST_DEVICE int64_t first_item(int64_t block) const {
     return block * items_a_block + (block < rest ? block : rest);
@@ -54,48 +55,47 @@ struct WgradShare {
 
 // ------------------------------------------------------------------------------------------------ tensor cores
 
-constexpr int kWgradRows = 8;        // tap rows of a warp where no instantiation has all of them
-constexpr int kWgradMaxWarps = 16;   // of a block; and of an SM, by the registers
-constexpr int kWgradFixedWarps = 4;  // of a block in which every warp has all taps
-constexpr int kWgradDiagonals = 24;  // of a 16 x 8 product there are 23; the last is the sum of gy
+constexpr int kWgradRows = 8;          // tap rows of a warp where no instantiation has all of them
+constexpr int kWgradMaxWarps = 16;     // of a block; and of an SM, by the registers
+constexpr int kWgradFixedWarps = 4;    // of a block in which every warp has all taps
+constexpr int kWgradDiagonals = 24;    // of a 16 x 8 product there are 23; the last is the sum of gy
 constexpr int kWgradScratchPitch = 9;  // of a product in shared memory, so that neither rows nor diagonals share banks
 
 // One of the two tensors in shared memory.
 struct WgradOperand {
-  int rows, cols;  // loaded of one image: the map, or a tile with its halo
-  int top, left;   // stored rows above and columns left of the map or tile
+  int rows, cols;                    // loaded of one image: the map, or a tile with its halo
+  int top, left;                     // stored rows above and columns left of the map or tile
   int pitch, band_gap, image_pitch;  // in elements
-  int zero_unit;   // where a unit that does not exist lies: zeros
+  int zero_unit;                     // where a unit that does not exist lies: zeros
   int elements;
   int load_step, store_step;  // of a prefetched item: from one piece of a thread to its next, in memory and here
 };
 
 struct WgradTile {
-  bool fixed;                   // all tap rows in the registers of each warp, pitches kFixedPitch and kFixedOutPitch
-  int tap_rows;                 // of a warp
-  int k_steps;                  // products of 16 stored columns that one row of taps needs
-  int row_groups, passes;       // a pass takes this many groups of tap rows: one unless there are more than warps
-  int images, bands, windows;   // of an item
-  int tiles_h, tiles_w;         // of a map
+  bool fixed;                  // all tap rows in the registers of each warp, pitches kFixedPitch and kFixedOutPitch
+  int tap_rows;                // of a warp
+  int k_steps;                 // products of 16 stored columns that one row of taps needs
+  int row_groups, passes;      // a pass takes this many groups of tap rows: one unless there are more than warps
+  int images, bands, windows;  // of an item
+  int tiles_h, tiles_w;        // of a map
   bool tiled;
-  int units, groups;            // of an item, 16 units a group
-  int splits;                   // warps with the same taps share the groups
-  int warps;                    // splits x row_groups x k_steps
+  int units, groups;  // of an item, 16 units a group
+  int splits;         // warps with the same taps share the groups
+  int warps;          // splits x row_groups x k_steps
   WgradOperand x, gy;
-  int lead;                     // stored columns before the first tap of a window
+  int lead;                                  // stored columns before the first tap of a window
   int load_vector, load_lanes, rows_a_step;  // as in MmaTile
   bool prefetch;
   int items_a_channel;
 
   CMF_HOST_DEVICE int tap_groups() const { return row_groups * k_steps; }
   int smem_bytes() const {
-    return 2 * (x.elements + gy.elements) +
-           4 * warps * (tap_rows * kWgradDiagonals + kMmaDepth * kWgradScratchPitch);
+    return 2 * (x.elements + gy.elements) + 4 * warps * (tap_rows * kWgradDiagonals + kMmaDepth * kWgradScratchPitch);
   }
 };
 
-// The geometry for these params; false where the tensor-core kernel does not apply: float32 and float64, rows that are not
-// contiguous, kernels over 240 wide.
+// The geometry for these params; false where the tensor-core kernel does not apply: float32 and float64, rows that are
+// not contiguous, kernels over 240 wide.
 inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
   using namespace tiles;
   constexpr int64_t kMaxOffset = int64_t{1} << 31;
@@ -117,13 +117,15 @@ inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
   if (tile.k_steps > kWgradMaxWarps) return false;
 
   const auto set_units = [&](int64_t bands, int64_t windows, int64_t images) {
-    tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows), tile.images = static_cast<int>(images);
+    tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows);
+    tile.images = static_cast<int>(images);
     tile.tiles_h = static_cast<int>(ceil_div(params.height, bands * kUnit));
     tile.tiles_w = static_cast<int>(ceil_div(params.width, windows * kUnit));
     tile.tiled = tile.tiles_h * tile.tiles_w > 1;
     tile.units = tile.images * tile.bands * tile.windows;
     tile.groups = static_cast<int>(ceil_div(tile.units, kGroupUnits));
-    tile.fixed = tile.k_steps == 1 && tile.windows <= kFixedWindows && kernel_h % 2 == 1 && 3 <= kernel_h && kernel_h <= 9;
+    tile.fixed =
+        tile.k_steps == 1 && tile.windows <= kFixedWindows && kernel_h % 2 == 1 && 3 <= kernel_h && kernel_h <= 9;
     tile.tap_rows = tile.fixed ? kernel_h : kWgradRows;
     const int row_groups = static_cast<int>(ceil_div(kernel_h, tile.tap_rows));
     tile.passes = static_cast<int>(ceil_div(row_groups, kWgradMaxWarps / tile.k_steps));
@@ -132,7 +134,8 @@ inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
     tile.warps = tile.splits * tile.tap_groups();
 
     const auto set_operand = [&](WgradOperand& operand, int rows, int pitch, int zero_rows, int zero_cols) {
-      operand.rows = static_cast<int>(tile.tiled ? kUnit * bands + (&operand == &tile.x ? kernel_h - 1 : 0) : params.height);
+      operand.rows =
+          static_cast<int>(tile.tiled ? kUnit * bands + (&operand == &tile.x ? kernel_h - 1 : 0) : params.height);
       operand.pitch = pitch;
       operand.cols = static_cast<int>(tile.tiled ? pitch : params.width);
       operand.band_gap = gap_to_slot(kUnit * pitch, tile.windows);
@@ -155,8 +158,7 @@ inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
   bool found = false;
   for (int64_t some = std::min(params.batch, images); some > 0 && !found; some /= 2)
     found = bands * windows <= 16 * kGroupUnits && set_units(bands, windows, some);
-  for (const int64_t side : {8, 4, 2})
-    found = found || set_units(std::min(bands, side), std::min(windows, side), 1);
+  for (const int64_t side : {8, 4, 2}) found = found || set_units(std::min(bands, side), std::min(windows, side), 1);
   if (!found) return false;
 
   tile.load_vector = std::min(vector_width(params.x, params.width, params.x_stride, false),
@@ -172,7 +174,8 @@ inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
   const int step_images = within_image ? 0 : static_cast<int>(tile.rows_a_step / params.height);
   const auto set_steps = [&](WgradOperand& operand, const Strides& stride) {
     operand.load_step = static_cast<int>(step_images * stride.n + step_rows * stride.h);
-    operand.store_step = step_images * operand.image_pitch + step_rows * operand.pitch + step_rows / kUnit * operand.band_gap;
+    operand.store_step =
+        step_images * operand.image_pitch + step_rows * operand.pitch + step_rows / kUnit * operand.band_gap;
   };
   set_steps(tile.x, params.x_stride);
   set_steps(tile.gy, params.gy_stride);
@@ -184,22 +187,22 @@ inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
 
 // ------------------------------------------------------------------------------------------------ CUDA cores
 
-constexpr int kWgradPairs = 2;        // tap rows of a thread
+constexpr int kWgradPairs = 2;  // tap rows of a thread
 constexpr int kWgradMaxThreads = 256;
 
 struct WgradDirectTile {
-  int channels;                // of an item: one, or in channels_last a sector of them, along which the lanes run
-  int images;                  // of an item
-  int height, width;           // of its tile of gy, whole strips of 8 columns
-  int tiles_h, tiles_w;        // of a map
-  int taps;                    // tap columns of a thread
-  int row_pairs, col_blocks;   // tap rows by kWgradPairs and tap columns by `taps` that a block sums at once,
-  int passes_h, passes_w;      // and how often it takes all
-  int strip_rows;              // of gy, which a thread goes down at a time
-  int partners;                // threads with the same taps of the same channel
+  int channels;                   // of an item: one, or in channels_last a sector of them, along which the lanes run
+  int images;                     // of an item
+  int height, width;              // of its tile of gy, whole strips of 8 columns
+  int tiles_h, tiles_w;           // of a map
+  int taps;                       // tap columns of a thread
+  int row_pairs, col_blocks;      // tap rows by kWgradPairs and tap columns by `taps` that a block sums at once,
+  int passes_h, passes_w;         // and how often it takes all
+  int strip_rows;                 // of gy, which a thread goes down at a time
+  int partners;                   // threads with the same taps of the same channel
   int x_rows, x_pitch, gy_pitch;  // of a stored image, in elements
-  int x_image, gy_image;       // from one image or channel to the next: whole vectors, but in different banks
-  int lanes;                   // threads that fill one row together
+  int x_image, gy_image;          // from one image or channel to the next: whole vectors, but in different banks
+  int lanes;                      // threads that fill one row together
   int threads;
 
   CMF_HOST_DEVICE int tap_groups() const { return row_pairs * col_blocks; }
@@ -220,8 +223,8 @@ inline int wgrad_exact_taps(const WgradParams& params) {
   return params.dtype != DType::kFloat64 && taps % 2 == 1 && 3 <= taps && taps <= 9 ? static_cast<int>(taps) : 0;
 }
 
-// The first of these that fits shared memory: all taps at once, or some tap columns, or some of both; in channels_last a
-// sector of channels before some; large tiles before small ones.
+// The first of these that fits shared memory: all taps at once, or some tap columns, or some of both; in channels_last
+// a sector of channels before some; large tiles before small ones.
 inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int block_smem) {
   using namespace tiles;
   constexpr int kSmem = 48 << 10, kSmemChannelsLast = 113 << 10;  // on sm_90 four and two blocks an SM
@@ -246,7 +249,9 @@ inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int b
     const auto pitch = [&](int cols) { return static_cast<int>(round_up(cols * element, 32) + 16) / element; };
     tile.x_pitch = pitch(tile.width - kStrip + (blocks - 1) * tile.taps + window);
     tile.gy_pitch = pitch(tile.width);
-    const auto image_pitch = [&](int elements) { return static_cast<int>(round_up(elements * element, 128) + 16) / element; };
+    const auto image_pitch = [&](int elements) {
+      return static_cast<int>(round_up(elements * element, 128) + 16) / element;
+    };
     tile.x_image = image_pitch(tile.x_rows * tile.x_pitch);
     tile.gy_image = image_pitch(tile.height * tile.gy_pitch);
     if (channels * tile.tap_groups() > kWgradMaxThreads) return false;
@@ -266,7 +271,7 @@ inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int b
   const int most_images = !channels_last ? 8 : small ? 4 : 1;
   const int smem = channels_last ? std::min(block_smem, kSmemChannelsLast) : kSmem;
   for (const auto& [pairs, blocks] : {std::pair{row_pairs, col_blocks}, std::pair{row_pairs, 1},
-                                     std::pair{std::min(row_pairs, 8), 1}, std::pair{1, 1}})
+                                      std::pair{std::min(row_pairs, 8), 1}, std::pair{1, 1}})
     for (int channels = sector; channels > 0; channels /= 2)
       for (const auto& [height, width] : kTiles)
         for (int images = most_images; images > 0; images /= 2)

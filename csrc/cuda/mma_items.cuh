@@ -45,16 +45,18 @@ __device__ __forceinline__ void with_vector(int vector, const F& f) {
   if constexpr (kChannels) {
     if (vector == 8) f(Int<8>{});
     else f(Int<1>{});
-  } else switch (vector) {
-    case 8: return f(Int<8>{});
-    case 4: return f(Int<4>{});
-    case 2: return f(Int<2>{});
-    default: return f(Int<1>{});
+  } else {
+    switch (vector) {
+      case 8: return f(Int<8>{});
+      case 4: return f(Int<4>{});
+      case 2: return f(Int<2>{});
+      default: return f(Int<1>{});
+    }
   }
 }
 
-// One of the pieces that blocks share out: channel by channel (in channels_last, 16 by 16), and within a channel tile by
-// tile, then image by image.
+// One of the pieces that blocks share out: channel by channel (in channels_last, 16 by 16), and within a channel tile
+// by tile, then image by image.
 struct MmaItem {
   int channel;  // the first
   int index;    // among the channel's items

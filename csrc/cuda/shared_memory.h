@@ -15,11 +15,11 @@ namespace convmixer_fast::cuda {
 // whoever sets it and whenever, so no lock is needed.
 //
 // The largest carveout, because the grids of the persistent kernels count on as many blocks at once as their shared
-// memory allows: with a smaller one, some would wait for a second wave. The kernels have no use for a larger L1, and the
-// library's GEMMs, which run in between, ask for as much.
+// memory allows: with a smaller one, some would wait for a second wave. The kernels have no use for a larger L1, and
+// the library's GEMMs, which run in between, ask for as much.
 //
-// static: the flags belong to this library. The linker would merge those of an inline function with those of another copy
-// of this library in the process, whose kernels are other functions.
+// static: the flags belong to this library. The linker would merge those of an inline function with those of another
+// copy of this library in the process, whose kernels are other functions.
 template <auto kKernel>
 static cudaError_t prepare_shared_memory() {
   static std::atomic<uint64_t> prepared{0};  // a bit per device
@@ -40,7 +40,8 @@ static cudaError_t prepare_shared_memory() {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
   if (status == cudaSuccess)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status == cudaSuccess) prepared.fetch_or(bit);
   return status;
 }

@@ -16,13 +16,13 @@ extern "C" void cp_async(Thread* T, u64 dst, u64 src, u32 size, u32 src_size, u3
   op.size = size;
   op.pc = pc;
   memset(op.data, 0, sizeof op.data);
-  for (u32 i = 0; i < src_size;) {        // the source in naturally aligned pieces (src-size may be any)
+  for (u32 i = 0; i < src_size;) {  // the source in naturally aligned pieces (src-size may be any)
     u32 n = src_size - i >= 16 ? 16 : src_size - i >= 8 ? 8 : src_size - i >= 4 ? 4 : src_size - i >= 2 ? 2 : 1;
     memcpy(op.data + i, mem_global(T, src + i, n, AC_READ, pc), n);
     i += n;
   }
   if (checks(t, CK_MEM)) {
-    mem_shared(T, dst, size, AC_WRITE, pc);      // bounds, hazards with other accesses
+    mem_shared(T, dst, size, AC_WRITE, pc);  // bounds, hazards with other accesses
     set_state(b, off, size, SH_PENDING);
   }
   t->cp_open.push_back(op);

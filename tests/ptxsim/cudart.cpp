@@ -16,23 +16,41 @@ typedef uint32_t u32;
 
 // ---- bridge to Python --------------------------------------------------------------------------
 
-struct Limits {        // mirrored in host.py
+struct Limits {  // mirrored in host.py
   int major, minor, sm_count, threads_sm, shared_block, shared_optin, shared_sm, blocks_sm, l2_bytes, clock_khz;
   u64 memory;
   char name[64];
 };
-typedef int (*Bridge)(const char* op, u64* args, int n);   // returns a cudaError_t; results go into args
+typedef int (*Bridge)(const char* op, u64* args, int n);  // returns a cudaError_t; results go into args
 
-struct Kernel { const void* stub; const char* name; int image; };
-struct Variable { const void* host; const char* name; int image; u64 size; };
+struct Kernel {
+  const void* stub;
+  const char* name;
+  int image;
+};
+struct Variable {
+  const void* host;
+  const char* name;
+  int image;
+  u64 size;
+};
 
 static Bridge bridge;
 static Limits limits;
-static std::vector<const void*>& images() { static std::vector<const void*> v; return v; }   // fat binaries
-static std::vector<Kernel>& kernels() { static std::vector<Kernel> v; return v; }
-static std::vector<Variable>& variables() { static std::vector<Variable> v; return v; }
+static std::vector<const void*>& images() {  // fat binaries
+  static std::vector<const void*> v;
+  return v;
+}
+static std::vector<Kernel>& kernels() {
+  static std::vector<Kernel> v;
+  return v;
+}
+static std::vector<Variable>& variables() {
+  static std::vector<Variable> v;
+  return v;
+}
 static cudaError_t last_error;
-static bool unchecked;      // a <<< >>> launch failed and nobody has asked for the error
+static bool unchecked;  // a <<< >>> launch failed and nobody has asked for the error
 
 static cudaError_t call(const char* op, std::initializer_list<u64> in, u64* out = nullptr) {
   u64 a[24] = {};
@@ -55,9 +73,16 @@ EXPORT void ptxsim_bind(Bridge b, const Limits* l) {
   last_error = cudaSuccess;
   unchecked = false;
 }
-EXPORT int ptxsim_unchecked() { int e = unchecked ? last_error : 0; unchecked = false; return e; }
+EXPORT int ptxsim_unchecked() {
+  int e = unchecked ? last_error : 0;
+  unchecked = false;
+  return e;
+}
 EXPORT int ptxsim_last() { return last_error; }
-EXPORT void ptxsim_reset() { last_error = cudaSuccess; unchecked = false; }
+EXPORT void ptxsim_reset() {
+  last_error = cudaSuccess;
+  unchecked = false;
+}
 EXPORT int ptxsim_images() { return int(images().size()); }
 EXPORT const void* ptxsim_image(int i) { return images()[i]; }
 EXPORT int ptxsim_kernels() { return int(kernels().size()); }
@@ -70,7 +95,7 @@ EXPORT const Variable* ptxsim_variable(int i) { return &variables()[i]; }
 extern "C" {
 
 void** __cudaRegisterFatBinary(void* wrapper) {
-  const void* data;                     // {magic, version, data, ...}
+  const void* data;  // {magic, version, data, ...}
   memcpy(&data, (char*)wrapper + 8, 8);
   images().push_back(data);
   return (void**)(u64)images().size();
@@ -88,7 +113,11 @@ void __cudaRegisterVar(void** h, char* host, char*, const char* name, int, size_
 
 // ---- launches ----------------------------------------------------------------------------------
 
-struct Config { dim3 grid, block; size_t shared; cudaStream_t stream; };
+struct Config {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+};
 static thread_local std::vector<Config> configs;
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
@@ -117,7 +146,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* k, const void* stub) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t k, dim3 g, dim3 b, void** args, size_t shared, cudaStream_t s) {
   cudaError_t e = launch((const void*)k, g, b, args, shared, s);
-  if (e) unchecked = true;              // the host stub drops the error
+  if (e) unchecked = true;  // the host stub drops the error
   return e;
 }
 cudaError_t cudaLaunchKernel(const void* f, dim3 g, dim3 b, void** args, size_t shared, cudaStream_t s) {
@@ -192,10 +221,19 @@ static cudaError_t only_current(int device, const char* where) {
   if (cudaError_t e = cudaGetDevice(&current)) return e;
   return device == current ? cudaSuccess : failed(cudaErrorInvalidDevice, where, "there is one device");
 }
-cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* n) {
+  *n = 1;
+  return cudaSuccess;
+}
 cudaError_t cudaSetDevice(int d) { return only_current(d, "cudaSetDevice"); }
-cudaError_t cudaDriverGetVersion(int* v) { *v = CUDART_VERSION; return cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* v) { *v = CUDART_VERSION; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* v) {
+  *v = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* v) {
+  *v = CUDART_VERSION;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceReset() { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return call("sync", {}); }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
@@ -203,22 +241,29 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   if (greatest) *greatest = 0;
   return cudaSuccess;
 }
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { *free = *total = limits.memory; return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = *total = limits.memory;
+  return cudaSuccess;
+}
 
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int device) {
   if (cudaError_t e = only_current(device, "cudaDeviceGetAttribute")) return e;
   switch (a) {
-    case cudaDevAttrMaxThreadsPerBlock: case cudaDevAttrMaxBlockDimX: case cudaDevAttrMaxBlockDimY: *v = 1024; break;
+    case cudaDevAttrMaxThreadsPerBlock:
+    case cudaDevAttrMaxBlockDimX:
+    case cudaDevAttrMaxBlockDimY: *v = 1024; break;
     case cudaDevAttrMaxBlockDimZ: *v = 64; break;
     case cudaDevAttrMaxGridDimX: *v = 2147483647; break;
-    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *v = 65535; break;
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ: *v = 65535; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *v = limits.shared_block; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *v = limits.shared_optin; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *v = limits.shared_sm; break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *v = limits.major >= 8 ? 1024 : 0; break;
     case cudaDevAttrMaxBlocksPerMultiprocessor: *v = limits.blocks_sm; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *v = limits.threads_sm; break;
-    case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *v = 65536; break;
+    case cudaDevAttrMaxRegistersPerBlock:
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *v = 65536; break;
     case cudaDevAttrTotalConstantMemory: *v = 65536; break;
     case cudaDevAttrWarpSize: *v = 32; break;
     case cudaDevAttrMultiProcessorCount: *v = limits.sm_count; break;
@@ -226,7 +271,9 @@ cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int device) {
     case cudaDevAttrComputeCapabilityMinor: *v = limits.minor; break;
     case cudaDevAttrL2CacheSize: *v = limits.l2_bytes; break;
     case cudaDevAttrClockRate: *v = limits.clock_khz; break;
-    case cudaDevAttrConcurrentKernels: case cudaDevAttrUnifiedAddressing: case cudaDevAttrCooperativeLaunch:
+    case cudaDevAttrConcurrentKernels:
+    case cudaDevAttrUnifiedAddressing:
+    case cudaDevAttrCooperativeLaunch:
     case cudaDevAttrMemoryPoolsSupported: *v = 1; break;
     default: *v = 0;
   }
@@ -271,9 +318,15 @@ cudaError_t cudaMalloc(void** p, size_t n) {
 cudaError_t cudaMallocAsync(void** p, size_t n, cudaStream_t) { return cudaMalloc(p, n); }
 cudaError_t cudaFree(void* p) { return call("free", {u64(p)}); }
 cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
-cudaError_t cudaMallocHost(void** p, size_t n) { *p = operator new(n); return cudaSuccess; }
+cudaError_t cudaMallocHost(void** p, size_t n) {
+  *p = operator new(n);
+  return cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) { return cudaMallocHost(p, n); }
-cudaError_t cudaFreeHost(void* p) { operator delete(p); return cudaSuccess; }
+cudaError_t cudaFreeHost(void* p) {
+  operator delete(p);
+  return cudaSuccess;
+}
 cudaError_t cudaMemset(void* p, int v, size_t n) { return call("memset", {u64(p), u64(v & 0xff), n}); }
 cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { return cudaMemset(p, v, n); }
 cudaError_t cudaMemset2DAsync(void* p, size_t pitch, int v, size_t w, size_t h, cudaStream_t) {
@@ -362,7 +415,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return call("sync", {}); }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { *ms = 0.001f; return cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
+  *ms = 0.001f;
+  return cudaSuccess;
+}
 
 // ---- errors ------------------------------------------------------------------------------------
 
@@ -372,39 +428,44 @@ cudaError_t cudaGetLastError() {
   unchecked = false;
   return e;
 }
-cudaError_t cudaPeekAtLastError() { unchecked = false; return last_error; }
+cudaError_t cudaPeekAtLastError() {
+  unchecked = false;
+  return last_error;
+}
 
-#define ERRORS(X) \
-  X(cudaSuccess, "no error") \
-  X(cudaErrorInvalidValue, "invalid argument") \
-  X(cudaErrorMemoryAllocation, "out of memory") \
-  X(cudaErrorInitializationError, "initialization error") \
-  X(cudaErrorInvalidConfiguration, "invalid configuration argument") \
-  X(cudaErrorMissingConfiguration, "__global__ function call is not configured") \
-  X(cudaErrorInvalidDeviceFunction, "invalid device function") \
-  X(cudaErrorInvalidDevice, "invalid device ordinal") \
+#define ERRORS(X)                                                                                \
+  X(cudaSuccess, "no error")                                                                     \
+  X(cudaErrorInvalidValue, "invalid argument")                                                   \
+  X(cudaErrorMemoryAllocation, "out of memory")                                                  \
+  X(cudaErrorInitializationError, "initialization error")                                        \
+  X(cudaErrorInvalidConfiguration, "invalid configuration argument")                             \
+  X(cudaErrorMissingConfiguration, "__global__ function call is not configured")                 \
+  X(cudaErrorInvalidDeviceFunction, "invalid device function")                                   \
+  X(cudaErrorInvalidDevice, "invalid device ordinal")                                            \
   X(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device") \
-  X(cudaErrorInvalidSymbol, "invalid device symbol") \
-  X(cudaErrorIllegalAddress, "an illegal memory access was encountered") \
-  X(cudaErrorLaunchOutOfResources, "too many resources requested for launch") \
-  X(cudaErrorContextIsDestroyed, "context is destroyed") \
-  X(cudaErrorAssert, "device-side assert triggered") \
-  X(cudaErrorLaunchTimeout, "the launch timed out and was terminated") \
-  X(cudaErrorMisalignedAddress, "misaligned address") \
-  X(cudaErrorLaunchFailure, "unspecified launch failure") \
-  X(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch") \
-  X(cudaErrorNotSupported, "operation not supported") \
-  X(cudaErrorInvalidClusterSize, "cluster misconfiguration") \
-  X(cudaErrorInvalidPtx, "a PTX JIT compilation failed") \
+  X(cudaErrorInvalidSymbol, "invalid device symbol")                                             \
+  X(cudaErrorIllegalAddress, "an illegal memory access was encountered")                         \
+  X(cudaErrorLaunchOutOfResources, "too many resources requested for launch")                    \
+  X(cudaErrorContextIsDestroyed, "context is destroyed")                                         \
+  X(cudaErrorAssert, "device-side assert triggered")                                             \
+  X(cudaErrorLaunchTimeout, "the launch timed out and was terminated")                           \
+  X(cudaErrorMisalignedAddress, "misaligned address")                                            \
+  X(cudaErrorLaunchFailure, "unspecified launch failure")                                        \
+  X(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch")                 \
+  X(cudaErrorNotSupported, "operation not supported")                                            \
+  X(cudaErrorInvalidClusterSize, "cluster misconfiguration")                                     \
+  X(cudaErrorInvalidPtx, "a PTX JIT compilation failed")                                         \
   X(cudaErrorUnknown, "unknown error")
 
 const char* cudaGetErrorName(cudaError_t e) {
-#define NAME(x, s) if (e == x) return #x;
+#define NAME(x, s) \
+  if (e == x) return #x;
   ERRORS(NAME)
   return "unrecognized error code";
 }
 const char* cudaGetErrorString(cudaError_t e) {
-#define TEXT(x, s) if (e == x) return s;
+#define TEXT(x, s) \
+  if (e == x) return s;
   ERRORS(TEXT)
   return "unrecognized error code";
 }
@@ -413,7 +474,7 @@ const char* cudaGetErrorString(cudaError_t e) {
 
 static CUresult bad_map(CUresult e, const char* why) {
   call("log_error", {u64(e), u64("cuTensorMapEncodeTiled"), u64(why)});
-  last_error = cudaSuccess;             // driver errors are not the runtime's
+  last_error = cudaSuccess;  // driver errors are not the runtime's
   return e;
 }
 
@@ -424,8 +485,12 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   const CUresult INVALID = CUDA_ERROR_INVALID_VALUE;
   char why[200];
-#define REQUIRE(ok, ...) if (!(ok)) { snprintf(why, sizeof why, __VA_ARGS__); return bad_map(INVALID, why); }
-  static const int sizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};            // by CUtensorMapDataType
+#define REQUIRE(ok, ...)                    \
+  if (!(ok)) {                              \
+    snprintf(why, sizeof why, __VA_ARGS__); \
+    return bad_map(INVALID, why);           \
+  }
+  static const int sizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // by CUtensorMapDataType
   static const int kinds[] = {4, 4, 4, 4, 4, 4, 0, 2, 3, 1, 2, 2, 2};
   REQUIRE(map && (u64)map % 64 == 0, "the tensor map must be 64-byte aligned");
   REQUIRE(dims && box && steps && (strides || rank == 1), "null argument");
@@ -468,13 +533,20 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   memcpy(map, w, sizeof w);
   return CUDA_SUCCESS;
 }
-CUresult cuGetErrorString(CUresult e, const char** s) { *s = cudaGetErrorString(cudaError_t(e)); return CUDA_SUCCESS; }
-CUresult cuGetErrorName(CUresult e, const char** s) { *s = cudaGetErrorName(cudaError_t(e)); return CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult e, const char** s) {
+  *s = cudaGetErrorString(cudaError_t(e));
+  return CUDA_SUCCESS;
+}
+CUresult cuGetErrorName(CUresult e, const char** s) {
+  *s = cudaGetErrorName(cudaError_t(e));
+  return CUDA_SUCCESS;
+}
 
 static cudaError_t entry_point(const char* name, void** fn, cudaDriverEntryPointQueryResult* status) {
   *fn = !strcmp(name, "cuTensorMapEncodeTiled") ? (void*)cuTensorMapEncodeTiled
-      : !strcmp(name, "cuGetErrorString") ? (void*)cuGetErrorString
-      : !strcmp(name, "cuGetErrorName") ? (void*)cuGetErrorName : nullptr;
+        : !strcmp(name, "cuGetErrorString")     ? (void*)cuGetErrorString
+        : !strcmp(name, "cuGetErrorName")       ? (void*)cuGetErrorName
+                                                : nullptr;
   if (status) *status = *fn ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   if (!*fn) call("log_error", {0, u64("cudaGetDriverEntryPoint"), u64(name)});
   return cudaSuccess;

@@ -45,7 +45,7 @@ static void check_tx(TS* t, const MBar& m, u64 a, u32 pc) {
   if (m.tx >= 1 << 20 || m.tx <= -(1 << 20)) fail(t, pc, "mbarrier", WIN_SHARED + a, "transaction count out of range");
 }
 
-static void mbar_check(Group* g, MBar& m) {      // complete the phase if everything has arrived
+static void mbar_check(Group* g, MBar& m) {  // complete the phase if everything has arrived
   if (m.pending || m.tx) return;
   m.phase++;
   m.pending = m.expected;
@@ -145,7 +145,7 @@ extern "C" void cp_async_mbar_arrive(Thread* T, u64 bar, bool noinc, bool generi
 
 // ---- tensor maps -------------------------------------------------------------------------------
 
-struct TensorDesc {          // see TensorMap.encode in module.py
+struct TensorDesc {  // see TensorMap.encode in module.py
   u32 magic, info;
   u64 base;
   u32 shape[5], box[5], est[5], kind;
@@ -283,7 +283,10 @@ extern "C" void tensor_load(Thread* T, u64 dst, u64 map, u32 rank, const s32* co
   const TensorDesc* d = get_desc(t, map, rank, pc);
   if (dst % 128)
     fail(t, pc, "misaligned", WIN_SHARED + dst, "tensor copy to a shared address that is not 128-byte aligned");
-  if (checks(t, CK_MEM)) for_box(d, co, [&](u32, u64 g) { if (g) global_range(t, g, d->esize(), AC_READ, pc); });
+  if (checks(t, CK_MEM))
+    for_box(d, co, [&](u32, u64 g) {
+      if (g) global_range(t, g, d->esize(), AC_READ, pc);
+    });
   profile_box(t, d, co, false, pc);
   PendingCopy c{};
   c.kind = 1;
@@ -353,7 +356,7 @@ extern "C" void bulk_s2g(Thread* T, u64 dst, u64 src, u32 size, u32, u32 pc) {
   u32 off;
   Block* b = shared_block(t, src, size, pc, &off);
   async_shared_read(t, b, off, size, pc, STORE_AGENT);
-  global_range(t, dst, size, AC_READ | 32, pc);       // bounds only
+  global_range(t, dst, size, AC_READ | 32, pc);  // bounds only
   if (t->g->prof) prof_bulk(t, pc, true, {{dst, size}});
   BulkStore s{};
   s.kind = 0;
@@ -373,7 +376,10 @@ static void store_runs(const TensorDesc* d, const s32* c, u32 src, Fn f) {
   for_box(d, c, [&](u32 at, u64 ga) {
     if (!ga) return;
     u32 a = swizzle_addr(src + at, span);
-    if (n && a == start + n) { n += es; return; }
+    if (n && a == start + n) {
+      n += es;
+      return;
+    }
     if (n) f(start, n);
     start = a;
     n = es;
@@ -410,7 +416,11 @@ static void reduce_elem(TS* t, const TensorDesc* d, u8* p, const u8* q, u32 op, 
       case 0: wr<u16>(p, add_f16(rd<u16>(p), rd<u16>(q))); return;
       case 1: wr<u16>(p, add_bf16(rd<u16>(p), rd<u16>(q))); return;
       case 2: wr<u32>(p, add_f32(rd<u32>(p), rd<u32>(q))); return;
-      case 4: if (d->esize() == 4) { wr<u32>(p, rd<u32>(p) + rd<u32>(q)); return; }
+      case 4:
+        if (d->esize() == 4) {
+          wr<u32>(p, rd<u32>(p) + rd<u32>(q));
+          return;
+        }
     }
   }
   fail(t, pc, "unsupported", 0, "this cp.reduce.async.bulk.tensor operation");
@@ -418,7 +428,7 @@ static void reduce_elem(TS* t, const TensorDesc* d, u8* p, const u8* q, u32 op, 
 
 static void run_store(TS* t, BulkStore& s) {
   Block* b = t->blk;
-  auto check = [&](u32 off, u32 n) {        // was the source overwritten before the copy read it?
+  auto check = [&](u32 off, u32 n) {  // was the source overwritten before the copy read it?
     for (u32 i = off >> b->shift; i <= (off + n - 1) >> b->shift; i++)
       if (b->cells[i].w >> 32 > s.stamp - 1)
         fail(t, s.pc, "race", WIN_SHARED + (u64(b->rank) << 24) + (i << b->shift),
@@ -488,7 +498,13 @@ const u8* async_shared_read(TS* t, Block* b, u32 off, u32 size, u32 pc, int agen
 
 enum { T_F16, T_BF16, T_TF32, T_E4M3, T_E5M2, T_S8, T_U8 };
 
-struct WgArgs { u32 n, types, neg, tra, trb; bool scale_d, a_regs; u64 da, db; const u32* a; u32* d; };
+struct WgArgs {
+  u32 n, types, neg, tra, trb;
+  bool scale_d, a_regs;
+  u64 da, db;
+  const u32* a;
+  u32* d;
+};
 
 static u32 type_size(u32 ty) { return ty <= T_BF16 ? 2 : ty == T_TF32 ? 4 : 1; }
 
@@ -512,7 +528,7 @@ static void read_matrix(TS* t, u64 desc, bool mn_major, u32 ty, u32 m0, u32 rows
   u32 mode = desc >> 62, span = mode == 0 ? 16 : mode == 1 ? 128 : mode == 2 ? 64 : 32, es = type_size(ty);
   if (desc >> 49 & 7) fail(t, pc, "unsupported", 0, "matrix descriptor with a base offset");
   u32 sw = mode ? span : 0;
-  auto chunk = [&](u32 addr) {              // 16 bytes, checked
+  auto chunk = [&](u32 addr) {  // 16 bytes, checked
     addr = swizzle_addr(addr, sw);
     if (addr < SMEM_START || addr + 16 > b->smem_size)
       fail(t, pc, "out-of-bounds", WIN_SHARED + addr, "wgmma descriptor reads outside shared memory");

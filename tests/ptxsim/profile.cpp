@@ -9,16 +9,31 @@
 #include <algorithm>
 #include <mutex>
 
-enum { EV_BLOCK, LD_GLOBAL, ST_GLOBAL, ATOM_GLOBAL, CP_GLOBAL, LD_SHARED, ST_SHARED, ATOM_SHARED, CP_SHARED,
-       LDMATRIX, STMATRIX };          // mirrored in profile.py
+enum {  // mirrored in profile.py
+  EV_BLOCK,
+  LD_GLOBAL,
+  ST_GLOBAL,
+  ATOM_GLOBAL,
+  CP_GLOBAL,
+  LD_SHARED,
+  ST_SHARED,
+  ATOM_SHARED,
+  CP_SHARED,
+  LDMATRIX,
+  STMATRIX
+};
 
-struct Event { u64 addr; u32 id; u16 size, kind; };
+struct Event {
+  u64 addr;
+  u32 id;
+  u16 size, kind;
+};
 
 struct LaneTrace {
   std::vector<Event> log;
-  size_t pos = 0, complete = 0;       // merged up to pos; blocks before complete are finished
+  size_t pos = 0, complete = 0;  // merged up to pos; blocks before complete are finished
   size_t next_merge = 8192;
-  s32 last = -1;                      // block issued last
+  s32 last = -1;  // block issued last
   bool done = true;
 };
 
@@ -106,9 +121,10 @@ static void issue(WarpTrace* w, u32 lanes, u32 block) {
   p->blocks[block].issues++;
   p->blocks[block].threads += __builtin_popcount(lanes);
   auto more = [](LaneTrace& l) { return l.pos < l.log.size() && l.log[l.pos].kind != EV_BLOCK; };
-  for (u32 i = 0; i < 32; i++) if (lanes >> i & 1) w->lane[i].pos++;
+  for (u32 i = 0; i < 32; i++)
+    if (lanes >> i & 1) w->lane[i].pos++;
   while (true) {
-    u64 key = ~0ull;                  // the next instruction of the block that accessed memory
+    u64 key = ~0ull;  // the next instruction of the block that accessed memory
     for (u32 i = 0; i < 32; i++) {
       LaneTrace& l = w->lane[i];
       if ((lanes >> i & 1) && more(l)) key = std::min(key, u64(l.log[l.pos].id) << 16 | l.log[l.pos].kind);
@@ -139,17 +155,18 @@ static void merge(WarpTrace* w) {
       LaneTrace& l = w->lane[i];
       if (l.pos >= l.complete) {
         if (l.done) continue;
-        return;                       // the lane's next block is not known yet
+        return;  // the lane's next block is not known yet
       }
       u32 b = l.log[l.pos].id;
       bool back = l.last >= 0 && rank[l.last] >= rank[b] && rank[l.last] <= end[b];
-      u64 key = u64(back ? 2 * end[b] + 1 : 2 * rank[b]) << 32 | (0x7fffffffu - rank[b]);   // inner loops first
+      u64 key = u64(back ? 2 * end[b] + 1 : 2 * rank[b]) << 32 | (0x7fffffffu - rank[b]);  // inner loops first
       if (key < best) best = key, block = b, lanes = 0;
       if (key == best) lanes |= 1u << i;
     }
     if (!lanes) return;
     issue(w, lanes, block);
-    for (u32 i = 0; i < 32; i++) if (lanes >> i & 1) w->lane[i].last = block;
+    for (u32 i = 0; i < 32; i++)
+      if (lanes >> i & 1) w->lane[i].last = block;
   }
 }
 

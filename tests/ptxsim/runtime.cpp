@@ -1,6 +1,8 @@
 // Scheduler (fibers), memory checks, race detection, block barriers, printf and assert.
 #include "runtime.h"
 
+#include <sys/mman.h>
+#include <atomic>
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
@@ -8,9 +10,7 @@
 #include <ctime>
 #include <mutex>
 #include <string>
-#include <sys/mman.h>
 #include <thread>
-#include <atomic>
 
 // ---- fibers ------------------------------------------------------------------------------------
 
@@ -47,12 +47,14 @@ ptxsim_start:
 extern "C" void ptxsim_start();
 static void* fiber_init(u8* top, TS* t) {
   u64* s = (u64*)((u64)top & ~15ull);
-  s -= 2;                                 // keeps rsp 16-byte aligned at the call in ptxsim_start
-  *--s = (u64)ptxsim_start;               // return address
-  *--s = 0;                               // rbp
-  *--s = 0;                               // rbx
-  *--s = (u64)t;                          // r12
-  *--s = 0; *--s = 0; *--s = 0;           // r13 r14 r15
+  s -= 2;                    // keeps rsp 16-byte aligned at the call in ptxsim_start
+  *--s = (u64)ptxsim_start;  // return address
+  *--s = 0;                  // rbp
+  *--s = 0;                  // rbx
+  *--s = (u64)t;             // r12
+  *--s = 0;
+  *--s = 0;
+  *--s = 0;  // r13 r14 r15
   return s;
 }
 #elif defined(__aarch64__)
@@ -97,8 +99,8 @@ extern "C" void ptxsim_start();
 static void* fiber_init(u8* top, TS* t) {
   u64* s = (u64*)((u64)top & ~15ull) - 20;
   memset(s, 0, 160);
-  s[0] = (u64)t;                          // x19
-  s[11] = (u64)ptxsim_start;              // x30
+  s[0] = (u64)t;              // x19
+  s[11] = (u64)ptxsim_start;  // x30
   return s;
 }
 #else
@@ -138,14 +140,16 @@ void fail(TS* t, u32 pc, const char* kind, u64 addr, const char* fmt, ...) {
   t->g->failed = true;
   if (t->g->in_main) longjmp(t->g->main_jump, 1);
   void* dead;
-  ptxsim_switch(&dead, t->g->main_sp);    // never resumed
+  ptxsim_switch(&dead, t->g->main_sp);  // never resumed
   abort();
 }
 
 // ---- scheduler ---------------------------------------------------------------------------------
 
 static u64 next_random(u64& s) {
-  s ^= s << 13; s ^= s >> 7; s ^= s << 17;
+  s ^= s << 13;
+  s ^= s >> 7;
+  s ^= s << 17;
   return s * 0x2545f4914f6cdd1dull;
 }
 
@@ -210,8 +214,13 @@ void yield_thread(TS* t) {
 }
 
 static void wake_all(Group* g, std::vector<TS*>& v, TS* except = nullptr) {
-  if (g->L->order == 1) for (size_t i = v.size(); i--;) { if (v[i] != except) wake(v[i]); }
-  else for (TS* x : v) if (x != except) wake(x);
+  if (g->L->order == 1)
+    for (size_t i = v.size(); i--;) {
+      if (v[i] != except) wake(v[i]);
+    }
+  else
+    for (TS* x : v)
+      if (x != except) wake(x);
   v.clear();
 }
 
@@ -224,9 +233,12 @@ extern "C" void refuel(Thread* T, u32 pc) {
   yield_thread(t);
 }
 
-extern "C" void device_yield(Thread* T) { ts(T)->fuel -= 1000; yield_thread(ts(T)); }
+extern "C" void device_yield(Thread* T) {
+  ts(T)->fuel -= 1000;
+  yield_thread(ts(T));
+}
 
-extern "C" void mem_strong(Thread* T) {      // a spin loop on memory must let others run
+extern "C" void mem_strong(Thread* T) {  // a spin loop on memory must let others run
   TS* t = ts(T);
   Group* g = t->g;
   if (++t->spins >= 16) {
@@ -277,7 +289,7 @@ extern "C" void device_trap(Thread* T, u32 pc, const char* what) { fail(ts(T), p
 
 u32 new_epoch(Group* g) { return ++g->now; }
 
-static u32 known(TS* t, TS* u) {          // t knows of u's accesses stamped below this
+static u32 known(TS* t, TS* u) {  // t knows of u's accesses stamped below this
   if (u == t) return t->g->now + 1;
   u32 k = t->cbase;
   if (u->blk == t->blk) {
@@ -294,13 +306,14 @@ void release_to(TS* t, SyncClock& c) {
   if (c.vc.size() != g->nthreads) c.vc.assign(g->nthreads, 0);
   u32 n = g->nthreads, *vc = c.vc.data();
   auto raise = [&](u32 first, u32 count, u32 to) {
-    if (to) for (u32 i = first; i < first + count; i++) vc[i] = std::max(vc[i], to);
+    if (to)
+      for (u32 i = first; i < first + count; i++) vc[i] = std::max(vc[i], to);
   };
   if (t->has_ext) {
     const u32* ext = t->ext.data();
     for (u32 i = 0; i < n; i++) vc[i] = std::max(vc[i], ext[i]);
   }
-  u32 first = t->gid - t->linear;         // the block's threads have consecutive gids
+  u32 first = t->gid - t->linear;  // the block's threads have consecutive gids
   raise(first, t->blk->nthreads, t->base);
   raise(first + t->linear / 32 * 32, __builtin_popcount(t->warp->exist), t->wbase);
   raise(0, n, t->cbase);
@@ -369,12 +382,12 @@ static bool ordered(TS* t, u64 w, int agent) {
     TS* u = &t->g->threads[tid];
     snprintf(who, sizeof who, "thread (%u,%u,%u)%s", u->tid[0], u->tid[1], u->tid[2],
              u->blk == t->blk ? "" : " of another block of the cluster");
-    if (!e.set) for (int i = 0; i < 3; i++) e.tid2[i] = u->tid[i];
+    if (!e.set)
+      for (int i = 0; i < 3; i++) e.tid2[i] = u->tid[i];
   }
   if (!e.set) e.pc2 = other >> 15 & 0x1ffff, e.has_pc2 = 1;
-  fail(t, pc, "race", WIN_SHARED + (b->rank << 24) + off,
-       "shared memory race: %s after an unordered %s by %s", write ? "write" : "read",
-       other_write ? "write" : "read", who);
+  fail(t, pc, "race", WIN_SHARED + (b->rank << 24) + off, "shared memory race: %s after an unordered %s by %s",
+       write ? "write" : "read", other_write ? "write" : "read", who);
 }
 
 static void refine_cells(Block* b, u32 shift) {
@@ -389,8 +402,7 @@ void race_access(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc, int age
   if (!checks(t, CK_RACE)) return;
   while ((off | size) & ((1u << b->shift) - 1)) refine_cells(b, b->shift - 1);
   bool write = access & 9, atomic = access & 2;
-  u64 me = u64(t->g->now) << 32 | u64(pc & 0x1ffff) << 15 | u64(atomic) << 14 |
-           (agent >= 0 ? AGENT0 + agent : t->gid);
+  u64 me = u64(t->g->now) << 32 | u64(pc & 0x1ffff) << 15 | u64(atomic) << 14 | (agent >= 0 ? AGENT0 + agent : t->gid);
   Cell* c = &b->cells[off >> b->shift];
   Cell* end = &b->cells[(off + size - 1) >> b->shift] + 1;
   Cell old_prev = {~0ull, 0, 0}, new_prev = {};
@@ -467,13 +479,16 @@ static bool all_bytes(const u8* s, u32 n, u8 mask, u8 want) {
   u64 m = mask * 0x0101010101010101ull, w = want * 0x0101010101010101ull;
   while (n >= 8) {
     if ((rd<u64>(s) & m) != w) return false;
-    s += 8; n -= 8;
+    s += 8;
+    n -= 8;
   }
   if (n >= 4) {
     if ((rd<u32>(s) & u32(m)) != u32(w)) return false;
-    s += 4; n -= 4;
+    s += 4;
+    n -= 4;
   }
-  for (; n; n--, s++) if ((*s & mask) != want) return false;
+  for (; n; n--, s++)
+    if ((*s & mask) != want) return false;
   return true;
 }
 
@@ -634,9 +649,9 @@ static std::mutex atom_mutex;
 
 extern "C" u8* atom_begin(Thread* T, int space, u64 addr, u32 size, u32 pc) {
   u32 acc = 1 | 2 | 16;
-  u8* p = space == SP_GLOBAL ? mem_global(T, addr, size, acc, pc)
-        : space == SP_SHARED ? mem_shared(T, addr, size, acc, pc)
-                             : mem_generic(T, addr, size, acc, pc);
+  u8* p = space == SP_GLOBAL   ? mem_global(T, addr, size, acc, pc)
+          : space == SP_SHARED ? mem_shared(T, addr, size, acc, pc)
+                               : mem_generic(T, addr, size, acc, pc);
   if (T->L->workers > 1) atom_mutex.lock();
   return p;
 }
@@ -690,9 +705,8 @@ static void bar_complete(Group* g, Bar& bar, TS* self) {
 }
 
 static void bar_exit_error(Block* b, Bar& bar, u32 id, TS* t, u32 pc) {
-  fail(t, pc, "barrier divergence", 0,
-       "%u of the %u threads wait at barrier %u, and the other %u have exited", bar.arrived, b->nthreads, id,
-       b->exited);
+  fail(t, pc, "barrier divergence", 0, "%u of the %u threads wait at barrier %u, and the other %u have exited",
+       bar.arrived, b->nthreads, id, b->exited);
 }
 
 static void bar_check_exit(Block* b, TS* t) {
@@ -721,7 +735,7 @@ static void bar_arrive(TS* t, u32 kind, u32 id, u32 count, u32 pc, bool p, int r
   } else if (bar.expected != (count ? count : b->nthreads)) {
     fail(t, pc, "barrier divergence", 0, "barrier %u: thread count %u differs from the %u of earlier arrivals", id,
          count ? count : b->nthreads, bar.expected);
-  } else if (bar.is_all && count) {       // `bar.sync a` and `bar.sync a, all` mixed
+  } else if (bar.is_all && count) {  // `bar.sync a` and `bar.sync a, all` mixed
     for (TS* u : bar.members) release_to(u, bar.clock);
     bar.is_all = false;
   }
@@ -753,7 +767,8 @@ static void bar_arrive(TS* t, u32 kind, u32 id, u32 count, u32 pc, bool p, int r
   }
   if (full) {
     u32 v = value();
-    for (TS* u : bar.waiting) if (u->out) *(u32*)u->out = v;
+    for (TS* u : bar.waiting)
+      if (u->out) *(u32*)u->out = v;
     bar_complete(g, bar, t);
     // let the other threads go first from time to time: the completing thread queues too
     if (wait) yield_thread(t);
@@ -871,8 +886,15 @@ extern "C" u32 call_vprintf(Thread* T, u64 fmt, u64 args, u32 pc) {
     return size == 8 ? rd<u64>(p) : u64(rd<u32>(p));
   };
   for (const char* p = f; *p; p++) {
-    if (*p != '%') { out += *p; continue; }
-    if (p[1] == '%') { out += '%'; p++; continue; }
+    if (*p != '%') {
+      out += *p;
+      continue;
+    }
+    if (p[1] == '%') {
+      out += '%';
+      p++;
+      continue;
+    }
     const char* q = p + 1;
     bool wide = false;
     while (*q && !strchr("diouxXcsfFeEgGaAp", *q)) {
@@ -932,7 +954,7 @@ static void setup_block(Group* g, Block& b, u32 rank, const u32 ctaid[3], u32 fi
   for (u32 i = 0; i < L->n_shared_ranges; i++)
     memset(b.sinit + L->shared_ranges[2 * i], SH_VALID, L->shared_ranges[2 * i + 1]);
   memset(b.sinit + L->dyn_offset, SH_VALID, L->dyn_bytes);
-  memset(b.smem, 0xff, b.smem_size);      // NaN as f16, bf16, f32
+  memset(b.smem, 0xff, b.smem_size);  // NaN as f16, bf16, f32
   if (L->checks & CK_RACE) {
     if (b.cells.empty()) {
       b.shift = 2;
@@ -1007,19 +1029,27 @@ static void setup_block(Group* g, Block& b, u32 rank, const u32 ctaid[3], u32 fi
 }
 
 static void describe_deadlock(Group* g) {
-  struct Key { Wait w; u32 pc; u64 arg; };
+  struct Key {
+    Wait w;
+    u32 pc;
+    u64 arg;
+  };
   std::vector<std::pair<Key, std::vector<TS*>>> groups;
   for (u32 i = 0; i < g->nthreads; i++) {
     TS* t = &g->threads[i];
     if (t->exited) continue;
     bool found = false;
     for (auto& [k, v] : groups)
-      if (k.w == t->wait && k.pc == t->wait_pc) { v.push_back(t); found = true; break; }
+      if (k.w == t->wait && k.pc == t->wait_pc) {
+        v.push_back(t);
+        found = true;
+        break;
+      }
     if (!found) groups.push_back({{t->wait, t->wait_pc, t->wait_arg}, {t}});
   }
   std::string msg = "no thread can run:";
-  static const char* names[] = {"nothing", "a warp collective", "barrier", "an mbarrier", "the cluster barrier",
-                                "activemask"};
+  static const char* names[] = {"nothing",     "a warp collective",   "barrier",
+                                "an mbarrier", "the cluster barrier", "activemask"};
   bool bars = true;
   size_t shown = 0;
   TS* first = nullptr;

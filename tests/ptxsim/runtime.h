@@ -9,19 +9,21 @@
 
 // ---- launch description (mirrored by ctypes in module.py) --------------------------------------
 
-struct BlockCount { u64 issues, threads; };          // of a basic block
-struct SiteCount {                                   // of an instruction: global requests, shared requests
+struct BlockCount {  // of a basic block
+  u64 issues, threads;
+};
+struct SiteCount {  // of an instruction: global requests, shared requests
   u64 requests, bytes, sectors, shared_requests, wavefronts, ideal, kinds;
 };
 
-struct Profile {         // see profile.cpp; filled by the launch
+struct Profile {  // see profile.cpp; filled by the launch
   BlockCount* blocks;
   SiteCount* sites;
-  u8 *read, *written;    // per arena byte
-  const s32* rank;       // per basic block: its place in the control flow, loops contiguous
-  const s32* loop_end;   // per loop head: rank of the loop's last block; else -1
+  u8 *read, *written;   // per arena byte
+  const s32* rank;      // per basic block: its place in the control flow, loops contiguous
+  const s32* loop_end;  // per loop head: rank of the loop's last block; else -1
   u32 nblocks, nsites;
-  u64 widths[2][6];      // thread accesses of 1 2 4 8 16 32 bytes: loads, stores
+  u64 widths[2][6];  // thread accesses of 1 2 4 8 16 32 bytes: loads, stores
 };
 
 struct ErrorInfo {
@@ -36,40 +38,40 @@ struct ErrorInfo {
 struct Launch {
   void (*fn)(Thread*);
   const u8* params;
-  u8* arena;             // global memory; device address = WIN_GLOBAL + offset
-  u8* gshadow;           // one byte per arena byte, see SH_*
+  u8* arena;    // global memory; device address = WIN_GLOBAL + offset
+  u8* gshadow;  // one byte per arena byte, see SH_*
   u64 arena_bytes;
-  const u32* shared_ranges;   // (offset, size) of each static shared variable
+  const u32* shared_ranges;  // (offset, size) of each static shared variable
   u64 seed;
-  double timeout;        // seconds, 0 = none
-  u32 *gwriter, *greader;     // per arena byte: block that wrote / read it (0 none), or null
-  u64 icount;            // out: PTX instructions executed
+  double timeout;          // seconds, 0 = none
+  u32 *gwriter, *greader;  // per arena byte: block that wrote / read it (0 none), or null
+  u64 icount;              // out: PTX instructions executed
   u32 param_bytes, n_shared_ranges;
   u32 grid[3], block[3], cluster[3];
   u32 dyn_offset, dyn_bytes, local_bytes, stack_bytes;
-  u32 order;             // 0 forward, 1 reverse, 2 random
-  u32 checks;            // CK_* bits
+  u32 order;   // 0 forward, 1 reverse, 2 random
+  u32 checks;  // CK_* bits
   u32 workers, coresident;
-  Profile* profile;      // or null
+  Profile* profile;  // or null
   ErrorInfo err;
 };
 
-enum { CK_MEM = 1, CK_RACE = 2, CK_EXIT = 4, CK_UNINIT = 8 };   // Launch::checks; UNINIT: shared reads
-enum { SH_NONE = 0, SH_VALID = 1, SH_INIT = 3, SH_RO = 4, SH_PENDING = 5, SH_ONCE = 8 };   // shadow byte values
+enum { CK_MEM = 1, CK_RACE = 2, CK_EXIT = 4, CK_UNINIT = 8 };  // Launch::checks; UNINIT: shared reads
+enum { SH_NONE = 0, SH_VALID = 1, SH_INIT = 3, SH_RO = 4, SH_PENDING = 5, SH_ONCE = 8 };  // shadow byte values
 constexpr u32 SMEM_START = 1024;
 
 // ---- happens-before ----------------------------------------------------------------------------
 // Every access is stamped with the group's logical clock `now`, which advances at each
 // synchronisation.  A thread knows of another thread's accesses up to some stamp.
 
-constexpr u32 AGENT0 = 16384 - 16;     // pseudo thread ids of the async proxy: bulk copies, wgmma
+constexpr u32 AGENT0 = 16384 - 16;  // pseudo thread ids of the async proxy: bulk copies, wgmma
 constexpr u32 N_AGENTS = 12;
 
-struct Cell {            // shadow of 1, 2 or 4 shared bytes: last write and two concurrent reads
-  u64 w, r0, r1;         // stamp << 32 | pc << 15 | atomic << 14 | thread
+struct Cell {     // shadow of 1, 2 or 4 shared bytes: last write and two concurrent reads
+  u64 w, r0, r1;  // stamp << 32 | pc << 15 | atomic << 14 | thread
 };
 
-struct SyncClock {       // what a barrier object passes from arrivers to waiters
+struct SyncClock {  // what a barrier object passes from arrivers to waiters
   std::vector<u32> vc;
   u32 agents[N_AGENTS] = {};
 };
@@ -81,10 +83,17 @@ struct MBar;
 struct Profiler;
 struct WarpTrace;
 
-struct CpOp { u32 dst; u32 size; u8 data[16]; u32 pc; };
+struct CpOp {
+  u32 dst;
+  u32 size;
+  u8 data[16];
+  u32 pc;
+};
 struct BulkStore {
-  u32 kind;              // 0 linear, 1 tensor
-  u64 dst, map; u32 src, size, rank, red, pc, stamp; s32 c[5];
+  u32 kind;  // 0 linear, 1 tensor
+  u64 dst, map;
+  u32 src, size, rank, red, pc, stamp;
+  s32 c[5];
 };
 
 enum Wait { W_NONE, W_COLL, W_BAR, W_MBAR, W_CLUSTER, W_ACTIVE };
@@ -92,7 +101,7 @@ enum Wait { W_NONE, W_COLL, W_BAR, W_MBAR, W_CLUSTER, W_ACTIVE };
 struct TS : Thread {
   void* sp;
   Group* g;
-  u32 gid;               // index in the group
+  u32 gid;  // index in the group
   bool exited, timed_out;
   Wait wait;
   u32 wait_pc;
@@ -102,8 +111,8 @@ struct TS : Thread {
   bool has_ext, ext_dirty;
   std::vector<u32> ext;
   u32 agents[N_AGENTS];
-  bool has_fence, has_acq;               // fence_clock: knowledge at the last fence, published by
-  SyncClock fence_clock, acq_clock;      // strong stores; acq_clock: seen by strong loads, for a fence
+  bool has_fence, has_acq;           // fence_clock: knowledge at the last fence, published by
+  SyncClock fence_clock, acq_clock;  // strong stores; acq_clock: seen by strong loads, for a fence
   // collectives
   const void* in;
   void* out;
@@ -115,26 +124,30 @@ struct TS : Thread {
   std::vector<BulkStore> bulk_open;
   std::deque<std::vector<BulkStore>> bulk_groups;
   // wgmma
-  std::deque<u32> wg_stamps;             // one per committed group
+  std::deque<u32> wg_stamps;  // one per committed group
   u32 cluster_phase, cluster_arrivals;
   WarpTrace* trace;
 };
 
 typedef void (*CollFn)(Warp* w, u32 lanes, u64 aux, u32 pc);
-struct Coll { u32 op, mask, arrived, pc; CollFn fn; u64 aux; };
+struct Coll {
+  u32 op, mask, arrived, pc;
+  CollFn fn;
+  u64 aux;
+};
 
 struct Warp {
   TS* lane[32];
   Block* blk;
   u32 exist, exited, runnable, index;
-  u32 active_wait;       // lanes waiting in activemask
+  u32 active_wait;  // lanes waiting in activemask
   std::vector<Coll> colls;
 };
 
 struct Bar {
   u32 arrived, expected, popc, conj, disj;
   bool is_all;
-  u32 warp_pc[64];       // pc + 1 of each warp's arrival (for .aligned)
+  u32 warp_pc[64];  // pc + 1 of each warp's arrival (for .aligned)
   std::vector<TS*> waiting, members;
   SyncClock clock;
 };
@@ -148,14 +161,17 @@ struct MBar {
   SyncClock clock, done;
 };
 
-struct WgRendezvous { u32 pc; std::vector<TS*> waiting; };
+struct WgRendezvous {
+  u32 pc;
+  std::vector<TS*> waiting;
+};
 
 struct Block {
   Group* g;
-  u32 rank, ctaid[3], nthreads, exited, id;    // id: linear block index + 1
+  u32 rank, ctaid[3], nthreads, exited, id;  // id: linear block index + 1
   u8 *smem, *sinit;
   u32 smem_size;
-  u32 shift;             // log2 of bytes per Cell
+  u32 shift;  // log2 of bytes per Cell
   std::vector<Cell> cells;
   std::vector<Warp> warps;
   std::vector<TS*> threads;
@@ -164,8 +180,8 @@ struct Block {
   WgRendezvous wg[9];
 };
 
-struct PendingCopy {     // an async copy into shared memory (and the mbarrier it completes on)
-  u32 kind;              // 0 linear from global, 1 tensor, 2 cp.async mbarrier arrive, 3 linear from shared
+struct PendingCopy {  // an async copy into shared memory (and the mbarrier it completes on)
+  u32 kind;           // 0 linear from global, 1 tensor, 2 cp.async mbarrier arrive, 3 linear from shared
   TS* t;
   Block *dst_blk, *bar_blk;
   u32 dst, size, bar, bytes, stamp, pc, rank;
@@ -175,7 +191,7 @@ struct PendingCopy {     // an async copy into shared memory (and the mbarrier i
   std::vector<CpOp> cp;
 };
 
-struct Group {           // blocks that run together: one block, a cluster, or a co-resident grid
+struct Group {  // blocks that run together: one block, a cluster, or a co-resident grid
   Launch* L;
   void* main_sp;
   std::vector<TS> threads;
@@ -187,13 +203,13 @@ struct Group {           // blocks that run together: one block, a cluster, or a
   u64 rng, progress;
   u32 idle_rounds, polls;
   bool failed, in_main;
-  jmp_buf main_jump;                 // fail() while the scheduler itself lands a copy
+  jmp_buf main_jump;  // fail() while the scheduler itself lands a copy
   std::deque<PendingCopy> copies;
-  std::vector<TS*> timed;            // mbarrier try_wait: woken with false when nothing else runs
+  std::vector<TS*> timed;  // mbarrier try_wait: woken with false when nothing else runs
   u32 cluster_arrived, cluster_phase, cluster_gone;
   std::vector<TS*> cluster_waiting;
   SyncClock cluster_clock, cluster_done;
-  std::unordered_map<u64, SyncClock> locations;   // released through strong accesses
+  std::unordered_map<u64, SyncClock> locations;  // released through strong accesses
   u8 *stacks, *locals;
   u64 stack_stride;
   double deadline;
@@ -211,10 +227,10 @@ u32 new_epoch(Group* g);
 void release_to(TS* t, SyncClock& c);
 void acquire_from(TS* t, const SyncClock& c);
 void join_warp(Warp* w, u32 mask);
-void coll_check_exit(Warp* w);            // warp.cpp: a lane exited
+void coll_check_exit(Warp* w);  // warp.cpp: a lane exited
 Block* shared_block(TS* t, u64 addr, u32 size, u32 pc, u32* off);
 void race_access(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc, int agent = -1);
-u8* global_range(TS* t, u64 addr, u32 size, u32 access, u32 pc);   // access | 32: bounds only
+u8* global_range(TS* t, u64 addr, u32 size, u32 access, u32 pc);  // access | 32: bounds only
 void check_shared_state(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc);
 void set_state(Block* b, u32 off, u32 size, u8 state);
 void copy_shared_write(TS* t, Block* b, u32 off, const u8* data, u32 size, u32 pc, int agent, u32 stamp);
@@ -223,10 +239,10 @@ u32 shared_offset(u64 addr, bool generic);
 void complete_copy(Group* g, size_t index);
 bool complete_some_copies(Group* g, bool all);
 const char* read_string(TS* t, u64 addr, u32 pc, char* buf, size_t n);
-void prof_init(Group* g);                  // profile.cpp; nothing unless Launch::profile is set
+void prof_init(Group* g);  // profile.cpp; nothing unless Launch::profile is set
 void prof_start(Group* g);
 void prof_exit(TS* t);
 void prof_finish(Group* g);
-void prof_bulk(TS* t, u32 pc, bool store, const std::vector<std::pair<u64, u32>>& runs);   // (address, bytes)
+void prof_bulk(TS* t, u32 pc, bool store, const std::vector<std::pair<u64, u32>>& runs);  // (address, bytes)
 inline TS* ts(Thread* t) { return static_cast<TS*>(t); }
 inline bool checks(TS* t, u32 bit) { return t->L->checks & bit; }

@@ -26,7 +26,10 @@ static void collective(TS* t, u32 op, u32 mask, u32 pc, CollFn fn, u64 aux, bool
     fail(t, pc, "warp divergence", 0, "lanes 0x%08x of the warp have exited", w->exited);
   Coll* c = nullptr;
   for (Coll& x : w->colls)
-    if (x.op == op && x.mask == mask && !(x.arrived & bit)) { c = &x; break; }
+    if (x.op == op && x.mask == mask && !(x.arrived & bit)) {
+      c = &x;
+      break;
+    }
   if (!c) {
     w->colls.push_back({op, mask, 0, pc, fn, aux});
     c = &w->colls.back();
@@ -53,15 +56,28 @@ void coll_check_exit(Warp* w) {
   }
 }
 
-#define EACH(i, lanes) for (u32 i = 0; i < 32; i++) if ((lanes) >> i & 1)
-template <typename X> static const X& arg(Warp* w, u32 i) { return *(const X*)w->lane[i]->in; }
-template <typename X> static X& res(Warp* w, u32 i) { return *(X*)w->lane[i]->out; }
+#define EACH(i, lanes)         \
+  for (u32 i = 0; i < 32; i++) \
+    if ((lanes) >> i & 1)
+template <typename X>
+static const X& arg(Warp* w, u32 i) {
+  return *(const X*)w->lane[i]->in;
+}
+template <typename X>
+static X& res(Warp* w, u32 i) {
+  return *(X*)w->lane[i]->out;
+}
 constexpr u32 ALIGNED = 0x80000000u;
 
 // ---- shfl --------------------------------------------------------------------------------------
 
-struct ShflIn { u32 a, b, c; };
-struct ShflOut { u32 v; bool p; };
+struct ShflIn {
+  u32 a, b, c;
+};
+struct ShflOut {
+  u32 v;
+  bool p;
+};
 
 static void do_shfl(Warp* w, u32 lanes, u64 mode, u32 pc) {
   EACH(i, lanes) {
@@ -72,10 +88,22 @@ static void do_shfl(Warp* w, u32 lanes, u64 mode, u32 pc) {
     bool p = false;
     s32 k;
     switch (mode) {
-      case 0: k = minl | (bval & ~seg); p = k <= (s32)maxl; break;
-      case 1: k = s32(i) - s32(bval); p = k >= (s32)maxl; break;
-      case 2: k = i + bval; p = k <= (s32)maxl; break;
-      default: k = i ^ bval; p = k <= (s32)maxl; break;
+      case 0:
+        k = minl | (bval & ~seg);
+        p = k <= (s32)maxl;
+        break;
+      case 1:
+        k = s32(i) - s32(bval);
+        p = k >= (s32)maxl;
+        break;
+      case 2:
+        k = i + bval;
+        p = k <= (s32)maxl;
+        break;
+      default:
+        k = i ^ bval;
+        p = k <= (s32)maxl;
+        break;
     }
     if (p) j = k;
     if (!(lanes >> j & 1)) {
@@ -142,7 +170,11 @@ static void do_redux(Warp* w, u32 lanes, u64 mode, u32) {
   u32 r = 0;
   EACH(i, lanes) {
     u32 v = arg<u32>(w, i);
-    if (first) { r = v; first = false; continue; }
+    if (first) {
+      r = v;
+      first = false;
+      continue;
+    }
     switch (mode & 7) {
       case 0: r += v; break;
       case 1: r = sgn ? std::min<s32>(r, v) : std::min(r, v); break;
@@ -194,8 +226,13 @@ extern "C" u32 warp_activemask(Thread* T, u32 pc) {
 // The row accesses are checked with the clock of the lane that gave the address, before the
 // collective orders the warp: an st.shared by another lane needs a barrier before ldmatrix.
 
-struct MatIn { u64 addr; u32 v[4]; };
-struct MatOut { u32 d[4]; };
+struct MatIn {
+  u64 addr;
+  u32 v[4];
+};
+struct MatOut {
+  u32 d[4];
+};
 
 static void do_ldmatrix(Warp* w, u32, u64 aux, u32 pc) {
   u32 num = aux & 7;

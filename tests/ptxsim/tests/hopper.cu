@@ -1,7 +1,7 @@
 // sm_90a kernels of the test suite: mbarrier, TMA, wgmma, clusters.
-#include <cstdint>
 #include <cuda.h>
 #include <cuda_fp16.h>
+#include <cstdint>
 
 __device__ uint32_t smem_u32(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ void mbar_init(uint64_t* b, uint32_t n) {
@@ -16,12 +16,17 @@ __device__ void mbar_arrive(uint64_t* b) {
 __device__ void mbar_wait(uint64_t* b, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred P1;\nLAB_WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra DONE;\nbra LAB_WAIT;\nDONE:\n}"
-      ::"r"(smem_u32(b)), "r"(parity) : "memory");
+      "mbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra DONE;\nbra LAB_WAIT;\nDONE:\n}" ::"r"(
+          smem_u32(b)),
+      "r"(parity)
+      : "memory");
 }
 __device__ void tma_load2(void* dst, const CUtensorMap* m, int x, int y, uint64_t* b) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               ::"r"(smem_u32(dst)), "l"(m), "r"(x), "r"(y), "r"(smem_u32(b)) : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          smem_u32(dst)),
+      "l"(m), "r"(x), "r"(y), "r"(smem_u32(b))
+      : "memory");
 }
 __device__ uint64_t desc(const void* p, uint32_t lbo, uint32_t sbo, uint32_t mode) {
   return (uint64_t)((smem_u32(p) & 0x3ffff) >> 4) | (uint64_t)(lbo >> 4) << 16 | (uint64_t)(sbo >> 4) << 32 |
@@ -29,26 +34,34 @@ __device__ uint64_t desc(const void* p, uint32_t lbo, uint32_t sbo, uint32_t mod
 }
 __device__ void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void wg_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ void wg_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N>
+__device__ void wg_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 
 #define D32(d)                                                                                                \
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
       "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
       "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
       "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define DREGS                                              \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"   \
+#define DREGS                                               \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 
-template <int TRB> __device__ void wgmma64(float* d, uint64_t da, uint64_t db, int scale) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " DREGS ", %32, %33, p, 1, 1, 0, %35;}"
-               : D32(d) : "l"(da), "l"(db), "r"(scale), "n"(TRB));
+template <int TRB>
+__device__ void wgmma64(float* d, uint64_t da, uint64_t db, int scale) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " DREGS ", %32, %33, p, 1, 1, 0, %35;}"
+      : D32(d)
+      : "l"(da), "l"(db), "r"(scale), "n"(TRB));
 }
 __device__ void wgmma64_ra(float* d, const uint32_t* a, uint64_t db, int scale) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " DREGS ", {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
-               : D32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(db), "r"(scale));
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " DREGS ", {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+      : D32(d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(db), "r"(scale));
 }
 
 // C[M][N] = A[M][K] B^T (B [N][K], or with TRB B [K][N]): one producer warp, one consumer warpgroup, a ring of
@@ -109,17 +122,18 @@ __device__ void gemm_body(const CUtensorMap* ma, const CUtensorMap* mb, const CU
   asm volatile("bar.sync 1, 128;" ::: "memory");
   if (tid == 0) {
     for (int h = 0; h < 2; h++)
-      asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
-                   ::"l"(mc), "r"(n0 + 32 * h), "r"(m0), "r"(smem_u32(s.c + h * TILE * 32)) : "memory");
+      asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(mc),
+                   "r"(n0 + 32 * h), "r"(m0), "r"(smem_u32(s.c + h * TILE * 32))
+                   : "memory");
     asm volatile("cp.async.bulk.commit_group;");
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   }
 }
-#define GEMM(name, trb, bug)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(160) name(const __grid_constant__ CUtensorMap a,              \
-                                                         const __grid_constant__ CUtensorMap b,              \
-                                                         const __grid_constant__ CUtensorMap c, int K) {     \
-    gemm_body<trb, bug>(&a, &b, &c, K);                                                                      \
+#define GEMM(name, trb, bug)                                                             \
+  extern "C" __global__ void __launch_bounds__(160)                                      \
+      name(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, \
+           const __grid_constant__ CUtensorMap c, int K) {                               \
+    gemm_body<trb, bug>(&a, &b, &c, K);                                                  \
   }
 GEMM(gemm_tn, 0, 0)
 GEMM(gemm_nn, 1, 0)
@@ -134,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(128) wgmma_plain(const __half* A, c
   __shared__ __align__(128) __half sa[64 * 16], sb[64 * 16];
   int tid = threadIdx.x, warp = tid / 32, g = tid % 32 / 4, t = tid % 4;
   for (int i = tid; i < 1024; i += 128) {
-    int r = i / 16, k = i % 16, at = (r / 8) * 128 + (k / 8) * 64 + (r % 8) * 8 + k % 8;   // LBO 128, SBO 256 bytes
+    int r = i / 16, k = i % 16, at = (r / 8) * 128 + (k / 8) * 64 + (r % 8) * 8 + k % 8;  // LBO 128, SBO 256 bytes
     sa[at] = A[i];
     sb[at] = B[i];
   }
@@ -164,10 +178,11 @@ extern "C" __global__ void tma_halo(const __grid_constant__ CUtensorMap m, float
   __syncthreads();
   if (threadIdx.x == 0) {
     mbar_expect(&bar, n * 4);
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
-                 ::"r"(smem_u32(tile)), "l"(&m), "r"(x), "r"(y), "r"((int)blockIdx.x), "r"(1), "r"(smem_u32(&bar))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(smem_u32(tile)),
+        "l"(&m), "r"(x), "r"(y), "r"((int)blockIdx.x), "r"(1), "r"(smem_u32(&bar))
+        : "memory");
   }
   mbar_wait(&bar, 0);
   for (int i = threadIdx.x; i < n; i += blockDim.x) o[blockIdx.x * n + i] = tile[i];
@@ -186,9 +201,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) cluster_copy(const float* x
   mine[threadIdx.x] = 100.f * rank + threadIdx.x;
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (rank == 0 && threadIdx.x == 0)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1], 512, [%2], %3;"
-                 ::"r"(smem_u32(s)), "l"(x), "r"(smem_u32(&bar)), "h"((short)3) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], 512, [%2], %3;" ::"r"(smem_u32(s)),
+        "l"(x), "r"(smem_u32(&bar)), "h"((short)3)
+        : "memory");
   mbar_wait(&bar, 0);
   uint32_t peer;
   float v;

@@ -1,9 +1,9 @@
 // Kernels of the test suite, built for sm_80.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cassert>
 #include <cstdint>
 #include <cstdio>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 extern "C" __global__ void vadd(const float* a, const float* b, float* c, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -145,7 +145,10 @@ extern "C" __global__ void atomics(unsigned* hist, const int* x, int n, float* f
     atomicMax(mx, x[i]);
     atomicInc(inc, 9);
     unsigned long long old = *cas, want;
-    do { want = old; old = atomicCAS(cas, want, want + 3); } while (old != want);
+    do {
+      want = old;
+      old = atomicCAS(cas, want, want + 3);
+    } while (old != want);
   }
   __syncthreads();
   if (threadIdx.x < 8) atomicAdd(&hist[threadIdx.x], sh[threadIdx.x]);
@@ -220,14 +223,16 @@ extern "C" __global__ void mma_f16(const __half* A, const __half* B, float* C, _
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                : "r"(smem_u32(&sa[(l % 16) * 16 + (l / 16) * 8])));
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(b[0]), "=r"(b[1]) : "r"(smem_u32(&sb[(l % 16) * 8])));
+               : "=r"(b[0]), "=r"(b[1])
+               : "r"(smem_u32(&sb[(l % 16) * 8])));
   float c[4] = {0, 0, 0, 0};
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   unsigned h[2] = {0, 0};
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
-               : "+r"(h[0]), "+r"(h[1]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+               : "+r"(h[0]), "+r"(h[1])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   int g = l / 4, t = l % 4;
   for (int i = 0; i < 4; i++) C[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = c[i];
   for (int i = 0; i < 2; i++) ((unsigned*)Ch)[(g + 8 * i) * 4 + t] = h[i];
@@ -258,7 +263,8 @@ extern "C" __global__ void mma_others(const unsigned* A, const unsigned* B, floa
   for (int i = 0; i < 4; i++) s8[l * 4 + i] = e[i];
   double f[2] = {0, 0};
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-               : "+d"(f[0]), "+d"(f[1]) : "d"(da[g * 4 + t]), "d"(db[t * 8 + g]));
+               : "+d"(f[0]), "+d"(f[1])
+               : "d"(da[g * 4 + t]), "d"(db[t * 8 + g]));
   dd[g * 8 + 2 * t] = f[0];
   dd[g * 8 + 2 * t + 1] = f[1];
 }
@@ -293,7 +299,8 @@ __device__ void dwconv9_body(const __half* x, const float* w, __half* y, int cha
       unsigned a[4], b[2];
       const __half* row = &tile[(y0 + dy + lane % 16) * LD + x0 + lane / 16 * 8];
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(smem_u32(row)));
+                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                   : "r"(smem_u32(row)));
       for (int r = 0; r < 2; r++) {
         __half2 v;
         int k = 2 * t + 8 * r - g;
@@ -325,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(128) dwconv9_nosync(const __half* x
 
 extern "C" __global__ void bug_oob(const float* a, float* o, int n) {
   int i = threadIdx.x;
-  o[i] = a[i + 1];                       // reads a[n]
+  o[i] = a[i + 1];  // reads a[n]
 }
 extern "C" __global__ void bug_misaligned(const float* a, float4* o) {
   o[threadIdx.x] = *(const float4*)(a + 4 * threadIdx.x + 1);
@@ -340,7 +347,7 @@ extern "C" __global__ void bug_war(const float* a, float* o) {
   s[threadIdx.x] = a[threadIdx.x];
   __syncthreads();
   float v = s[63 - threadIdx.x];
-  s[threadIdx.x] = v * 2;                // needs a barrier before
+  s[threadIdx.x] = v * 2;  // needs a barrier before
   __syncthreads();
   o[threadIdx.x] = s[threadIdx.x];
 }
@@ -355,7 +362,7 @@ extern "C" __global__ void bug_uninit(float* o) {
   __shared__ float s[33];
   s[threadIdx.x] = 1.f;
   __syncthreads();
-  o[threadIdx.x] = s[threadIdx.x + 1];   // s[32] is never written
+  o[threadIdx.x] = s[threadIdx.x + 1];  // s[32] is never written
 }
 extern "C" __global__ void bug_divergent(float* o) {
   if (threadIdx.x < 40) __syncthreads();
@@ -367,7 +374,10 @@ extern "C" __global__ void bug_unwritten(float* o, int n) {
 extern "C" __global__ void bug_assert(int n) { assert(n < 3 || threadIdx.x != 4); }
 __device__ __noinline__ int forever(int n, int k) { return k + forever(n + 1, k ^ n) * 3; }
 extern "C" __global__ void bug_recursion(int* o) { o[0] = forever(0, o[1]); }
-extern "C" __global__ void bug_hang(volatile int* flag) { while (*flag == 0) {} }
+extern "C" __global__ void bug_hang(volatile int* flag) {
+  while (*flag == 0) {
+  }
+}
 extern "C" __global__ void bug_shared_overflow(float* o) {
   __shared__ float a[32], b[32];
   a[threadIdx.x + (o[0] > 0 ? 1 : 0)] = 1.f;
@@ -395,7 +405,7 @@ extern "C" __global__ void bug_named_barrier(float* o) {
     s[threadIdx.x] = 1.f;
     asm volatile("bar.arrive 1, 64;" ::: "memory");
   } else {
-    asm volatile("bar.sync 2, 64;" ::: "memory");       // wrong barrier id
+    asm volatile("bar.sync 2, 64;" ::: "memory");  // wrong barrier id
     o[threadIdx.x] = s[threadIdx.x - 32];
   }
 }
@@ -416,7 +426,8 @@ extern "C" __global__ void grid_sync(unsigned* counter, int* data, int* o) {
   if (threadIdx.x == 0) {
     __threadfence();
     atomicAdd(counter, 1);
-    while (*(volatile unsigned*)counter < gridDim.x) {}
+    while (*(volatile unsigned*)counter < gridDim.x) {
+    }
   }
   __syncthreads();
   o[blockIdx.x * blockDim.x + threadIdx.x] = data[((blockIdx.x + 1) % gridDim.x) * blockDim.x + threadIdx.x];

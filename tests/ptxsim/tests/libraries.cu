@@ -1,12 +1,12 @@
 // Library code (CUB, cooperative groups, libcu++, fp8, math) must run without false reports.
-#include <cub/cub.cuh>
 #include <cooperative_groups.h>
-#include <cooperative_groups/reduce.h>
 #include <cooperative_groups/memcpy_async.h>
-#include <cuda/barrier>
-#include <cuda_pipeline.h>
+#include <cooperative_groups/reduce.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
+#include <cuda_pipeline.h>
+#include <cub/cub.cuh>
+#include <cuda/barrier>
 namespace cg = cooperative_groups;
 extern "C" __global__ void lib_cub(const int* x, int* o) {
   using R = cub::BlockReduce<int, 128>;

@@ -1,29 +1,30 @@
 // Kernels with known profile counters.
-#include <cstdint>
 #include <cuda_fp16.h>
+#include <cstdint>
 
-__global__ void copy1(const float* x, float* y) {                   // coalesced
+__global__ void copy1(const float* x, float* y) {  // coalesced
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   y[i] = x[i];
 }
-__global__ void copy_strided(const float* x, float* y) {            // every other element
+__global__ void copy_strided(const float* x, float* y) {  // every other element
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   y[i] = x[2 * i];
 }
-__global__ void copy16(const float4* x, float4* y) {                // 16 bytes per thread
+__global__ void copy16(const float4* x, float4* y) {  // 16 bytes per thread
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   y[i] = x[i];
 }
-__global__ void reread(const float* x, float* y) {                  // the same bytes four times
+__global__ void reread(const float* x, float* y) {  // the same bytes four times
   float s = 0;
 #pragma unroll 1
   for (int k = 0; k < 4; k++) s += __ldcg(x + ((threadIdx.x + k) & 31));
   y[threadIdx.x] = s;
 }
-__global__ void half_warp(const __half* x, __half* y, int n) {      // 2-byte accesses, lanes off
+__global__ void half_warp(const __half* x, __half* y, int n) {  // 2-byte accesses, lanes off
   if (threadIdx.x < n) y[threadIdx.x] = x[threadIdx.x];
 }
-template <int STRIDE> __global__ void bank(float* y) {               // STRIDE-way conflicts on the store
+template <int STRIDE>
+__global__ void bank(float* y) {  // STRIDE-way conflicts on the store
   __shared__ float s[32 * STRIDE];
   s[threadIdx.x * STRIDE] = threadIdx.x;
   __syncthreads();
@@ -39,7 +40,7 @@ __global__ void bank_broadcast(float* y) {
   __syncthreads();
   y[threadIdx.x] = s[threadIdx.x / 16];
 }
-__global__ void bank_wide(float4* y, int pitch) {                   // 16-byte accesses, quarter warps
+__global__ void bank_wide(float4* y, int pitch) {  // 16-byte accesses, quarter warps
   __shared__ __align__(16) float s[32 * 36];
   *(float4*)&s[threadIdx.x * pitch] = make_float4(1, 2, 3, 4);
   __syncthreads();
@@ -51,7 +52,7 @@ __global__ void bank_wide8(float2* y) {
   __syncthreads();
   y[threadIdx.x] = *(float2*)&s[62 - threadIdx.x * 2];
 }
-__global__ void ldm(uint4* y, int pitch) {                          // ldmatrix.x4 with a row pitch in bytes
+__global__ void ldm(uint4* y, int pitch) {  // ldmatrix.x4 with a row pitch in bytes
   __shared__ __align__(16) unsigned char s[32 * 144];
   uint4 z = {1, 2, 3, 4}, v;
   for (int i = threadIdx.x; i < 32 * 144 / 16; i += 32) *(uint4*)&s[16 * i] = z;
@@ -115,7 +116,8 @@ __global__ void calls(float* y, float a) {
 __global__ void mma_one(float* y) {
   float d[4] = {};
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%4}, {%4}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(0x3c003c00));
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(0x3c003c00));
   y[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
 // Break, continue, switch, early return and a divergent call in nested loops.

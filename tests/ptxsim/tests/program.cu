@@ -8,13 +8,15 @@ __device__ int calls;
 static __device__ int hidden = 7;
 
 // y[i] = K x[i] + bias[0]
-template <typename T, int K> __global__ void scale_kernel(const T* x, T* y, int n) {
+template <typename T, int K>
+__global__ void scale_kernel(const T* x, T* y, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) y[i] = T(float(x[i]) * K + bias[0]);
   if (i == 0) atomicAdd(&calls, 1);
 }
 // The same without the guard on i.
-template <typename T, int K> __global__ void scale_unguarded(const T* x, T* y, int) {
+template <typename T, int K>
+__global__ void scale_unguarded(const T* x, T* y, int) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   y[i] = T(float(x[i]) * K);
 }
@@ -55,8 +57,11 @@ __global__ void tma_copy(const __grid_constant__ CUtensorMap map, float* y, int 
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(b) : "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 1024;" ::"r"(b) : "memory");
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(t), "l"(&map), "r"(x0), "r"(y0), "r"(b) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(t),
+        "l"(&map), "r"(x0), "r"(y0), "r"(b)
+        : "memory");
   }
   __syncthreads();
   asm volatile("{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n@!p bra W;\n}" ::"r"(b)
@@ -75,7 +80,7 @@ extern "C" int scale(const ScaleParams* p, cudaStream_t stream) {
   if (p->bug == WRONG_GRID) grid++;
   if (p->bug == NO_GRID) grid = 0;
   if (p->bug == BIG_BLOCK) block = 2048;
-  if (p->bug == SWAPPED) {            // pointers swapped: y is only n / 2 long
+  if (p->bug == SWAPPED) {  // pointers swapped: y is only n / 2 long
     scale_kernel<float, 3><<<grid, block, 0, stream>>>((float*)p->y, (float*)p->x, p->n);
   } else if (p->bug == WRONG_GRID) {
     scale_unguarded<float, 3><<<grid, block, 0, stream>>>((const float*)p->x, (float*)p->y, p->n);
@@ -107,7 +112,7 @@ extern "C" int sums(const float* x, float* y, int rows, int n, int set_attribute
   config.blockDim = 64;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, row_sums, x, y, n);     // leaves the error for the next cudaGetLastError
+  return cudaLaunchKernelEx(&config, row_sums, x, y, n);  // leaves the error for the next cudaGetLastError
 }
 
 extern "C" int clusters(int* y, int blocks, int size, int fixed) {
