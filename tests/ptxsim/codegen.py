@@ -333,7 +333,7 @@ class FunctionCodegen:
             if op.offset == 0:
                 return base
             if bits(op.base.type) == 32:
-                return f"(u32)({base} + {op.offset & 0xffffffff:#x}u)"
+                return f"(u32)({base} + {op.offset & 0xFFFFFFFF:#x}u)"
             return f"({base} + {op.offset & (1 << 64) - 1:#x}ull)"
         if isinstance(op.base, Imm):
             return f"{(op.base.value + op.offset) & (1 << 64) - 1:#x}ull"
@@ -448,7 +448,7 @@ def float_expr(g, name, args, ty, mods):
             g.unsupported("min.NaN.f64")
     if "xorsign" in mods:
         sign = {"f32": "0x80000000u"}.get(ty, "0x8000")
-        expr = f"({name}_{ty}(abs_{ty}({args[0]}), abs_{ty}({args[1]})) | " f"(({args[0]} ^ {args[1]}) & {sign}))"
+        expr = f"({name}_{ty}(abs_{ty}({args[0]}), abs_{ty}({args[1]})) | (({args[0]} ^ {args[1]}) & {sign}))"
     elif mode != "RN" and ty in ("f32", "f64") and name in ("add", "sub", "mul", "fma", "div", "sqrt"):
         expr = f"{name}_{ty}_dir({', '.join(args)}, {mode})"
     elif mode != "RN" and ty == "f32" and name == "rcp":
@@ -1450,7 +1450,7 @@ def h_mma(g, ins):
     wide = at == "f64"
     vals = []
     for op in ins.ops[1:4]:
-        for x in (op.items if isinstance(op, Vec) else (op,)):
+        for x in op.items if isinstance(op, Vec) else (op,):
             if wide:
                 v = g.val(x, "u64")
                 vals += [f"(u32){v}", f"(u32)({v} >> 32)"]

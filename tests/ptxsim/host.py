@@ -317,7 +317,7 @@ class HostProgram:
             targets = re.findall(r"^\.target\s+(\w+)", "\n".join(self._images[image]), re.M)
             raise _LaunchFailed(
                 NO_KERNEL_IMAGE,
-                f"{name} was compiled for {', '.join(targets) or 'no PTX target'}, " f"not {self.device.arch}",
+                f"{name} was compiled for {', '.join(targets) or 'no PTX target'}, not {self.device.arch}",
             )
         return mod, mod._kernels[name]
 
