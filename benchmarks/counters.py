@@ -44,10 +44,8 @@ METRICS = {
     "registers": "launch__registers_per_thread",
 }
 # What ncu writes below the names of its columns, in seconds and bytes.
-UNITS = {
-    **{"nsecond": 1e-9, "ns": 1e-9, "usecond": 1e-6, "us": 1e-6, "msecond": 1e-3, "ms": 1e-3, "second": 1.0, "s": 1.0},
-    **{"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9},
-}
+UNITS = dict(nsecond=1e-9, ns=1e-9, usecond=1e-6, us=1e-6, msecond=1e-3, ms=1e-3, second=1.0, s=1.0)
+UNITS |= dict(byte=1.0, Kbyte=1e3, Mbyte=1e6, Gbyte=1e9)
 MOST_STALLS = 4  # that a row of the table names
 
 

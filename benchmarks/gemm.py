@@ -94,7 +94,7 @@ def run_case(m: int, k: int, n: int, args: argparse.Namespace, progress: tqdm) -
     """A row for every variant: checked, then timed in rounds with the others."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     case = "x".join(map(str, (m, k, n)))
-    sizes = {variant: (m, k, n) for variant in VARIANTS} | {SQUARE: (SIDE[device.type],) * 3}
+    sizes = dict.fromkeys(VARIANTS, (m, k, n)) | {SQUARE: (SIDE[device.type],) * 3}
     rows, ready = {}, {}
     for variant, (height, inner, width) in sizes.items():
         flops = 2 * height * inner * width

@@ -22,7 +22,7 @@ from throughput import failure
 from torch import Tensor
 from tqdm import tqdm
 
-import convmixer_fast  # noqa: F401: registers the operators
+import convmixer_fast  # noqa: F401 (registers the operators)
 
 
 def aten(x: Tensor, gy: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:

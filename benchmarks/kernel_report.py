@@ -312,8 +312,8 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
         parts += [
             prose(
                 f"SASS instructions that the warps of a block issue for one {PLANE}x{PLANE} plane. Forward: "
-                "convolution, bias, GELU, scale and shift, residual, with and without the prologue; wgrad: gradients of "
-                "weight and bias."
+                "convolution, bias, GELU, scale and shift, residual, with and without the prologue; wgrad: gradients "
+                "of weight and bias."
             ),
             plane_table(planes),
         ]

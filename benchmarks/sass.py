@@ -425,9 +425,9 @@ def count(instructions: list[Instruction], params: bytes, architecture: int, war
     if not is_covered(architecture):
         raise UndecidedError(f"sm_{architecture} is not covered")
     base = CONSTANTS[architecture // 10]
-    constants = {GRID_X + i: byte for i, byte in enumerate((1).to_bytes(4, "little"))}
-    constants |= {i: byte for i, byte in enumerate((32 * warps).to_bytes(4, "little"))}
-    constants |= {base + i: byte for i, byte in enumerate(params)}
+    constants = dict(enumerate((1).to_bytes(4, "little"), GRID_X))
+    constants |= dict(enumerate((32 * warps).to_bytes(4, "little")))
+    constants |= dict(enumerate(params, base))
     index_of = {instruction.address: i for i, instruction in enumerate(instructions)}
     issued = Counter()
     for warp in range(warps):

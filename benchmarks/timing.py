@@ -46,8 +46,8 @@ def clock_for(device: torch.device) -> type:
 
 def settle_for(device: torch.device, latency: bool = False) -> Callable[[], object]:
     """What to do before each call. On a CPU: wait until the last one's threads, which spin for a while, are asleep. On
-    a GPU nothing: calls queue up, and the gaps between launches hide behind the kernels of the call before. With latency
-    they are to show, so every call waits until the GPU is idle."""
+    a GPU nothing: calls queue up, and the gaps between launches hide behind the kernels of the call before. With
+    latency they are to show, so every call waits until the GPU is idle."""
     if device.type == "cuda":
         return torch.cuda.synchronize if latency else lambda: None
     return functools.partial(time.sleep, 0.02)

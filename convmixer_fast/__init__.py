@@ -1,6 +1,10 @@
 """Large-kernel depthwise convolution, and ConvMixer inference on it, at the speed of the hardware."""
 
-from . import autograd, ops, reference
+from . import (
+    autograd,  # noqa: F401 (registers the gradients)
+    ops,
+    reference,
+)
 from ._library import build_info
 from ._version import __version__
 from .checkpoint import load_checkpoint

@@ -23,8 +23,8 @@ class OptimizedConvMixer(nn.Module):
     memory.
 
     It converts, moves, copies, pickles and saves as any module; the weights are buffers. The vectors of bias and
-    BatchNorm stay float64 whatever the weights' dtype, and are used as float32 (float64 with float64 weights); the scale
-    is rounded once, when it is made: ask optimize() for float64 rather than converting later. It is
+    BatchNorm stay float64 whatever the weights' dtype, and are used as float32 (float64 with float64 weights); the
+    scale is rounded once, when it is made: ask optimize() for float64 rather than converting later. It is
     for inference: train() raises RuntimeError, and so does an input that requires a gradient in grad mode. It computes
     in the weights' dtype under torch.autocast as well.
 

@@ -59,7 +59,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 def milliseconds(models: list[nn.Module], images: Tensor) -> list[float]:
     """Median time of a forward pass of each model; interleaved, so that a busy machine slows all of them alike."""
     times = [[] for _ in models]
-    for run in range(TIMED_RUNS + 1):
+    for _ in range(TIMED_RUNS + 1):
         for model, elapsed in zip(models, times):
             start = time.perf_counter()
             model(images)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from ptxsim import Device, HostProgram, LaunchRecord
+from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"

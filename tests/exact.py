@@ -109,8 +109,8 @@ def run_exact(ops, case):
 
 
 def plant(name, file, correct, planted):
-    """A copy of the sources with a bug in csrc/cuda/<file>, in float16 without GELU only; in a folder that stays, so that
-    it is compiled once."""
+    """A copy of the sources with a bug in csrc/cuda/<file>, in float16 without GELU only; in a folder that stays, so
+    that it is compiled once."""
     csrc = Path(cache_dir(), "planted", name)
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)

@@ -313,11 +313,12 @@ def test_autocast(device, dtype, compiled):
     gy = make_gy(case, dtype, device=device)
     rounded = [tensor.detach().to(dtype).double().requires_grad_() for tensor in arguments]
     exact = reference.depthwise_conv2d(*rounded)
-    ours, peers = ((result, *torch.autograd.grad(result, arguments, gy)) for result in (y, peer))
+    results, peers = ((result, *torch.autograd.grad(result, arguments, gy)) for result in (y, peer))
     exact = (exact, *torch.autograd.grad(exact, rounded, gy.double()))
-    for name, ours, peers, exact in zip(("y", "gx", "gweight", "gbias"), ours, peers, exact):
-        assert ours.dtype == (dtype if name == "y" else torch.float32)
-        assert_error_at_most_peer(ours.to(dtype), peers.to(dtype), exact, f"autocast {name} {dtype} on {device}")
+    for name, result, its_peer, its_exact in zip(("y", "gx", "gweight", "gbias"), results, peers, exact):
+        assert result.dtype == (dtype if name == "y" else torch.float32)
+        what = f"autocast {name} {dtype} on {device}"
+        assert_error_at_most_peer(result.to(dtype), its_peer.to(dtype), its_exact, what)
     assert under_autocast(cf.depthwise_conv2d, *make_arguments(case, torch.float64, device)).dtype == torch.float64
     with pytest.raises(RuntimeError, match="weight must have x's dtype float64"):
         under_autocast(cf.depthwise_conv2d, arguments[0].double(), *arguments[1:])

@@ -15,7 +15,8 @@ from numerics import assert_error_at_most_peer
 from convmixer_fast import reference
 
 HALVES = [torch.float16, torch.bfloat16]
-# One for each way through the kernel: 3 to 9 with all Toeplitz matrices in registers, then the ring of 1, 2 and 3 k-steps.
+# One for each way through the kernel: 3 to 9 with all Toeplitz matrices in registers, then the ring of 1, 2 and 3
+# k-steps.
 KERNELS = [(3, 3), (5, 5), (7, 7), (9, 9), (8, 8), (11, 11), (31, 31), (51, 5), (4, 27)]
 # In channels_last: 7 and 9, then the ring of 1 and 2 k-steps.
 KERNELS_CHANNELS_LAST = [(7, 7), (9, 9), (3, 3), (11, 11)]

@@ -14,15 +14,15 @@ from emulated import EmulatedOps
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import breakdown  # noqa: E402
-import kernel_report  # noqa: E402
-import prediction  # noqa: E402
-import sass  # noqa: E402
-from sass import Instruction  # noqa: E402
+import breakdown
+import kernel_report
+import prediction
+import sass
+from sass import Instruction
 
-import convmixer_fast  # noqa: E402
-from convmixer_fast import ConvMixer  # noqa: E402
-from convmixer_fast.explain import GPUS  # noqa: E402
+import convmixer_fast
+from convmixer_fast import ConvMixer
+from convmixer_fast.explain import GPUS
 
 MOST_INSTRUCTIONS = 1110  # a plane: 32 x 32, k <= 9, float16, prologue and epilogue
 SAME_IN_PTX = {"HMMA": "mma.", "LDSM": "ldmatrix.", "MUFU": "ex2."}

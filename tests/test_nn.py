@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_models_compute_the_same(name, train):
     exact = results(copy.deepcopy(model).double(), IMAGES.double(), train)
     in_double = results(copy.deepcopy(replaced).double(), IMAGES.double(), train)
     for key, expected in exact.items():
-        torch.testing.assert_close(in_double[key], expected, rtol=1e-9, atol=1e-11, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(in_double[key], expected, rtol=1e-9, atol=1e-11, msg=partial("{}: {}".format, key))
     exact = torch.cat([tensor.flatten() for tensor in exact.values()]).double()
     errors = [
         torch.cat([tensor.flatten() for tensor in results(model, IMAGES, train).values()]).double() - exact

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import accuracy  # noqa: E402
-import depthwise  # noqa: E402
-import gradients  # noqa: E402
-import throughput  # noqa: E402
-import timing  # noqa: E402
-import training  # noqa: E402
+import accuracy
+import depthwise
+import gradients
+import throughput
+import timing
+import training
 
-import convmixer_fast  # noqa: E402
+import convmixer_fast
 
 MODEL = "convmixer_tiny"
 

@@ -80,9 +80,9 @@ class EntryCodegen:
                 continue
             out.append(fn)
             for ins in fn.body:
-                if isinstance(ins, Instr) and isinstance(ins.callee, Sym):
-                    if ins.callee.name in self.ast.functions:
-                        todo.append(ins.callee.name)
+                called = ins.callee if isinstance(ins, Instr) else None
+                if isinstance(called, Sym) and called.name in self.ast.functions:
+                    todo.append(called.name)
         return out
 
     def layout_shared(self):
@@ -956,8 +956,8 @@ def cvt_packed(g, ins, dt, st, flags):
         if half in ("e4m3", "e5m2"):
             pre = (lambda x: f"F(max_f32({x}, 0u))") if "relu" in flags else (lambda x: f"F({x})")
             return f"(u16)(f_{half}({pre(b)}) | f_{half}({pre(a)}) << 8)"
-        conv = lambda x: cvt_expr(g, half, "f32", x, flags)
-        return f"pack2({conv(b)}, {conv(a)})"
+        b, a = (cvt_expr(g, half, "f32", x, flags) for x in (b, a))
+        return f"pack2({b}, {a})"
     x = g.val(ins.ops[1], st)
     if half in ("e4m3", "e5m2"):  # from f16x2
         pre = (lambda h: f"h2f(relu_f16({h}))") if "relu" in flags else (lambda h: f"h2f({h})")
@@ -974,8 +974,10 @@ def cvt_pack(g, ins, types):
     a, b = g.val(ins.ops[1], "s32"), g.val(ins.ops[2], "s32")
     w = bits(dt)
     lo_, hi_ = (-(1 << (w - 1)), (1 << (w - 1)) - 1) if dt[0] == "s" else (0, (1 << w) - 1)
-    sat = lambda x: f"((u32)((s32){x} < {lo_} ? {lo_} : (s32){x} > {hi_} ? {hi_} : (s32){x}) & {(1 << w) - 1}u)"
-    expr = f"{sat(b)} | {sat(a)} << {w}"
+    b, a = (
+        f"((u32)((s32){x} < {lo_} ? {lo_} : (s32){x} > {hi_} ? {hi_} : (s32){x}) & {(1 << w) - 1}u)" for x in (b, a)
+    )
+    expr = f"{b} | {a} << {w}"
     if len(ins.ops) > 3:
         expr += f" | {g.val(ins.ops[3], 'u32')} << {2 * w}"
     return g.set(ins.ops[0], expr)

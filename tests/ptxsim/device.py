@@ -302,9 +302,9 @@ class Device:
         return WIN_GLOBAL <= address < WIN_GLOBAL + self.memory
 
     def _range(self, address, size, what, layout=None):
-        """The offset of memory that must be accessible: all bytes, or those of an array laid out as (shape, strides)."""
+        """The offset of memory that must be accessible: all bytes, or those of an array with (shape, strides)."""
         off = address - WIN_GLOBAL
-        inside = 0 <= off and off + size <= self._high
+        inside = off >= 0 and off + size <= self._high
         if inside:
             shape, strides = layout or ((size,), (1,))
             accessible = np.ndarray(shape, np.uint8, self._shadow, off, strides) & 1

@@ -304,12 +304,12 @@ class Module:
                     self._translate(kernel)
 
     @classmethod
-    def from_ptx(cls, text: str, only=None) -> "Module":
+    def from_ptx(cls, text: str, only=None) -> Module:
         """Load a module from PTX text.  only: translate just the kernels whose name contains one of these."""
         return cls(text, only=only)
 
     @classmethod
-    def from_cu(cls, path: str, arch: str = "sm_80", flags=(), only=None) -> "Module":
+    def from_cu(cls, path: str, arch: str = "sm_80", flags=(), only=None) -> Module:
         """Compile a .cu file with nvcc -ptx (with -lineinfo) and load it."""
         with tempfile.TemporaryDirectory() as tmp:
             out = os.path.join(tmp, "out.ptx")
@@ -720,9 +720,7 @@ class _Arena:
             raw = bytes(a(self.address))
         elif isinstance(a, (np.generic, np.ndarray)):
             raw = a.tobytes()
-        elif isinstance(a, (ctypes.Structure, ctypes.Union, ctypes.Array)):
-            raw = bytes(a)
-        elif isinstance(a, ctypes._SimpleCData):
+        elif isinstance(a, (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes._SimpleCData)):
             raw = bytes(a)
         elif isinstance(a, (bool, int)):
             if p.type in ("f32", "f64"):

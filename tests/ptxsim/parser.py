@@ -209,7 +209,7 @@ def _line_at(text, position):
 
 
 def _split(text):
-    """The text with the body of each function empty, and the bodies, each with its braces, as (text, its first line)."""
+    """The text with the body of each function empty, and the bodies, each with its braces, as (text, first line)."""
     outline, bodies, depth = [], [], 0
     start = 0  # everything before it is in the outline
     for m in _BRACE.finditer(text):
@@ -707,10 +707,7 @@ class Parser:
         offset = 0
         if self.peek() in ("+", "-"):
             sign = -1 if self.next() == "-" else 1
-            if self.peek() == "-":
-                offset = sign * self.integer()
-            else:
-                offset = sign * self.integer()
+            offset = sign * self.integer()
         coords = ()
         if self.accept(","):
             vec = self.parse_operand(scope)

@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 import pytest
-
 from ptxsim import Module, Out
 
 HERE = os.path.dirname(os.path.abspath(__file__))

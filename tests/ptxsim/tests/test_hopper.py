@@ -4,7 +4,6 @@ import os
 
 import numpy as np
 import pytest
-
 from ptxsim import DeviceError, Module, Out, TensorMap
 
 HERE = os.path.dirname(os.path.abspath(__file__))

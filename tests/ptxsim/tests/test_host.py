@@ -6,22 +6,21 @@ import sysconfig
 
 import numpy as np
 import pytest
-
 from ptxsim import Device, DeviceError, HostProgram, Module, Out, toolchain
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 SOURCE = os.path.join(HERE, "program.cu")
 NONE, WRONG_GRID, NO_GRID, BIG_BLOCK, SWAPPED, UNCHECKED = range(6)
-P, I = ctypes.c_void_p, ctypes.c_int
+P, INT = ctypes.c_void_p, ctypes.c_int
 
 
 class ScaleParams(ctypes.Structure):
-    _fields_ = [("x", P), ("y", P), ("n", I), ("half", I), ("bug", I)]
+    _fields_ = [("x", P), ("y", P), ("n", INT), ("half", INT), ("bug", INT)]
 
 
 class TmaParams(ctypes.Structure):
-    _fields_ = [("x", P), ("y", P)] + [(n, I) for n in ("width", "height", "pitch", "box", "swizzle", "x0", "y0")]
+    _fields_ = [("x", P), ("y", P)] + [(n, INT) for n in ("width", "height", "pitch", "box", "swizzle", "x0", "y0")]
 
 
 @pytest.fixture(scope="session")
@@ -122,14 +121,14 @@ def test_runtime_calls(program, dev):
 
 
 def test_queries(program, dev):
-    out = (I * 6)()
+    out = (INT * 6)()
     assert program.query(out) == 0
     assert list(out) == [90, 132, 232448, 5, 2, 1024]
 
 
 def test_device_number(program, dev):
     """Launchers that ask for the current device go on; one that names device 0 does not find it."""
-    out, src, dst = (I * 6)(), dev.upload(f32(20000)), dev.alloc(4)
+    out, src, dst = (INT * 6)(), dev.upload(f32(20000)), dev.alloc(4)
     program.device_number = 70
     try:
         assert program.sums(P(src), P(dst), 1, 20000, 1, None) == 0
@@ -227,7 +226,7 @@ def test_launch_returns_the_code(program, dev):
     """The launcher's own error path sees the fault, and the exception comes after it returns."""
     seen = []
     inner = program.lib["scale"]  # without the check
-    inner.restype = I
+    inner.restype = INT
     src = dev.upload(f32(64))
     seen.append(inner(ctypes.byref(ScaleParams(src, dev.alloc(100), 64, 0, 0)), None))
     seen.append(inner(ctypes.byref(ScaleParams(src, dev.alloc(256), 64, 0, 0)), None))

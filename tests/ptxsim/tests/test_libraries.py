@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import pytest
-
 from ptxsim import Module, Out
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -97,6 +96,9 @@ def test_struct_with_pointer(mod):
         _fields_ = [("m", ctypes.c_float * 32), ("n", ctypes.c_int), ("p", ctypes.c_void_p)]
 
     p, o, i = np.arange(64, dtype=np.float32), np.zeros(64, np.float32), np.arange(64)
-    build = lambda address: Big((ctypes.c_float * 32)(*range(32)), 7, address(p))
+
+    def build(address):
+        return Big((ctypes.c_float * 32)(*range(32)), 7, address(p))
+
     mod.launch("lib_struct", 1, 64, [build, Out(o), None], buffers=[p])
     assert np.array_equal(o, (i & 31) + 1 + 7 + i + ((i * 7) & 31) + i)

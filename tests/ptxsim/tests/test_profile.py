@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-
 from ptxsim import Module, Out, TensorMap
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -2,11 +2,11 @@
 
 import math
 import os
+from pathlib import Path
 
 import numpy as np
-import pytest
-
 import ptxsim
+import pytest
 from ptxsim import DeviceError, Module, Out, from_bf16, to_bf16
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -172,8 +172,8 @@ def test_conversions(mod):
     a[:6] = [np.nan, np.inf, -np.inf, 2.5, -2.5, 3.5]
     d = rng.standard_normal(n) * np.exp2(rng.integers(0, 60, n))
     o = np.zeros((8, n), np.int32)
-    l = np.zeros((2, n), np.int64)
-    mod.launch("conversions", 1, 256, [a, d, Out(o), Out(l), n])
+    longs = np.zeros((2, n), np.int64)
+    mod.launch("conversions", 1, 256, [a, d, Out(o), Out(longs), n])
 
     def sat(v, lo, hi):
         v = np.where(np.isnan(v), 0, v)
@@ -191,7 +191,7 @@ def test_conversions(mod):
         rz = np.where(np.abs(rz.astype(np.float64)) > np.abs(d), np.nextafter(rz, np.float32(0)), rz)
         assert np.array_equal(o[5].view(np.float32), rz)
         assert np.array_equal(o[6].view(np.float32), np.trunc(d).astype(np.int64).astype(np.float32))
-        assert np.array_equal(l[0], np.rint(d).astype(np.int64))
+        assert np.array_equal(longs[0], np.rint(d).astype(np.int64))
 
 
 def test_int_ops(mod):
@@ -201,14 +201,19 @@ def test_int_ops(mod):
     o = np.zeros((20, n), np.uint32)
     mod.launch("int_ops", 1, 256, [a, b, Out(o), n])
     M = 0xFFFFFFFF
-    s = lambda v: v - (1 << 32) if v >> 31 else v
+
+    def s(v):
+        return v - (1 << 32) if v >> 31 else v
+
+    def i8(v, k):
+        return ((v >> 8 * k & 255) ^ 128) - 128
+
     for i in range(n):
         x, y = int(a[i]), int(b[i])
         perm, both = 0, x | y << 32
         for k in range(4):
             sel = (0x5410 + (y & 3)) >> (4 * k) & 7
             perm |= (both >> (8 * sel) & 255) << (8 * k)
-        i8 = lambda v, k: ((v >> 8 * k & 255) ^ 128) - 128
         div = y | 1
         q = abs(s(x)) // abs(s(div)) * (1 if (s(x) < 0) == (s(div) < 0) else -1)
         bfe = (x >> 5) & 0x7FF
@@ -277,7 +282,10 @@ def test_calls_and_symbols(mod, capfd):
     mod.symbol("coef").view(np.float32)[:] = [1, 0, 0, 2]
     mod.launch("calls", 1, 64, [Out(o), Out(f), 3])
     t = np.arange(64)
-    sq = lambda i: (i & 15) ** 2
+
+    def sq(i):
+        return (i & 15) ** 2
+
     want = np.select([(t + 3) % 7 == k for k in range(6)], [55, sq(t), -5, 1, t * 1000, sq(t * 3) + 3], 99)
     assert np.array_equal(o, want)
     assert np.array_equal(f, (t**3 + 2).astype(np.float32))
@@ -374,7 +382,10 @@ def test_mma_others(mod):
     want = from_bf16(ab)[:, :16].astype(np.float64) @ from_bf16(bb)[:16].astype(np.float64) + add
     assert np.allclose(unpack(out), want, rtol=1e-6)
     (ar, ac), (br, bc) = fragments(1, 8)
-    trunc = lambda v: (v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    def trunc(v):
+        return (v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
     A, B = (np.ascontiguousarray(v).view(np.uint32).reshape(32, -1) for v in (af[ar, ac], bf[br, bc]))
     out = run(A, B)[1]
     assert np.allclose(
@@ -434,14 +445,15 @@ def fault(mod, *args, **kw):
     return e.value
 
 
-f32 = lambda n: np.zeros(n, np.float32)
+def f32(n):
+    return np.zeros(n, np.float32)
 
 
 def test_bug_oob(mod):
     e = fault(mod, "bug_oob", 1, 64, [f32(64), f32(64), 64])
     assert e.what == "out-of-bounds" and e.thread == (63, 0, 0) and e.block == (0, 0, 0)
     assert "1 byte(s) past the end of argument 0" in e.buffer
-    src = open(os.path.join(HERE, "kernels.cu")).read().splitlines()
+    src = Path(HERE, "kernels.cu").read_text().splitlines()
     assert e.source.startswith("kernels.cu:")
     assert "a[i + 1]" in src[int(e.source.split(":")[1]) - 1]
 
