@@ -9,6 +9,7 @@ the others:
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _wgrad(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> t
 # base of autograd.Function that leaves the levels of torch.func to the dispatcher, as torch's own operators do.
 
 
-def _save(ctx, first: Tensor, second: Tensor) -> None:
+def _save(ctx: Any, first: Tensor, second: Tensor) -> None:
     """The factors of a product: one is needed for the other's gradient."""
     need_first, need_second = ctx.needs_input_grad[1:3]
     ctx.save_for_backward(first if need_second else None, second if need_first else None)
@@ -51,19 +52,19 @@ def _save(ctx, first: Tensor, second: Tensor) -> None:
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
-    terms = [term for term in terms if term is not None]
-    return sum(terms[1:], terms[0]) if terms else None
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
-def _primals(ctx) -> Iterator[Tensor]:
+def _primals(ctx: Any) -> Iterator[Tensor]:
     return (forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)
 
 
-def _for_levels_below(jvp: Callable) -> Callable:
+def _for_levels_below(jvp: Callable[..., Any]) -> Callable[..., Any]:
     """Derivatives of a derivative in forward mode: the level of torch.func below sees this one's arithmetic."""
 
     @functools.wraps(jvp)
-    def enabled(*arguments):
+    def enabled(*arguments: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
             return jvp(*arguments)
 
@@ -72,26 +73,29 @@ def _for_levels_below(jvp: Callable) -> Callable:
 
 class _Conv(torch.autograd.function._SingleLevelFunction):
     @staticmethod
-    def forward(ctx, run, x, weight, bias):
+    def forward(ctx: Any, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _save(ctx, x, weight)
         ctx.kernel_size = weight.shape[2:]
         return run(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, gy):
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         _, need_x, need_weight, need_bias = ctx.needs_input_grad
         gx = _dgrad(gy, weight) if need_x else None
         gweight = gbias = None
         if need_weight:
-            gweight, gbias = _wgrad(x, gy, *ctx.kernel_size, need_bias)
+            kernel_h, kernel_w = ctx.kernel_size
+            gweight, gbias = _wgrad(x, gy, kernel_h, kernel_w, need_bias)
         elif need_bias:
             gbias = gy.sum((0, 2, 3))
         return None, gx, gweight, gbias if need_bias else None
 
     @staticmethod
     @_for_levels_below
-    def jvp(ctx, _, x_tangent, weight_tangent, bias_tangent):
+    def jvp(
+        ctx: Any, _: None, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None
+    ) -> Tensor | None:
         x, weight = _primals(ctx)
         return _sum(
             None if x_tangent is None else _conv(x_tangent, weight),
@@ -102,21 +106,22 @@ class _Conv(torch.autograd.function._SingleLevelFunction):
 
 class _Dgrad(torch.autograd.function._SingleLevelFunction):
     @staticmethod
-    def forward(ctx, run, gy, weight):
+    def forward(ctx: Any, run: Callable[..., Tensor], gy: Tensor, weight: Tensor) -> Tensor:
         _save(ctx, gy, weight)
         ctx.kernel_size = weight.shape[2:]
         return run(gy, weight)
 
     @staticmethod
-    def backward(ctx, ggx):
+    def backward(ctx: Any, ggx: Tensor) -> tuple[Tensor | None, ...]:
         gy, weight = ctx.saved_tensors
         _, need_gy, need_weight = ctx.needs_input_grad
         ggy = _conv(ggx, weight) if need_gy else None
-        return None, ggy, _wgrad(ggx, gy, *ctx.kernel_size, False)[0] if need_weight else None
+        kernel_h, kernel_w = ctx.kernel_size
+        return None, ggy, _wgrad(ggx, gy, kernel_h, kernel_w, False)[0] if need_weight else None
 
     @staticmethod
     @_for_levels_below
-    def jvp(ctx, _, gy_tangent, weight_tangent):
+    def jvp(ctx: Any, _: None, gy_tangent: Tensor | None, weight_tangent: Tensor | None) -> Tensor | None:
         gy, weight = _primals(ctx)
         return _sum(
             None if gy_tangent is None else _dgrad(gy_tangent, weight),
@@ -126,13 +131,15 @@ class _Dgrad(torch.autograd.function._SingleLevelFunction):
 
 class _Wgrad(torch.autograd.function._SingleLevelFunction):
     @staticmethod
-    def forward(ctx, run, x, gy, *sizes_and_bias):
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, gy: Tensor, *sizes_and_bias: int
+    ) -> tuple[Tensor, Tensor]:
         _save(ctx, x, gy)
         ctx.sizes_and_bias = sizes_and_bias
         return run(x, gy, *sizes_and_bias)
 
     @staticmethod
-    def backward(ctx, ggweight, ggbias):
+    def backward(ctx: Any, ggweight: Tensor, ggbias: Tensor) -> tuple[Tensor | None, ...]:
         x, gy = ctx.saved_tensors
         _, need_x, need_gy, *_ = ctx.needs_input_grad
         gx = _dgrad(gy, ggweight) if need_x else None
@@ -141,20 +148,22 @@ class _Wgrad(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     @_for_levels_below
-    def jvp(ctx, _, x_tangent, gy_tangent, *__):
+    def jvp(ctx: Any, _: None, x_tangent: Tensor | None, gy_tangent: Tensor | None, *__: None) -> tuple[Tensor, Tensor]:
         x, gy = _primals(ctx)
         kernel_h, kernel_w, bias = ctx.sizes_and_bias
         no_gradient = x.new_zeros((x.shape[1], 1, kernel_h, kernel_w)), x.new_zeros((x.shape[1] if bias else 0,))
-        by_x, _ = no_gradient if x_tangent is None else _wgrad(x_tangent, gy, kernel_h, kernel_w, False)
+        by_x = no_gradient[0] if x_tangent is None else _wgrad(x_tangent, gy, kernel_h, kernel_w, False)[0]
         by_gy, bias_tangent = no_gradient if gy_tangent is None else _wgrad(x, gy_tangent, kernel_h, kernel_w, bias)
         return by_x + by_gy, bias_tangent
 
 
-def _register(name: str, function: type) -> None:
+def _register(name: str, function: Any) -> None:
+    """function: a subclass of _SingleLevelFunction, whose apply() PyTorch's types do not tell."""
     op = getattr(_ops, name).default
 
-    def kernel(keyset, *arguments):
-        def run(*arguments):  # function.apply turns gradients off, but they are on for the level of torch.func below
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        # function.apply turns gradients off, but they are on for the level of torch.func below.
+        def run(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -174,12 +183,12 @@ _register("depthwise_conv2d_wgrad", _Wgrad)
 
 
 @torch.library.register_fake("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
-def _(gy, weight):
+def _(gy: Tensor, weight: Tensor) -> Tensor:
     return _like(gy)
 
 
 @torch.library.register_fake("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
-def _(x, gy, kernel_h, kernel_w, bias):
+def _(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     return x.new_empty((channels, 1, kernel_h, kernel_w)), x.new_empty((channels if bias else 0,))
 
@@ -207,11 +216,11 @@ for _device_type in _AUTOCAST:
 
 # --------------------------------------------------------------------------------------------------------- vmap
 
+_Dims = tuple[int | None, ...]  # the vmapped dimension of each argument, None for one that has none
 
-def _fold(tensor: Tensor | None, batch_dim: int | None, size: int, dim: int) -> Tensor | None:
+
+def _fold(tensor: Tensor, batch_dim: int | None, size: int, dim: int) -> Tensor:
     """The vmapped dimension, or copies of what has none, in front of dimension dim and joined with it."""
-    if tensor is None:
-        return None
     if batch_dim is None:
         tensor = tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
     else:
@@ -224,16 +233,17 @@ def _unfold(tensor: Tensor, size: int, dim: int) -> Tensor:
 
 
 @torch.library.register_vmap("convmixer_fast::depthwise_conv2d", lib=_library)
-def _(info, in_dims, x, weight, bias):
-    size, (x_dim, *weight_dims) = info.batch_size, in_dims
-    if weight_dims == [None, None]:
+def _(info: Any, in_dims: _Dims, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    size, (x_dim, weight_dim, bias_dim) = info.batch_size, in_dims
+    if weight_dim is None and bias_dim is None:
         return _unfold(_conv(_fold(x, x_dim, size, 0), weight, bias), size, 0), 0
-    weight, bias = (_fold(tensor, dim, size, 0) for tensor, dim in zip((weight, bias), weight_dims))
+    weight = _fold(weight, weight_dim, size, 0)
+    bias = None if bias is None else _fold(bias, bias_dim, size, 0)
     return _unfold(_conv(_fold(x, x_dim, size, 1), weight, bias), size, 1), 1
 
 
 @torch.library.register_vmap("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
-def _(info, in_dims, gy, weight):
+def _(info: Any, in_dims: _Dims, gy: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     size, (gy_dim, weight_dim) = info.batch_size, in_dims
     if weight_dim is None:
         return _unfold(_dgrad(_fold(gy, gy_dim, size, 0), weight), size, 0), 0
@@ -241,7 +251,9 @@ def _(info, in_dims, gy, weight):
 
 
 @torch.library.register_vmap("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
-def _(info, in_dims, x, gy, kernel_h, kernel_w, bias):
+def _(
+    info: Any, in_dims: _Dims, x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     size = info.batch_size
     x, gy = (_fold(tensor, dim, size, 1) for tensor, dim in zip((x, gy), in_dims))
     gweight, gbias = _wgrad(x, gy, kernel_h, kernel_w, bias)
@@ -257,10 +269,10 @@ def _flops(shape: torch.Size, kernel_h: int, kernel_w: int) -> int:
 
 
 @register_flop_formula([_ops.depthwise_conv2d, _ops.depthwise_conv2d_dgrad, _ops.fused_depthwise])
-def _(x_shape, weight_shape, *_, **__):
-    return _flops(x_shape, *weight_shape[2:])
+def _(x_shape: torch.Size, weight_shape: torch.Size, *_: object, **__: object) -> int:
+    return _flops(x_shape, weight_shape[2], weight_shape[3])
 
 
 @register_flop_formula(_ops.depthwise_conv2d_wgrad)
-def _(x_shape, gy_shape, kernel_h, kernel_w, *_, **__):
+def _(x_shape: torch.Size, gy_shape: torch.Size, kernel_h: int, kernel_w: int, *_: object, **__: object) -> int:
     return _flops(x_shape, kernel_h, kernel_w)

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .model import ACTIVATIONS, ALIASES, VARIANTS, ConvMixer, check_activation
 
 
-def load_checkpoint(path: str | os.PathLike, activation: str | None = None) -> ConvMixer:
+def load_checkpoint(path: str | os.PathLike[str], activation: str | None = None) -> ConvMixer:
     """The model whose weights are in a file, in eval mode, on the CPU, in the file's dtype.
 
     The file is ``.safetensors``, or else what torch.save wrote: a state dict, alone or as the entry "state_dict", whose
@@ -34,18 +35,19 @@ def load_checkpoint(path: str | os.PathLike, activation: str | None = None) -> C
     if activation is not None:
         check_activation(activation)
     state = _named_like_ours(_state_dict(_read(path), path), path)
-    ablation = _ablation(state)
-    sizes = _sizes(state, ablation["residual"], path)
+    residual, norm = _ablation(state)
+    sizes = _sizes(state, residual, path)
     if activation is None:
         activation = _activation_of_name(path, sizes)
+    arguments: dict[str, Any] = dict(sizes, residual=residual, norm=norm)
     with torch.device("meta"):
-        model = ConvMixer(**sizes, **ablation, activation=activation)
+        model = ConvMixer(**arguments, activation=activation)
     _check_fits(state, model, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _read(path: Path):
+def _read(path: Path) -> object:
     with path.open("rb") as file:
         try:
             if path.suffix == ".safetensors":
@@ -59,7 +61,7 @@ def _read(path: Path):
             ) from error
 
 
-def _state_dict(content, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
     """The state dict in a file's content, without the prefix of DistributedDataParallel."""
     if isinstance(content, dict):
         content = content.get("state_dict", content)
@@ -84,18 +86,18 @@ def _named_like_ours(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         )
     head = max(int(number) for key in state if (number := key.partition(".")[0]).isdecimal())
 
-    def rename(match: re.Match) -> str:
+    def rename(match: re.Match[str]) -> str:
         number = int(match[0])
         return f"stem.{number}" if number < 3 else "head" if number == head else f"blocks.{number - 3}"
 
     return {re.sub(r"^[0-9]+", rename, key): tensor for key, tensor in state.items()}
 
 
-def _ablation(state: dict[str, Tensor]) -> dict[str, object]:
+def _ablation(state: dict[str, Tensor]) -> tuple[tuple[str, ...], str]:
     """The arguments residual and norm of ConvMixer, by the keys of the first layer and of BatchNorm's statistics."""
     halves = {"spatial": "blocks.0.0.fn.", "channel": "blocks.0.1.fn."}
     residual = tuple(half for half, prefix in halves.items() if any(key.startswith(prefix) for key in state))
-    return dict(residual=residual, norm="batch" if any(".running_" in key for key in state) else "layer")
+    return residual, "batch" if any(".running_" in key for key in state) else "layer"
 
 
 def _sizes(state: dict[str, Tensor], residual: tuple[str, ...], path: Path) -> dict[str, int]:
@@ -159,5 +161,5 @@ def _check_fits(state: dict[str, Tensor], model: ConvMixer, path: Path) -> None:
             raise ValueError(f"{path} has {key}, which a ConvMixer of depth {model.depth} has not")
 
 
-def _describe(value) -> str:
+def _describe(value: object) -> str:
     return "nothing" if isinstance(value, dict) and not value else type(value).__name__

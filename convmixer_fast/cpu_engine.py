@@ -1,9 +1,14 @@
 """Runs an optimized ConvMixer on the CPU as one operator: its packed weights, and the memory its layers share."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
+
+if TYPE_CHECKING:
+    from .inference import OptimizedConvMixer
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -16,8 +21,8 @@ class CpuEngine:
     Memory is kept from call to call and lent to one call at a time; what a call returns is its own.
     """
 
-    def __init__(self, module: nn.Module):
-        """module: an OptimizedConvMixer, whose weights are packed; later changes of them are not seen."""
+    def __init__(self, module: "OptimizedConvMixer"):
+        """Packs the module's weights; later changes of them are not seen."""
         patch, depthwise, pointwise, vectors, *head = (buffer.contiguous() for buffer in module.buffers())
         self._packed = _ops.mixer_pack.default(patch, depthwise, pointwise, vectors, *head)
         self._shapes = patch, depthwise, head[0]
@@ -38,6 +43,7 @@ class CpuEngine:
                 and pointwise of every layer in turn, pooling, head.
         """
         size = _ops.mixer_workspace_bytes.default(x, *self._shapes)
+        workspace: Tensor | None
         try:
             workspace = self._workspaces.pop()
         except IndexError:

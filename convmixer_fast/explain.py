@@ -101,7 +101,16 @@ class _Choice(Structure):  # csrc/bindings/explain.cpp, Choice
     ]
 
 
-def _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, gpu) -> _Query:
+def _query(
+    x_shape: tuple[int, int, int, int],
+    kernel_size: int | tuple[int, int],
+    dtype: torch.dtype,
+    layout: str,
+    activation: str,
+    prologue: bool,
+    residual: bool,
+    gpu: Gpu,
+) -> _Query:
     shape = tuple(x_shape)
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"x_shape must be four positive sizes (N, C, H, W), got {x_shape!r}")
@@ -116,8 +125,7 @@ def _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, 
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
-    activation = _activation(activation)
-    flags = activation, prologue, residual
+    flags = _activation(activation), prologue, residual
     return _Query(shape, x.stride(), y.stride(), kernel, _DTYPES[dtype], *flags, gpu.smem_per_sm - SYSTEM_SMEM)
 
 
@@ -200,7 +208,15 @@ def _why_direct(query: _Query, dtype: torch.dtype) -> str:
     return "no tile of the tensor-core kernel fits its shared memory, or its offsets 32 bits"
 
 
-def mma_arguments(x_shape, kernel_size, dtype, *, activation="gelu", prologue=False, residual=True) -> bytes:
+def mma_arguments(
+    x_shape: tuple[int, int, int, int],
+    kernel_size: int | tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    activation: str = "gelu",
+    prologue: bool = False,
+    residual: bool = True,
+) -> bytes:
     """The parameters of the tensor-core kernel as they lie in its constant memory, with made-up addresses; NCHW.
 
     Raises:
@@ -224,7 +240,9 @@ class WgradLaunch(NamedTuple):
     arguments: bytes
 
 
-def wgrad_launch(x_shape, kernel_size, dtype) -> WgradLaunch:
+def wgrad_launch(
+    x_shape: tuple[int, int, int, int], kernel_size: int | tuple[int, int], dtype: torch.dtype
+) -> WgradLaunch:
     """The tensor-core kernel of the weight's and the bias's gradient as one block that does all the work; NCHW.
 
     Raises:

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
+
+if TYPE_CHECKING:
+    from .inference import OptimizedConvMixer
 
 _PLANE_ALIGNMENT = 8  # elements: 16 bytes of a 16-bit type, what one access of the tensor-core kernel moves
 _GEMM_TILE = (128, 256)  # of the output, of the usual library kernel: tells how many images keep a GPU busy
@@ -53,14 +57,14 @@ class Weights:
     residual: bool
 
     @staticmethod
-    def of(module: nn.Module) -> "Weights":
-        """Of an OptimizedConvMixer; copies only the patch weight and the vectors."""
-        arithmetic = torch.float64 if module.patch.dtype == torch.float64 else torch.float32
-        after_patch, *after = (vectors.unbind() for vectors in module.vectors.to(arithmetic).unbind())
+    def of(module: "OptimizedConvMixer") -> "Weights":
+        """Takes the module's; copies only the patch weight and the vectors."""
+        after_patch, *after = unbound(module.vectors, module.patch.dtype)
         flat = module.patch.flatten(1)
+        in_channels, patch_height, patch_width = module.patch.shape[1:]
         return Weights(
             patch=F.pad(flat, (0, -flat.shape[1] % _PLANE_ALIGNMENT)),
-            patch_size=tuple(module.patch.shape[1:]),
+            patch_size=(in_channels, patch_height, patch_width),
             after_patch=after_patch,
             layers=list(zip(module.depthwise.unbind(), after[::2], module.pointwise.unbind(), after[1::2])),
             head=(module.head_weight.t(), module.head_bias),
@@ -72,6 +76,13 @@ class Weights:
         yield from (self.patch, *self.after_patch, *self.head)
         for depthwise, after_depthwise, pointwise, after_pointwise in self.layers:
             yield from (depthwise, *after_depthwise, pointwise, *after_pointwise)
+
+
+def unbound(vectors: Tensor, dtype: torch.dtype) -> list[Vectors]:
+    """Bias, scale and shift after each convolution, of vectors (n, 3, C), as float32, or float64 for float64."""
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    each = (stacked.unbind() for stacked in vectors.to(arithmetic).unbind())
+    return [(bias, scale, shift) for bias, scale, shift in each]
 
 
 @dataclass(frozen=True)
@@ -319,15 +330,16 @@ class GpuEngine:
     gets buffers that belong to that graph.
     """
 
-    def __init__(self, module: nn.Module):
-        """module: an OptimizedConvMixer; later changes of its weights are not seen."""
+    def __init__(self, module: "OptimizedConvMixer"):
+        """Later changes of the module's weights are not seen."""
         with torch.no_grad():
             self.weights = Weights.of(module)
         self.chunk = module.chunk
         self._lock = threading.Lock()
         self._idle: list[tuple[object, Arena]] = []  # with their streams; the one used last comes last
         self._recording: Arena | None = None  # that of the graph recorded last
-        self.graphs = written = None
+        self.graphs: GraphCache | None = None
+        written = None
         if module.patch.is_cuda:
             with torch.cuda.device(module.patch.device):
                 if not torch.cuda.is_current_stream_capturing():
@@ -363,7 +375,7 @@ class GpuEngine:
 
     def geometry(self, x: Tensor) -> Geometry:
         """Of the largest chunk of x."""
-        chunks = 1 if self.chunk == "auto" else chunks_of(len(x), self.chunk)
+        chunks = chunks_of(len(x), self.chunk) if isinstance(self.chunk, int) else 1  # "auto"
         return Geometry(-(-len(x) // chunks), *map_size(x, self.weights))
 
     def arena_bytes(self) -> int:

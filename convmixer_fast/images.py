@@ -38,7 +38,7 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     """
     short = math.floor(size / CROP_FRACTION)
     width, height = (int(short * side / min(image.size)) for side in image.size)
-    if width * height > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too elongated: resized, {width} x {height}")
     # round() sends halves to the even neighbour, as torchvision's centre crop
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -53,6 +53,7 @@ def read_image(path: Path) -> Image.Image:
     Transparency is dropped, as timm does; an animation gives its first frame. Raises ValueError for 32-bit grey, whose
     range of values is unknown, and whatever Pillow raises for a damaged file.
     """
+    image: Image.Image
     with Image.open(path, formats=list(FORMATS)) as image:
         if image.mode in ("I", "F"):
             raise ValueError(f"32-bit grey (mode {image.mode}) has no known range of values: convert it to 8 bits")
@@ -95,9 +96,9 @@ def predict(
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             outcomes = list(pool.map(load_input, batch, repeat(size)))
-            readable = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Tensor)]
+            readable = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Tensor)}
             if readable:
-                inputs = torch.stack([outcomes[index] for index in readable]).to(device, dtype)
+                inputs = torch.stack(list(readable.values())).to(device, dtype)
                 with torch.inference_mode():
                     probabilities = network(inputs).float().softmax(1).cpu()
                 for index, row in zip(readable, probabilities):

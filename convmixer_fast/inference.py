@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .cpu_engine import CpuEngine
-from .gpu_engine import GpuEngine
+from .gpu_engine import GpuEngine, Vectors, unbound
 from .model import check_images
 from .reference import activate_and_normalize
 
@@ -32,6 +32,13 @@ class OptimizedConvMixer(nn.Module):
     calls at a time, and with CUDA graphs, besides two for all graphs, the images and logits of each. Any threads and
     streams may call it, and the caller may capture it into a CUDA graph; what a call returns no later call touches.
     """
+
+    patch: Tensor
+    depthwise: Tensor
+    pointwise: Tensor
+    vectors: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
 
     def __init__(
         self,
@@ -100,7 +107,8 @@ class OptimizedConvMixer(nn.Module):
             raise TypeError(f"x must be {self.patch.dtype} as the weights, got {x.dtype}")
         if x.device != self.patch.device:
             raise ValueError(f"x must be on {self.patch.device} as the weights, got {x.device}")
-        check_images(x, *self.patch.shape[1:])
+        in_channels, patch_height, patch_width = self.patch.shape[1:]
+        check_images(x, in_channels, patch_height, patch_width)
         ops.check_inference(x=x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             yield
@@ -109,14 +117,13 @@ class OptimizedConvMixer(nn.Module):
         """What runs the weights as they are now: made at the first call, and anew once they change."""
         return self._kept.engine(kind, self)
 
-    def _last_product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def _last_product(self, x: Tensor) -> tuple[Tensor, Vectors]:
         """The raw output of the last layer's 1x1 convolution, and its bias, scale and shift, still to be applied.
 
         By operators alone, without memory of its own: what torch.export and torch.compile see.
         """
         layout = torch.contiguous_format if x.is_cuda else torch.channels_last
-        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-        after_patch, *after = (vectors.unbind() for vectors in self.vectors.to(arithmetic).unbind())
+        after_patch, *after = unbound(self.vectors, x.dtype)
 
         x = x.contiguous(memory_format=layout)
         x = F.conv2d(x, self.patch, stride=self.patch.shape[2:]).contiguous(memory_format=layout)
@@ -154,12 +161,12 @@ class OptimizedConvMixer(nn.Module):
 class _Kept:
     """The engine of a module, with the buffers that it was made of. Copying or pickling it gives an empty one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engine: CpuEngine | GpuEngine | None = None
-        self._made_of: list[tuple] = []
+        self._made_of: list[tuple[int, int, int]] = []
 
-    def __reduce__(self):
+    def __reduce__(self) -> "tuple[type[_Kept], tuple[()]]":
         return _Kept, ()
 
     def engine(self, kind: type[CpuEngine] | type[GpuEngine], module: OptimizedConvMixer) -> CpuEngine | GpuEngine:

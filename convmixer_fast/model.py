@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,6 +56,13 @@ class ConvMixer(nn.Module):
     Raises:
         TypeError, ValueError: an argument that is not a positive integer, or an unknown activation, half or norm.
     """
+
+    dim: int
+    depth: int
+    kernel_size: int
+    patch_size: int
+    n_classes: int
+    in_channels: int
 
     def __init__(
         self,
@@ -208,7 +216,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in VARIANTS if fnmatchcase(name, pattern)]
 
 
-def create_model(name: str, **overrides) -> ConvMixer:
+def create_model(name: str, **overrides: Any) -> ConvMixer:
     """A ConvMixer of the paper with random weights.
 
     Args:

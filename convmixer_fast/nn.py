@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +92,10 @@ def _obstacles(conv: nn.Conv2d) -> Iterator[str]:
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
         yield "its forward was replaced"
     channels = conv.in_channels
-    padding = ["same"]
+    padding: list[Any] = ["same"]
     if all(size % 2 for size in conv.kernel_size):
         padding.append(tuple(size // 2 for size in conv.kernel_size))
-    accepted = dict(
+    accepted: dict[str, list[Any]] = dict(
         out_channels=[channels],
         groups=[channels],
         stride=[(1, 1)],

@@ -9,6 +9,8 @@ requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fi
 RuntimeError with the argument's name, what it was and what is accepted.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,12 +67,10 @@ def fused_depthwise(
     Returns:
         (N, C, H, W), of x's dtype and memory format; or out.
     """
-    if prologue is None:
-        prologue = (None, None, None)
-    elif not isinstance(prologue, (tuple, list)) or len(prologue) != 3:
+    if prologue is not None and (not isinstance(prologue, (tuple, list)) or len(prologue) != 3):
         raise TypeError(f"prologue must be None or three tensors (bias, scale, shift), got {type(prologue).__name__}")
     check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue)
-    arguments = (x, weight, bias, scale, shift, _activation(activation), residual, *prologue)
+    arguments = (x, weight, bias, scale, shift, _activation(activation), residual, *(prologue or (None, None, None)))
     if out is None:
         return _call(_ops.fused_depthwise.default, *arguments)
     _call(_ops.fused_depthwise.out, *arguments, out=out)
@@ -107,7 +107,7 @@ def _activation(name: str) -> int:
         raise ValueError(f"activation must be one of {accepted}, got {name!r}") from None
 
 
-def check_inference(**arguments: Tensor | tuple | None) -> None:
+def check_inference(**arguments: Tensor | tuple[Tensor, ...] | None) -> None:
     if not torch.is_grad_enabled():
         return
     for name, argument in arguments.items():
@@ -119,8 +119,8 @@ def check_inference(**arguments: Tensor | tuple | None) -> None:
                 )
 
 
-def _call(op: torch._ops.OpOverload, *arguments, **out: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
-    """Runs an operator; says why when its device has no kernels, and keeps the type of out-of-memory errors."""
+def _call(op: torch._ops.OpOverload, *arguments: Any, **out: Tensor) -> Any:
+    """An operator's result; says why when its device has no kernels, and keeps the type of out-of-memory errors."""
     x = arguments[0]
     if isinstance(x, Tensor) and x.is_cuda:
         _library.require_cuda()
@@ -137,21 +137,21 @@ def _like(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("convmixer_fast::depthwise_conv2d")
-def _(x, weight, bias):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _like(x)
 
 
 @torch.library.register_fake("convmixer_fast::fused_depthwise")
-def _(x, weight, bias, scale, shift, activation, residual, prologue_bias, prologue_scale, prologue_shift):
+def _(x: Tensor, *_: object) -> Tensor:
     return _like(x)
 
 
 @torch.library.register_fake("convmixer_fast::fused_depthwise.out")
 @torch.library.register_fake("convmixer_fast::activate_pool.out")
-def _(*arguments, out):
+def _(*_: object, out: Tensor) -> None:
     pass
 
 
 @torch.library.register_fake("convmixer_fast::activate_pool")
-def _(x, bias, scale, shift, activation):
+def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[:2])

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,14 @@ _CHAINS = {
     "timm.models.convmixer.ConvMixer.forward",
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d.forward",
 }
-_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu"}
 # What the fused step cannot express, and why, by module.
 _REASONS = {
     Residual: "the fused step adds its input in the spatial half of every layer or of none, and nowhere else",
     nn.LayerNorm: "its mean and variance depend on the image, so it is no fixed scale and shift",
 }
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def optimize(
@@ -74,16 +76,18 @@ def _convert(model: nn.Module, dtype: torch.dtype | None, chunk: int | str, cuda
     leaves = _Leaves(model, dtype)
     patch = leaves.take(nn.Conv2d)
     dim = patch.out_channels
-    plain = dict(dilation=[(1, 1)], padding_mode=["zeros"])
+    plain: dict[str, list[Any]] = dict(dilation=[(1, 1)], padding_mode=["zeros"])
     leaves.check(patch, stride=[patch.kernel_size], padding=["valid", (0, 0)], groups=[1], **plain)
-    vectors, depthwise, pointwise = [leaves.take_vectors(patch)], [], []
+    vectors = [leaves.take_vectors(patch)]
+    depthwise: list[nn.Conv2d] = []
+    pointwise: list[nn.Conv2d] = []
     plain |= dict(in_channels=[dim], out_channels=[dim], stride=[(1, 1)])
     residual = not leaves.next_is(nn.Conv2d)  # in the first layer, and so in all
     while not (depthwise and leaves.next_is(nn.AdaptiveAvgPool2d)):
         with leaves.residual(dim) if residual else nullcontext():
             conv = leaves.take(nn.Conv2d)
             kernel_size = depthwise[0].kernel_size if depthwise else conv.kernel_size
-            padding = ["same"]
+            padding: list[Any] = ["same"]
             if all(size % 2 for size in kernel_size):
                 padding.append(tuple(size // 2 for size in kernel_size))
             leaves.check(conv, kernel_size=[kernel_size], groups=[dim], padding=padding, **plain)
@@ -123,23 +127,24 @@ class _Leaves:
         self._dtype = dtype
         self._coming = deque(_leaves("model", model))
         self._path = "model"  # of the leaf taken last
-        self.activation = None  # that of all layers, known from the first one
+        self.activation = ""  # that of all layers, known from the first one
 
     def next_is(self, kind: type[nn.Module]) -> bool:
         return bool(self._coming) and isinstance(self._coming[0][1], kind)
 
-    def take(self, *kinds: type[nn.Module]) -> nn.Module:
+    def take(self, *kinds: type[_Module]) -> _Module:
         """The next leaf, which must be of one of these kinds and lack none of its tensors."""
         accepted = " or ".join(f"nn.{kind.__name__}" for kind in kinds)
-        module = self._pop(accepted)
-        if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds):
-            raise self._mismatch(module, accepted)
+        leaf = self._pop(accepted)
+        module = next((leaf for kind in kinds if isinstance(leaf, kind) and type(leaf).forward is kind.forward), None)
+        if module is None:
+            raise self._mismatch(leaf, accepted)
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is None:
                 raise ValueError(f"{self._path}.{name} is None, accepted: a tensor")
         return module
 
-    def check(self, module: nn.Module, **accepted: list) -> None:
+    def check(self, module: nn.Module, **accepted: list[Any]) -> None:
         """Compares attributes of the leaf taken last with the values accepted for them."""
         for name, values in accepted.items():
             value = getattr(module, name)
@@ -154,11 +159,12 @@ class _Leaves:
         if isinstance(activation, nn.GELU):
             self.check(activation, approximate=["none"])
         name = next(name for kind, name in _ACTIVATIONS.items() if isinstance(activation, kind))
-        if self.activation not in (None, name):
+        if self.activation not in ("", name):
             raise self._mismatch(activation, f"{self.activation!r} as before")
         self.activation = name
         norm = self.take(nn.BatchNorm2d)
         self.check(norm, num_features=[conv.out_channels])
+        assert conv.bias is not None and norm.running_mean is not None and norm.running_var is not None  # by take()
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         if (self._dtype or conv.weight.dtype) != torch.float64:
             scale = scale.float().double()
@@ -206,6 +212,8 @@ def _is_chain(module: nn.Module) -> bool:
 def _leaves(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if _is_chain(module):
         for name, child in module._modules.items():  # named_children() leaves out a child's second use
+            if child is None:
+                raise ValueError(f"{path}.{name} is None, accepted: a module")
             yield from _leaves(f"{path}.{name}", child)
     elif type(module) not in (nn.Identity, nn.Dropout):  # which do nothing in eval mode
         yield path, module

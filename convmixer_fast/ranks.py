@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+_T = TypeVar("_T")
 
 TIMEOUT = timedelta(minutes=30)  # for the slowest rank to arrive; one that has died is noticed at once
 
@@ -51,17 +54,17 @@ def barrier() -> None:
             raise RuntimeError(f"a process has died, or is {TIMEOUT} late: {error}") from None
 
 
-def gather(part: object) -> list | None:
+def gather(part: _T) -> list[_T] | None:
     """All ranks' parts, in the order of the ranks, on rank 0; None on the others. Raises as barrier."""
     if not dist.is_initialized():
         return [part]
     barrier()
-    parts = [None] * count() if rank() == 0 else None
+    parts: list[Any] | None = [None] * count() if rank() == 0 else None
     dist.gather_object(part, parts)
     return parts
 
 
-def of_first(value: object) -> object:
+def of_first(value: _T) -> _T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value

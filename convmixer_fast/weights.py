@@ -24,7 +24,7 @@ def draw_weights(model: ConvMixer, folder: Path) -> list[Path]:
     kernel scaled to its largest weight.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    patches = model.stem[0].weight.detach()
+    patches = model.get_parameter("stem.0.weight").detach()
     size = f"{model.patch_size}x{model.patch_size}"
     if model.in_channels == 3:
         colours, how = _rgb(patches), "as RGB"
@@ -83,7 +83,7 @@ def _save(path: Path, colours: np.ndarray, caption: str) -> Path:
 
     font = ImageFont.load_default(FONT_SIZE)
     left, _, right, bottom = font.getbbox(caption)
-    top = 2 * MARGIN + bottom
+    top = 2 * MARGIN + math.ceil(bottom)
     size = (2 * MARGIN + max(grid.shape[1], math.ceil(right - left)), top + grid.shape[0] + MARGIN)
     picture = Image.new("RGB", size, "white")
     ImageDraw.Draw(picture).text((MARGIN, MARGIN), caption, "black", font)

@@ -296,6 +296,7 @@ def without(index):
         (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 4, 1)), "model.0.padding is (1, 1), accepted: 'valid' or (0, 0)"),
         (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 4, bias=False)), "model.0.bias is None, accepted: a tensor"),
         (replaced("1", lambda _: nn.SiLU()), "model.1 is SiLU, accepted: nn.GELU or nn.ReLU"),
+        (replaced("1", lambda _: None), "model.1 is None, accepted: a module"),
         (replaced("1", lambda _: Halved()), "model.1 is Halved, accepted: nn.GELU or nn.ReLU"),
         (replaced("1", lambda _: nn.GELU("tanh")), "model.1.approximate is 'tanh', accepted: 'none'"),
         (replaced("3.2", lambda _: nn.ReLU()), "model.3.2 is ReLU, accepted: 'gelu' as before"),
