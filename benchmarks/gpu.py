@@ -47,18 +47,16 @@ def unusable(capability: tuple[int, int]) -> str:
     )
     if asked.returncode:
         return f"they do not load: {([''] + asked.stderr.strip().splitlines())[-1] or f'exit {asked.returncode}'}"
-    return unfit(json.loads(asked.stdout.splitlines()[-1]), capability, fingerprint())
+    return unfit(json.loads(asked.stdout.splitlines()[-1]), capability)
 
 
-def unfit(info: dict, capability: tuple[int, int], sources: str) -> str:
-    """As unusable(), of libraries that loaded: by what build_info() says of them."""
+def unfit(info: dict, capability: tuple[int, int]) -> str:
+    """As unusable(), of libraries that loaded, and so are of these sources: by what build_info() says of them."""
     target = "sm_" + gpu_steps.target(capability).replace(".", "")
     if info["cuda_missing"]:
         return info["cuda_missing"]
     if target not in info["cuda_targets"]:
         return f"the kernels are for {', '.join(info['cuda_targets'])}, not for {target}"
-    if info["sources"] != sources:
-        return f"they are of the sources {info['sources']}, and these are {sources}"
     return ""
 
 

@@ -1,6 +1,9 @@
 """Loads the two compiled libraries, and tells what they contain and why a part is missing."""
 
 import ctypes
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +12,7 @@ from ._version import __version__
 
 ALLOCATION_FAILED = "out of memory: could not allocate"  # csrc/bindings/operators.h
 
+_OLDEST_TORCH = (2, 10)  # the stable ABI that setup.py builds against, TORCH_TARGET_VERSION
 _FOLDER = Path(__file__).parent
 _CPU, _CUDA = _FOLDER / "_C.so", _FOLDER / "_C_cuda.so"
 
@@ -20,11 +24,55 @@ def _text(library: ctypes.CDLL, function: str) -> str:
     return call().decode()
 
 
+def _require_torch(version: str) -> None:
+    """Raises ImportError for a torch that lacks functions which the libraries call: the linker would name only them."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise ImportError(f"convmixer_fast needs torch {oldest} or newer, and this is torch {version}")
+
+
+def _not_built() -> str:
+    """What to do where this folder has no library. A clone on the path hides an installed package that has one."""
+    others = (Path(entry, _FOLDER.name).resolve() for entry in sys.path)
+    installed = next((folder for folder in others if (folder / _CPU.name).exists()), None)
+    if installed is None:
+        return f"{_CPU} is not built: run `make build` in a clone, or `pip install --no-build-isolation .`"
+    return (
+        f"{_FOLDER} has no {_CPU.name} and hides {installed}, which has one: run `make build` in {_FOLDER.parent}, or "
+        "run python from another folder"
+    )
+
+
+def _sources(library: ctypes.CDLL) -> str:
+    """The digest of those that it was compiled from."""
+    return _text(library, "convmixer_fast_sources")
+
+
+def _of_other_sources(path: Path, library: ctypes.CDLL, expected: str) -> str | None:
+    """What to do with a library whose sources do not have the expected digest, or None."""
+    found = _sources(library)
+    if found == expected:
+        return None
+    return f"{path} was built from other sources ({found}) than are there now ({expected}): rebuild it by `make build`"
+
+
 def _load_cpu() -> ctypes.CDLL:
+    """The library with the schemas and the CPU kernels; raises ImportError with what to do where it cannot be used."""
+    _require_torch(torch.__version__)
     if not _CPU.exists():
-        raise ImportError(f"{_CPU.name} is not built: run `make` in a clone, or `pip install --no-build-isolation .`")
-    torch.ops.load_library(_CPU)
-    return ctypes.CDLL(str(_CPU))
+        raise ImportError(_not_built())
+    try:
+        torch.ops.load_library(_CPU)
+    except OSError as error:
+        raise ImportError(f"{_CPU} does not load with torch {torch.__version__}: {error}") from None
+    library = ctypes.CDLL(str(_CPU))
+    digest = _FOLDER.parent / "csrc" / "fingerprint.py"
+    if digest.exists():  # in a clone; an installed package has no sources beside it
+        outdated = _of_other_sources(_CPU, library, runpy.run_path(digest)["fingerprint"]())
+        if outdated:
+            raise ImportError(outdated)
+    return library
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
@@ -38,7 +86,8 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         return None, f"{_CUDA.name} does not load: {error}"
     library = ctypes.CDLL(str(_CUDA))
-    return library, _why_unusable(library.convmixer_fast_cuda_runtime(), _driver_version())
+    outdated = _of_other_sources(_CUDA, library, _sources(_cpu_library))
+    return library, outdated or _why_unusable(library.convmixer_fast_cuda_runtime(), _driver_version())
 
 
 def _driver_version() -> int | None:
@@ -99,7 +148,7 @@ def build_info() -> dict[str, str | list[str] | None]:
         cuda_missing: why the CUDA kernels cannot be used, or None.
     """
     libraries = {_CPU.name: _cpu_library} | ({_CUDA.name: _cuda_library} if _cuda_library else {})
-    sources = dict.fromkeys(_text(library, "convmixer_fast_sources") for library in libraries.values())
+    sources = dict.fromkeys(map(_sources, libraries.values()))
     driver = _driver_version()
     return {
         "version": __version__,

@@ -1,6 +1,7 @@
 """What the compiled libraries tell of themselves, and when the CUDA kernels are refused before a launch fails."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import convmixer_fast
 from convmixer_fast import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(convmixer_fast.__file__).parent
 REASON = "_C_cuda.so has the CUDA 13.0 runtime, and the driver serves CUDA 12.8 at most: install a driver for CUDA 13"
 
 
@@ -30,6 +32,99 @@ REASON = "_C_cuda.so has the CUDA 13.0 runtime, and the driver serves CUDA 12.8 
 def test_a_driver_serves_runtimes_up_to_its_major_version(runtime, driver, usable):
     assert (_library._why_unusable(runtime, driver) is None) == usable
     assert _library._why_unusable(13000, 12080).startswith(REASON)
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.9", "1.13.1", "2.1.0a0+git1234"])
+def test_an_older_torch_is_refused(version):
+    with pytest.raises(ImportError) as refused:
+        _library._require_torch(version)
+    assert str(refused.value) == f"convmixer_fast needs torch 2.10 or newer, and this is torch {version}"
+
+
+@pytest.mark.parametrize("version", ["2.10.0a0+git", "2.10", "2.11.0+cu130", "3.0", "10.1.0", "built by hand"])
+def test_a_newer_torch_is_taken(version):
+    _library._require_torch(version)
+
+
+def import_error(*before: str, cwd: Path, path: Path = ROOT) -> str:
+    """The last line that a process prints which fails to import the package after some statements."""
+    code = "\n".join([*before, "import convmixer_fast"])
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.count("Traceback") == 1
+    return ran.stderr.splitlines()[-1]
+
+
+def test_the_import_names_an_older_torch(tmp_path):
+    error = import_error("import torch", "torch.__version__ = '2.9.1+cu128'", cwd=tmp_path)
+    assert error == "ImportError: convmixer_fast needs torch 2.10 or newer, and this is torch 2.9.1+cu128"
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone that has the package without its libraries."""
+    folder = tmp_path / "clone"
+    shutil.copytree(PACKAGE, folder / "convmixer_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+def test_a_clone_without_a_library_says_how_to_build(clone):
+    """Nowhere on the path is another package of this name."""
+    before = [
+        "import sys, torch",
+        "from pathlib import Path",
+        "sys.path = ['', *(path for path in sys.path if path and not Path(path, 'convmixer_fast').exists())]",
+    ]
+    error = import_error(*before, cwd=clone)
+    library = clone / "convmixer_fast" / "_C.so"
+    build = "run `make build` in a clone, or `pip install --no-build-isolation .`"
+    assert error == f"ImportError: {library} is not built: {build}"
+
+
+def test_a_clone_without_a_library_names_the_installed_package_that_it_hides(clone, tmp_path):
+    site = tmp_path / "site"
+    shutil.copytree(PACKAGE, site / "convmixer_fast")
+    error = import_error(cwd=clone, path=site)
+    folder = clone / "convmixer_fast"
+    assert error == (
+        f"ImportError: {folder} has no _C.so and hides {site / 'convmixer_fast'}, which has one: run `make build` in "
+        f"{clone}, or run python from another folder"
+    )
+
+
+def test_a_library_of_other_sources_is_named(clone):
+    """In a clone, whose sources tell; an installed package has none beside it."""
+    shutil.copytree(ROOT / "csrc", clone / "csrc")
+    shutil.copy(ROOT / "setup.py", clone)
+    library = clone / "convmixer_fast" / "_C.so"
+    library.symlink_to(PACKAGE / "_C.so")
+    built_from = _library.build_info()["sources"]
+    (clone / "csrc" / "params.h").write_text("// edited\n")
+    error = import_error(cwd=clone, path=clone)
+    found = rf"{library} was built from other sources \({built_from}\) than are there now \(\w{{12}}\)"
+    assert re.fullmatch(f"ImportError: {found}: rebuild it by `make build`", error), error
+
+
+@pytest.mark.skipif(not _library._cuda_library, reason="the CUDA kernels are not built")
+def test_a_cuda_library_of_other_sources_is_a_reason(monkeypatch):
+    sources = {_library._CPU.name: "aaa", _library._CUDA.name: "bbb"}
+    real = _library._text
+
+    def text(library, function):
+        return sources[Path(library._name).name] if function == "convmixer_fast_sources" else real(library, function)
+
+    monkeypatch.setattr(_library, "_text", text)
+    _, reason = _library._load_cuda()
+    built = f"{_library._CUDA} was built from other sources (bbb) than are there now (aaa)"
+    assert reason == f"{built}: rebuild it by `make build`"
+
+
+def test_a_library_that_does_not_load_says_why_in_a_line(clone):
+    library = clone / "convmixer_fast" / "_C.so"
+    library.write_bytes(b"not a library")
+    error = import_error(cwd=clone, path=clone)
+    assert error.startswith(f"ImportError: {library} does not load with torch {torch.__version__}: ")
 
 
 @pytest.fixture
