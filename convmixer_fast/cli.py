@@ -1,14 +1,16 @@
 """The command line: ``python -m convmixer_fast info``, ``... classify``, ``... weights`` and ``... explain``."""
 
 import argparse
+import json
 import os
+import signal
 import sys
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from . import ConvMixer, build_info, load_checkpoint, optimize, ranks
+from . import ConvMixer, __version__, build_info, load_checkpoint, optimize, ranks
 from .explain import GPUS, explain
 
 
@@ -112,6 +114,9 @@ def draw(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Prints what was built and what is in use."""
+    if args.json:
+        print(json.dumps(build_info(), indent=2))
+        return 0
     for name, value in build_info().items():
         text = " ".join(value) if isinstance(value, list) else value
         print(f"{name.replace('_', ' '):15} {text or 'none'}")
@@ -123,7 +128,7 @@ def explain_launch(args: argparse.Namespace) -> int:
     try:
         explanation = explain(
             args.shape,
-            args.kernel_size * 2 if len(args.kernel_size) == 1 else args.kernel_size,
+            args.kernel_size,
             getattr(torch, args.dtype),
             args.layout,
             activation=args.activation,
@@ -144,11 +149,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def kernel_sizes(text: str) -> tuple[int, int]:
+    """Rows and columns, of one word: with two, no one could tell where the sizes that follow begin."""
+    sizes = text.split("x")
+    if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a kernel size, such as 9, or 9x7 for 9 rows and 7 columns")
+    return int(sizes[0]), int(sizes[-1])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convmixer-fast", description="ConvMixer inference on fused operators")
+    parser.add_argument("--version", action="version", version=f"convmixer_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("info", help="what was built and what is in use", description=info.__doc__)
+    command.add_argument("--json", action="store_true", help="as a JSON object")
     command.set_defaults(run=info, parser=command)
 
     command = commands.add_parser(
@@ -182,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     argument = command.add_argument
     argument("shape", metavar="SIZE", nargs=4, type=positive, help="of the input: N C H W")
-    argument("--kernel-size", metavar="K", nargs="+", type=positive, required=True, help="k, or kh kw")
+    argument("--kernel-size", metavar="K", type=kernel_sizes, required=True, help="rows and columns: 9, or 9x7")
     argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float16", help="(%(default)s)")
     argument("--layout", choices=("contiguous", "channels_last"), default="contiguous", help="(%(default)s)")
     argument("--activation", choices=("none", "gelu", "relu"), default="gelu", help="(%(default)s)")
@@ -195,14 +210,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status, or raises SystemExit(2) where the arguments do not fit."""
-    args = parse(argv)
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except UsageError as error:
-        parser: argparse.ArgumentParser = args.parser
-        parser.error(str(error))
+        try:
+            args = parse(argv)
+            try:
+                status: int = args.run(args)
+                return status
+            except UsageError as error:
+                parser: argparse.ArgumentParser = args.parser
+                parser.error(str(error))
+        finally:  # also of --help, which leaves by SystemExit
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT

@@ -121,6 +121,12 @@ def _query(
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}")
+    for name, value, elements in (
+        ("x_shape", shape, math.prod(shape)),
+        ("kernel_size", kernel, shape[1] * math.prod(kernel)),
+    ):
+        if elements * dtype.itemsize >= 2**63:
+            raise ValueError(f"{name} must be of a tensor of fewer than 2**63 bytes, got {value!r}")
     x = torch.empty(shape, device="meta", dtype=dtype)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """The command line: what it prints, how it prepares images, and what it says when something does not fit."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import convmixer_fast
 from convmixer_fast import ConvMixer, build_info, cli, images, optimize
 
 SIZE = 32
@@ -317,6 +319,36 @@ def test_info(capsys):
             assert part in line
 
 
+def test_info_as_json(capsys):
+    """The facts that the lines show, and nothing else."""
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == build_info()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"convmixer_fast {convmixer_fast.__version__}\n"
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(capsys, tmp_path, monkeypatch, checkpoint):
+    """What is there by then is printed."""
+    for name in ("a.png", "b.png"):
+        photo(32, 32).save(tmp_path / name)
+    predict = images.predict
+
+    def interrupted_at_the_second(network, batch, *settings):
+        if batch[0].name == "b.png":
+            raise KeyboardInterrupt
+        return predict(network, batch, *settings)
+
+    monkeypatch.setattr(images, "predict", interrupted_at_the_second)
+    status, rows, errors = classify(capsys, tmp_path, "--checkpoint", checkpoint, "--batch-size", 1, *SMALL)
+    assert (status, errors) == (130, "")
+    assert [row[0] for row in rows] == 5 * [str(tmp_path / "a.png")]
+
+
 def test_as_a_program(tmp_path, checkpoint):
     """Run as users do, in a process of its own: predictions on stdout, complaints on stderr, the status; and a reader
     that stops early is no error to complain of."""
@@ -333,8 +365,11 @@ def test_as_a_program(tmp_path, checkpoint):
     assert ran.stderr.splitlines()[0].startswith(f"{tmp_path / 'bad.png'}: UnidentifiedImageError")
     assert len(ran.stderr.splitlines()) == 1
 
-    reader, writer = os.pipe()
-    os.close(reader)
-    ran = subprocess.run([*command, "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (ran.returncode, ran.stderr) == (1, "")
+    # Without a buffer argparse itself passes over the reader that is gone, and leaves with 0.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for arguments in (["info"], ["--help"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        ran = subprocess.run([*command, *arguments], stdout=writer, stderr=subprocess.PIPE, env=buffered, text=True)
+        os.close(writer)
+        assert (ran.returncode, ran.stderr) == (1, "")

@@ -1,6 +1,7 @@
 """explain() against what the launchers do on an emulated GPU."""
 
 import contextlib
+import re
 
 import cases
 import pytest
@@ -105,8 +106,10 @@ def test_says_why_it_is_the_direct_kernel(dtype, layout, kernel_size, reason):
         ("x_shape", (1, 2, 3)),
         ("x_shape", (1, 0, 3, 3)),
         ("x_shape", (1, 2, 3.5, 3)),
+        ("x_shape", (2**40, 2**23, 1, 1)),
         ("kernel_size", 0),
         ("kernel_size", (3, 3, 3)),
+        ("kernel_size", (2**40, 2**23)),
         ("dtype", torch.int8),
         ("layout", "nhwc"),
         ("activation", "silu"),
@@ -125,8 +128,39 @@ def test_command_line(capsys):
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     explained = convmixer_fast.explain((64, 1536, 32, 32), 9, torch.float16, prologue=True)
     assert shown["grid"] == str(explained.grid) and shown["name"] == explained.name and shown["tile"] == "1 x 32 x 32"
-    assert cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3", "5", "--dtype", "float64"]) == 0
+    assert cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3x5", "--dtype", "float64"]) == 0
     assert "reason" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["explain", "1", "8", "7", "7", "--kernel-size", "3", "5", "7"])
-    assert "kernel_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernel_size", ["9", "9x7"])
+def test_command_line_in_any_order(capsys, kernel_size):
+    shape, options = ["64", "1536", "32", "32"], ["--kernel-size", kernel_size, "--prologue"]
+    assert cli.main(["explain", *shape, *options]) == 0
+    shown = capsys.readouterr().out
+    size = 9 if kernel_size == "9" else (9, 7)
+    assert convmixer_fast.explain((64, 1536, 32, 32), size, torch.float16, prologue=True).name in shown
+    for words in ([*options, *shape], [*options[:2], *shape, options[2]], [f"--kernel-size={kernel_size}", *shape]):
+        assert cli.main(["explain", *words, "--prologue"]) == 0
+        assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("kernel_size", ["0", "-3", "9x0", "9x", "x", "9x7x5", "9,7", "1.5", "nine"])
+def test_command_line_refuses_a_kernel_size(capsys, kernel_size):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["explain", f"--kernel-size={kernel_size}", "1", "8", "7", "7"])
+    assert stopped.value.code == 2
+    reason = f"argument --kernel-size: {kernel_size!r} is not a kernel size, such as 9, or 9x7 for 9 rows and 7 columns"
+    assert capsys.readouterr().err.splitlines()[-1] == f"convmixer-fast explain: error: {reason}"
+
+
+def test_command_line_refuses_sizes_that_no_tensor_has(capsys):
+    huge = "9" * 20
+    for words, name in [
+        ([huge, "1", "1", "1", "--kernel-size", "3"], "x_shape"),
+        (["1"] * 4 + ["--kernel-size", huge], "kernel_size"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["explain", *words])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.fullmatch(rf"convmixer-fast explain: error: {name} must be .*2\*\*63 bytes, got .*{huge}.*", error)
