@@ -107,14 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     if threads > 1:
         runs += [(row, 1, alone) for row in every if row.batch > 1]
     status = 0
-    for row, count, backends in runs:
-        status |= row.measure(args.out, count, backends)
-        report.write(
-            args.out / "cpu.md", f"Command, date and commit of each row: cpu/.\n\n{summary(args.out, threads)}\n"
-        )
-    print(summary(args.out, threads))
+    with report.showing(lambda: print(summary(args.out, threads))):
+        for row, count, backends in runs:
+            status |= row.measure(args.out, count, backends)
+            text = f"Command, date and commit of each row: cpu/.\n\n{summary(args.out, threads)}\n"
+            report.write(args.out / "cpu.md", text)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.exit_status(main))

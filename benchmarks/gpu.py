@@ -118,4 +118,4 @@ def make_tiny(step: supervisor.Step, number: int) -> supervisor.Step:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.exit_status(main))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import accuracy
 import depthwise
+import report
 import sweep
 import timing
 import torch
@@ -146,4 +147,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.exit_status(main))

@@ -8,7 +8,7 @@ figures; Figure 1; throughput against kernel size; time against resolution. DIR 
 the default is reduced to a few minutes, and says how; --full is not.
 
 What is finished is kept in DIR/state.json, with all that a figure depends on: a run that was stopped, or ran out of
---minutes, goes on where it was when started again.
+--minutes, goes on where it was when started again. At Ctrl-C it shows and writes what there is, as after --minutes.
 """
 
 import argparse
@@ -356,28 +356,32 @@ def main(argv: list[str] | None = None) -> int:
     print(report.facts_list(facts), end="\n\n", flush=True)
 
     state = State(out / "state.json", torch.device(args.device))
-    with tqdm(unit="round", disable=None, leave=False) as progress:
+    with tqdm(disable=None, leave=False) as progress:
         counted = table_facts(progress)
-        todo = jobs(plan, backends, counted)
-        done = [job for job in todo if state.get(job) is not None]
-        progress.reset(total=sum(job.settings["batches"] for job in todo))
-        progress.update(sum(job.settings["batches"] for job in done))
-        if done:
-            print(f"{len(done)} of {len(todo)} measurements are there already\n", flush=True)
+    todo = jobs(plan, backends, counted)
+    done = [job for job in todo if state.get(job) is not None]
+    if done:
+        print(f"{len(done)} of {len(todo)} measurements are there already\n", flush=True)
 
-        def on_done() -> None:
-            write_tables(out, facts, plan, collect(plan, todo, state, counted, backends), backends)
-
-        measure(todo, state, started + 60 * minutes, progress, on_done)
+    def write_collected() -> dict[str, list[dict]]:
         found = collect(plan, todo, state, counted, backends)
         write_tables(out, facts, plan, found, backends)
-        progress.set_postfix_str("drawing")
+        return found
+
+    def show() -> None:
+        found = write_collected()
         pictures = draw(out, facts, plan, found)
         report.write(out / "paper.html", page.html(facts, found, backends, pictures))
-    print(text_table(found["tables"], backends))
-    print(f"\nresults: {out / 'paper.html'}, and beside it paper.md, paper.csv and the figures")
+        print(text_table(found["tables"], backends))
+        print(f"\nresults: {out / 'paper.html'}, and beside it paper.md, paper.csv and the figures")
+
+    total, initial = (sum(job.settings["batches"] for job in some) for some in (todo, done))
+    bar = dict(total=total, initial=initial, unit="round", disable=None, leave=False)
+    with report.showing(show), tqdm(**bar) as progress:
+        measure(todo, state, started + 60 * minutes, progress, write_collected)
+    found = collect(plan, todo, state, counted, backends)
     return int(any(line["failed"] for line in sum(found.values(), [])))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.exit_status(main))

@@ -10,9 +10,12 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "convmixer_fast")
 FIGURE = re.compile(r"[-+.e%\d]*")
 SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
+INTERRUPTED = 128 + signal.SIGINT  # the exit status of what Ctrl-C ended, as a shell gives it
 
 
 def source_hash() -> str:
@@ -136,6 +140,46 @@ def write_results(path: Path, result: dict[str, object], text: str) -> None:
     """The result as JSON, and its text beside it as Markdown."""
     write(path, json.dumps(result, indent=1) + "\n")
     write(path.with_suffix(".md"), text + "\n")
+
+
+def incomplete(done: int, total: int) -> dict[str, str]:
+    """The fact that marks results which are written before all models or cases are measured."""
+    return {} if done == total else {"incomplete": f"{done} of {total} measured"}
+
+
+@contextmanager
+def showing(show: Callable[[], object]) -> Iterator[None]:
+    """Calls show(), which prints the finished rows, when the block ends; also where Ctrl-C ends it, which then goes on
+    to end the program (exit_status)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("INCOMPLETE: stopped by Ctrl-C\n")
+        show()
+        raise
+    show()
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """That of main(); INTERRUPTED, without a traceback, where Ctrl-C ended it.
+
+    Within a second of a SIGINT another one is ignored: timeout(1) sends two, and finished rows are to be shown.
+    """
+    last = -1.0
+
+    def interrupt(number, frame):
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 1:
+            last = now
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started this has it ignored
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def positive(text: str) -> int:

@@ -34,7 +34,7 @@ FAILED = ("failed", "out of time", "stopped")  # of the statuses; the others: pa
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived."""
+    """SIGTERM or SIGINT, whose number it has, arrived."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def run(
         say: prints; by default OUTPUT_LIMIT characters.
 
     Returns:
-        0 if all that ran passed, else 1.
+        0 if all that ran passed, else 1; 128 and the signal's number where one stopped it.
     """
     deadline, say = time.monotonic() + total, say or Speaker(OUTPUT_LIMIT)
     results = [dict(step=step.name, status="not run") for step in steps]
@@ -245,7 +245,7 @@ def run(
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in handlers:
         signal.signal(number, on_signal)
-    stopped, clocks = False, Clocks(logs / "clocks.csv")
+    stopped, clocks = 0, Clocks(logs / "clocks.csv")
     try:
         for _, group in itertools.groupby(zip(steps, results), lambda pair: pair[0].group or pair[0].name):
             if not run_group(list(group), results, deadline, logs, clocks, say):
@@ -254,8 +254,8 @@ def run(
             pack(out, archive)
             if any(step.required and result["status"] in FAILED for step, result in zip(steps, results)):
                 break
-    except Stopped:
-        stopped = True
+    except Stopped as stop:
+        stopped = 128 + stop.args[0]
     finally:
         clocks.stop()
         write(out, facts, steps, results)
@@ -263,7 +263,7 @@ def run(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     show(out, steps, results, say)
-    return int(stopped or any(result["status"] in FAILED for result in results))
+    return stopped or int(any(result["status"] in FAILED for result in results))
 
 
 def run_group(

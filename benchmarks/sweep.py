@@ -20,20 +20,22 @@ def run(
 ) -> list[dict]:
     """The rows of run_case(*case, args, progress) for every case; prints their table.
 
-    After each case all rows so far go to args.json, if it is given. A case has args.rounds rounds of progress.
+    After each case all rows so far go to args.json, if it is given. A case has args.rounds rounds of progress. Ctrl-C
+    ends it with the table of the finished cases.
     """
     facts = report.environment(torch.device(args.device)) | {"settings": settings}
     print(report.facts_list(facts), end="\n\n", flush=True)
     rows = []
-    with tqdm(total=len(cases) * args.rounds, unit="round", disable=None, leave=False) as progress:
+    bar = dict(total=len(cases) * args.rounds, unit="round", disable=None, leave=False)
+    with report.showing(lambda: print(table(rows))), tqdm(**bar) as progress:
         for done, case in enumerate(cases, 1):
             rows += run_case(*case, args, progress)
             progress.update(done * args.rounds - progress.n)
             summarise(rows)
             if args.json:
-                text = f"{report.facts_list(facts)}\n\n{table(rows)}"
-                report.write_results(args.json, dict(environment=facts, rows=rows), text)
-    print(table(rows))
+                known = facts | report.incomplete(done, len(cases))
+                text = f"{report.facts_list(known)}\n\n{table(rows)}"
+                report.write_results(args.json, dict(environment=known, rows=rows), text)
     return rows
 
 
@@ -55,6 +57,7 @@ def time_rows(
 
 
 def filled_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """report.table without the columns that are empty in every line."""
-    filled = [column for column, title in enumerate(header) if any(line[column] for line in lines)]
+    """report.table without the columns that are empty in every line; all of them where there is no line."""
+    columns = range(len(header))
+    filled = [column for column in columns if any(line[column] for line in lines)] or columns
     return report.table([header[column] for column in filled], [[line[column] for column in filled] for line in lines])

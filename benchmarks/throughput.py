@@ -27,7 +27,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -569,14 +569,23 @@ def predictions(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measures every model; rank 0 shows and writes the rows. Ctrl-C ends it with those of the finished models."""
     torch.backends.cudnn.benchmark = True  # PyTorch at its best
     first = ranks.rank() == 0
     facts = report.environment(torch.device(args.device)) | {"settings": describe(args)}
     if first:
         print(report.facts_list(facts), end="\n\n", flush=True)
     rows = []
+
+    def show() -> None:
+        print(table(rows) + breakdowns(rows))
+        if args.plot and rows:
+            mark = report.incomplete(len({row["model"] for row in rows}), len(args.models))
+            title = f"{facts['device']}, {args.dtype}, batches of {args.batch}"
+            plot(args.plot, rows, "\n".join([title, *(f"INCOMPLETE: {measured}" for measured in mark.values())]))
+
     bar = dict(total=len(args.models) * args.batches, unit="round", disable=None if first else True, leave=False)
-    with tqdm(**bar) as progress:
+    with report.showing(show) if first else nullcontext(), tqdm(**bar) as progress:
         for done, name in enumerate(args.models, 1):
             torch.compiler.reset()  # its limit of recompilations counts all models as one
             rows_of_ranks = ranks.gather(run_model(name, args, progress))
@@ -585,15 +594,11 @@ def run(args: argparse.Namespace) -> int:
                 rows += merge(rows_of_ranks) + (published(name) if args.device == "cuda" else [])
                 summarise(rows)
                 if args.json:
-                    text = f"{report.facts_list(facts)}\n\n{table(rows)}{breakdowns(rows)}"
-                    report.write_results(args.json, dict(environment=facts, rows=rows), text)
-    if not first:
-        return 0
-    print(table(rows) + breakdowns(rows))
-    if args.plot:
-        plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batches of {args.batch}")
+                    known = facts | report.incomplete(done, len(args.models))
+                    text = f"{report.facts_list(known)}\n\n{table(rows)}{breakdowns(rows)}"
+                    report.write_results(args.json, dict(environment=known, rows=rows), text)
     return int(any(row["backend"] == OURS and row["status"] in ("wrong", "failed") for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.exit_status(main))

@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -805,6 +807,118 @@ def test_commit_is_of_this_tree_or_unknown(tmp_path, monkeypatch):
     assert report.commit() == "unknown"
     monkeypatch.setenv("COMMIT", "abc")
     assert report.commit() == "abc"
+
+
+def interrupt_script(name: str, *arguments: object, when: Path) -> tuple[int, str, str]:
+    """Runs a benchmark until a file is there, then sends SIGINT as Ctrl-C does: (exit status, stdout, stderr)."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "benchmarks" / name, *map(str, arguments)]
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as the tests may be, has SIGINT ignored, and passes that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not when.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+def test_ctrl_c_shows_the_finished_models(tmp_path):
+    """The second model takes seconds longer, of which most are the rests before its batches."""
+    results, chart = tmp_path / "results.json", tmp_path / "chart.png"
+    options = [*TINY, "--batches", 50, "--models", *PAIR, "--backends", "eager", "fused"]
+    status, output, errors = interrupt_script(
+        "throughput.py", *options, "--json", results, "--plot", chart, when=results
+    )
+    assert status == 130 and "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
+    result = json.loads(results.read_text())
+    assert result["environment"]["incomplete"] == "1 of 2 measured"
+    assert [(row["model"], row["status"]) for row in result["rows"]] == 2 * [(PAIR[0], "timed")]
+    mark, table = output.strip().split("\n\n")[-2:]
+    assert mark == "INCOMPLETE: stopped by Ctrl-C"
+    text = results.with_suffix(".md").read_text()
+    assert table in text and PAIR[0] in table and PAIR[1] not in table and "* incomplete: 1 of 2 measured\n" in text
+    assert chart.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_ctrl_c_shows_the_finished_cases(tmp_path):
+    """Those of any benchmark that sweep.py runs. A round takes at least as long as the loop of fused multiply-adds."""
+    results = tmp_path / "results.json"
+    options = [*TINY_MAP, "--rounds", 20, "--kernels", 3, 4, "--operators", "ours", "--layouts", "nchw"]
+    status, output, errors = interrupt_script("depthwise.py", *options, "--json", results, when=results)
+    assert status == 130 and "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
+    result = json.loads(results.read_text())
+    assert result["environment"]["incomplete"] == "1 of 2 measured"
+    assert [(row["kernel"], row["status"]) for row in result["rows"]] == [(3, "timed")]
+    mark, table = output.strip().split("\n\n")[-2:]
+    assert mark == "INCOMPLETE: stopped by Ctrl-C" and table in results.with_suffix(".md").read_text()
+
+
+def test_ctrl_c_before_the_first_case(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gemm, "run_case", interrupted)
+    assert report.exit_status(lambda: gemm.main(["--device", "cpu"])) == 130
+    assert capsys.readouterr().out.strip().split("\n\n")[-1].startswith("| M x K x N | variant |")
+
+
+def test_finished_results_are_not_marked(tmp_path):
+    status, _ = run_gemm(tmp_path, "--sizes", "8x6x70", "9x6x70")
+    assert status == 0 and "incomplete" not in json.loads((tmp_path / "gemm.json").read_text())["environment"]
+
+
+def test_two_signals_are_one_ctrl_c(tmp_path):
+    """As timeout(1) sends them; the second one meets what the first one began. Later, another one ends that, too."""
+    code = """
+import os, signal, sys, time
+import report
+
+def show():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("shown", flush=True)
+    time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not shown")
+
+def main():
+    with report.showing(show):
+        os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a shell's background job has
+sys.exit(report.exit_status(main))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "INCOMPLETE: stopped by Ctrl-C\n\nshown\n", "")
+
+
+def test_cpu_table_of_the_rows_before_ctrl_c(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "MODELS", {PAIR[0]: ((2, 1), 1)})
+    monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: 1)
+    measure = cpu.Row.measure
+
+    def interrupted_at_the_second(row, out, *arguments):
+        if row.batch == 1:
+            raise KeyboardInterrupt
+        return measure(row, out, *arguments)
+
+    monkeypatch.setattr(cpu.Row, "measure", interrupted_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        cpu.main(["--models", PAIR[0], "--backends", "fused", "--out", str(tmp_path)])
+    mark, table = capsys.readouterr().out.strip().split("\n\n")
+    assert mark == "INCOMPLETE: stopped by Ctrl-C"
+    assert [line.split()[1:4] for line in table.splitlines()[2:]] == [[PAIR[0], "|", "2"]]
 
 
 def test_cpu_table(tmp_path, monkeypatch, capsys):

@@ -307,7 +307,8 @@ def test_output_is_short_and_ends_with_the_most_telling(tmp_path, capsys):
     assert "more parts are in the folder" in output
 
 
-def test_results_are_written_when_the_run_is_stopped(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_results_are_written_when_the_run_is_stopped(tmp_path, number):
     started = tmp_path / "started"
     script = tmp_path / "stopped.py"
     script.write_text(
@@ -330,8 +331,8 @@ sys.exit(run(steps, Path({str(tmp_path / "out")!r}), {{"device": "D"}}, 90, Path
         while not started.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         grandchild = int(started.read_text())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 1
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
     finally:
         process.kill()
     assert statuses(tmp_path / "out") == {"first": "passed", "second": "stopped", "third": "not run"}

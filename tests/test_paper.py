@@ -187,6 +187,25 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert "not reached" not in (out / "paper.md").read_text()
 
 
+def test_ctrl_c_shows_and_writes_what_is_there(tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm")
+    run_model = throughput.run_model
+
+    def interrupted(name, *arguments):
+        if name != "convmixer_512_12_k8_p7":  # the first one
+            raise KeyboardInterrupt
+        return run_model(name, *arguments)
+
+    monkeypatch.setattr(throughput, "run_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny("--backends", "eager")
+    output = capsys.readouterr().out
+    assert "INCOMPLETE: stopped by Ctrl-C" in output and f"results: {tmp_path / 'paper.html'}" in output
+    rows, unfinished = written(tmp_path), "not reached: run again to continue"
+    assert rows["convmixer_512_12_k8_p7"]["eager_images_per_second"]
+    assert rows["resnet50"]["remark"] == unfinished and unfinished in (tmp_path / "paper.html").read_text()
+
+
 @pytest.mark.parametrize("what", ["torch", "sources", "threads", "timm", "benchmark", "cpu_isa"])
 def test_a_figure_is_not_taken_for_that_of_another_machine(tmp_path, what):
     job = paper.Job("tables", "resnet50", TINY, ["eager"])
