@@ -18,6 +18,7 @@ import argparse
 import csv
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -276,6 +277,13 @@ def train(args: argparse.Namespace, rank: int) -> None:
         print(f"epoch {last['epoch']}: loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}")
 
 
+def show_stopped(out: Path) -> None:
+    """Prints the finished epochs, and where the same command goes on."""
+    finished, checkpoint = out / "log.csv", out / "checkpoint.pt"
+    print(finished.read_text() if finished.exists() else "no epoch is finished")
+    print(f"stopped by Ctrl-C; the same command goes on from {checkpoint if checkpoint.exists() else 'the beginning'}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the data set's .bin files")
@@ -316,8 +324,13 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_device(args.device)
     if args.processes > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    rank = dist.get_rank() if args.processes > 1 else 0
     try:
-        train(args, dist.get_rank() if args.processes > 1 else 0)
+        train(args, rank)
+    except KeyboardInterrupt:
+        if rank == 0:
+            show_stopped(args.out)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if args.processes > 1:
             dist.destroy_process_group()

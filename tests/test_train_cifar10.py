@@ -60,7 +60,13 @@ def finish(process):
 def start(*command):
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as the tests may be, has SIGINT ignored, and passes that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -92,6 +98,23 @@ def test_killed_and_started_again(data, tmp_path):
     assert [row["epoch"] for row in rows(whole)] == [1, 2]
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert convmixer_fast.load_checkpoint(whole / "weights.pt", activation="gelu").n_classes == 10
+
+
+def test_ctrl_c_shows_the_finished_epochs(data, tmp_path):
+    out, finished = tmp_path / "out", tmp_path / "out" / "log.csv"
+    process = start(SCRIPT, *options(data, out, epochs=1000))
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoint.pt").exists() or not finished.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert output.startswith(finished.read_text())
+    assert output.splitlines()[-1] == f"stopped by Ctrl-C; the same command goes on from {out / 'checkpoint.pt'}"
 
 
 def test_two_processes(data, tmp_path):
