@@ -31,7 +31,7 @@ from .device import (
 )
 from .module import DeviceError
 from .parser import ParseError
-from .toolchain import CXX, HERE, cache_dir, find_nvcc, install
+from .toolchain import CXX, HERE, cache_dir, find_nvcc, install, making
 
 # symbols of the stand-in stay inside each library, so that it does not meet a real libcudart
 VERSION_SCRIPT = "{ local: cuda[A-Z]*; __cuda*; cuTensorMap*; cuGetError*; };\n"
@@ -98,33 +98,42 @@ def _dependencies(path):
     )
 
 
-def _compile_object(source, command):
+def _known_object(manifest):
+    """The object that a manifest names, if no file that went into it has changed."""
+    try:
+        with open(manifest) as f:
+            known = json.load(f)
+        unchanged = os.path.exists(known["object"]) and all(_file_digest(p) == d for p, d in known["files"].items())
+        return known["object"] if unchanged else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _compile_object(source, command, compiling=lambda source: None):
     """The object file of a source, from the cache if no file it includes has changed."""
     nvcc = os.path.realpath(command[0])
     key = _digest(source, os.path.getmtime(nvcc), *command)
     manifest = os.path.join(cache_dir(), f"host-{key}.json")
-    try:
-        with open(manifest) as f:
-            known = json.load(f)
-        if os.path.exists(known["object"]) and all(_file_digest(p) == d for p, d in known["files"].items()):
-            return known["object"]
-    except (OSError, ValueError, KeyError):
-        pass
-    with tempfile.TemporaryDirectory() as tmp:
-        out, dep = os.path.join(tmp, "out.o"), os.path.join(tmp, "out.d")
-        toolchain.run([*command, "-MD", "-MF", dep, source, "-o", out])
-        files = {p: _file_digest(p) for p in _dependencies(dep)}
-        path = os.path.join(cache_dir(), f"host-{_digest(key, json.dumps(files, sort_keys=True))}.o")
-        install(out, path)
-        text = os.path.join(tmp, "manifest")
-        with open(text, "w") as f:
-            json.dump({"object": path, "files": files}, f)
-        install(text, manifest)
+    with making(f"host-{key}"):
+        if known := _known_object(manifest):
+            return known
+        compiling(source)
+        with tempfile.TemporaryDirectory() as tmp:
+            out, dep = os.path.join(tmp, "out.o"), os.path.join(tmp, "out.d")
+            toolchain.run([*command, "-MD", "-MF", dep, source, "-o", out])
+            files = {p: _file_digest(p) for p in _dependencies(dep)}
+            path = os.path.join(cache_dir(), f"host-{_digest(key, json.dumps(files, sort_keys=True))}.o")
+            install(out, path)
+            text = os.path.join(tmp, "manifest")
+            with open(text, "w") as f:
+                json.dump({"object": path, "files": files}, f)
+            install(text, manifest)
     return path
 
 
-def build(sources, arches, flags=(), include_dirs=()) -> str:
-    """Build the host library; returns its path in the cache.
+def build(sources, arches, flags=(), include_dirs=(), compiling=lambda source: None) -> str:
+    """Build the host library; returns its path in the cache. compiling(source) is called for each source that is not
+    in the cache.
 
     One nvcc run per source gives the host object with the PTX of each arch inside (no SASS: ptxas does not run).
     """
@@ -140,7 +149,7 @@ def build(sources, arches, flags=(), include_dirs=()) -> str:
         jobs.append((s, common + (["-lineinfo", "-no-compress", *images] if s.endswith(".cu") else [])))
     jobs.append((os.path.join(HERE, "cudart.cpp"), [nvcc, "-c", "-cudart", "none", "-Xcompiler", "-fPIC,-O1"]))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(lambda j: _compile_object(*j), jobs))
+        objects = list(pool.map(lambda j: _compile_object(*j, compiling), jobs))
     path = os.path.join(cache_dir(), f"host-{_digest(VERSION_SCRIPT, *objects)}.so")
     if not os.path.exists(path):
         with tempfile.TemporaryDirectory() as tmp:

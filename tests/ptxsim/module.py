@@ -16,7 +16,7 @@ import numpy as np
 from . import parser as ptx
 from .codegen import WIN_GLOBAL, EntryCodegen, align_up
 from .profile import Profile, Recorder
-from .toolchain import CXX, HERE, cache_dir, find_nvcc, run
+from .toolchain import CXX, HERE, cache_dir, find_nvcc, making, run
 
 CK_MEM, CK_RACE, CK_EXIT, CK_UNINIT = 1, 2, 4, 8
 SH_VALID, SH_INIT, SH_RO, SH_ONCE = 1, 3, 4, 8
@@ -248,9 +248,11 @@ def _compile(key_text, sources, out_prefix, opt):
     key = hashlib.sha256("\0".join([key_text, _cpu_tag(), CXX, *_FLAGS, *opt]).encode()).hexdigest()[:24]
     path = os.path.join(cache_dir(), f"{out_prefix}-{key}.so")
     if not os.path.exists(path):
-        tmp = f"{path}.{os.getpid()}.tmp"
-        run([CXX, *_FLAGS, *opt, "-I", HERE, *sources, "-o", tmp])
-        os.replace(tmp, path)
+        with making(f"{out_prefix}-{key}"):
+            if not os.path.exists(path):
+                tmp = f"{path}.{os.getpid()}.tmp"
+                run([CXX, *_FLAGS, *opt, "-I", HERE, *sources, "-o", tmp])
+                os.replace(tmp, path)
     return path
 
 

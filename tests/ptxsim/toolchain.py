@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -19,6 +21,16 @@ def cache_dir() -> str:
     )
     os.makedirs(base, exist_ok=True)
     return base
+
+
+@contextlib.contextmanager
+def making(name: str):
+    """Held by the one process that makes a file of the cache, while others that want it wait."""
+    locks = os.path.join(cache_dir(), "locks")
+    os.makedirs(locks, exist_ok=True)
+    with open(os.path.join(locks, name), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def find_nvcc() -> str:
