@@ -1,17 +1,24 @@
-"""The CUDA operators on CPU tensors: the launchers and kernels that ship, run on an emulated GPU (ptxsim)."""
+"""The CUDA operators on CPU tensors: the launchers and kernels that ship, run on an emulated GPU (ptxsim).
+
+`python tests/emulated.py sm_90a` compiles them beforehand, with a line for each file that takes its time.
+"""
 
 import ctypes
+import sys
 from ctypes import Structure, c_bool, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
 import torch
 from ptxsim import Device, HostProgram, LaunchRecord
+from ptxsim.host import build
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC_FLAGS = ("-O3", "-std=c++17")  # as in setup.py
+COMPILED_FOR = {"sm_86": "sm_80", "sm_89": "sm_80"}  # the same PTX, as in setup.py
+INCLUDE_DIRS = [CSRC, CSRC / "cuda"]
 CHECKS = {"memory", "race", "global"}  # all that ptxsim has
 SECONDS_A_LAUNCH = 120
 
@@ -73,6 +80,15 @@ class PoolParams(Structure):
     ]
 
 
+def sources(overlay: Path | None = None) -> list[Path]:
+    """Of a program with the kernels, their launchers, and C names for these; files of the overlay take the place of the
+    project's of the same names."""
+    replaced = {path.name: path for path in sorted(overlay.glob("*.cu"))} if overlay else {}
+    own = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in replaced]
+    # In this order: of an inline function that is in several objects, the linker takes the first.
+    return [*replaced.values(), *own, Path(__file__).with_name("emulated_launchers.cpp")]
+
+
 class EmulatedOps:
     """depthwise_conv2d, fused_depthwise and activate_pool with the signatures of :mod:`convmixer_fast.ops`; and the
     gradients of depthwise_conv2d.
@@ -84,7 +100,8 @@ class EmulatedOps:
 
     Args:
         arch: of the emulated GPU, such as "sm_80".
-        csrc: folder of the sources, the project's or a copy with other contents.
+        overlay: a folder like csrc/cuda with files that take the place of the project's of the same names: sources, and
+            headers for these.
         launcher: of csrc/cuda/launch.h: "depthwise", which chooses the kernel, or "depthwise_direct".
         **device: further properties and options of the ptxsim.Device: sm_count, shared_per_block_optin, order
             ("forward", "reverse" or a seed), profile.
@@ -94,10 +111,13 @@ class EmulatedOps:
         launches: of the last call, with kernel, grid, block, shared_bytes, instructions, seconds and profile.
     """
 
-    def __init__(self, arch: str = "sm_90a", csrc: Path = CSRC, launcher: str = "depthwise", **device):
+    def __init__(
+        self, arch: str = "sm_90a", overlay: Path | None = None, launcher: str = "depthwise", **device
+    ):
         self.device = Device(arch, checks=CHECKS, timeout=SECONDS_A_LAUNCH, **device)
-        sources = [*sorted((csrc / "cuda").glob("*.cu")), Path(__file__).with_name("emulated_launchers.cpp")]
-        self.program = HostProgram(sources, self.device, flags=NVCC_FLAGS, include_dirs=[csrc])
+        self.program = HostProgram(
+            sources(overlay), self.device, NVCC_FLAGS, INCLUDE_DIRS, arches=[COMPILED_FOR.get(arch, arch)]
+        )
         self.launcher = getattr(self.program, launcher)
         for struct, name in ((DepthwiseParams, "depthwise"), (WgradParams, "wgrad"), (PoolParams, "pool")):
             size_of = getattr(self.program, f"size_of_{name}_params")
@@ -244,3 +264,15 @@ class EmulatedOps:
 def _as_numpy(tensor: Tensor) -> np.ndarray:
     """The tensor's memory; bfloat16, which numpy lacks, as int16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def compile_beforehand(arch: str):
+    def report(source):
+        print(f"{arch}: {Path(source).relative_to(ROOT)}", flush=True)
+
+    build(sources(), [arch], NVCC_FLAGS, INCLUDE_DIRS, report)
+
+
+if __name__ == "__main__":
+    for arch in sys.argv[1:]:
+        compile_beforehand(arch)

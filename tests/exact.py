@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -109,28 +110,21 @@ def run_exact(ops, case):
 
 
 def plant(name, file, correct, planted):
-    """A copy of the sources with a bug in csrc/cuda/<file>, in float16 without GELU only; in a folder that stays, so
-    that it is compiled once."""
-    csrc = Path(cache_dir(), "planted", name)
-    shutil.rmtree(csrc, ignore_errors=True)
-    shutil.copytree(CSRC, csrc)
-    for path in (csrc / "cuda").glob("depthwise_*_*.cu"):
-        if not path.stem.endswith(("_f16", "_f16_plain", "_f16_plain_nhwc")):
-            path.unlink()
-    for dispatch, marks in (
-        ("elements.cuh", ("Float64:", "Float32:", "BFloat16:")),
-        ("depthwise.cu", ("bfloat16,", "half, true>")),
-    ):
-        path = csrc / "cuda" / dispatch
-        lines = path.read_text().splitlines(keepends=True)
-        others = [line for line in lines if "return" in line and any(mark in line for mark in marks)]
-        assert len(others) == 3
-        path.write_text("".join(line for line in lines if line not in others))
-    kernel = csrc / "cuda" / file
-    text = kernel.read_text()
-    assert text.count(correct) == 1, f"{file} has not {correct!r} once: plant the bug elsewhere"
-    kernel.write_text(text.replace(correct, planted))
-    return csrc
+    """An overlay for EmulatedOps: csrc/cuda/<file> with a bug, and what includes it, of the kernels those in float16
+    without GELU. In a folder that stays, so that it is compiled once; everything else is the project's own."""
+    overlay = Path(cache_dir(), "planted", name)
+    shutil.rmtree(overlay, ignore_errors=True)
+    overlay.mkdir(parents=True)
+    texts = {path.name: path.read_text() for path in (CSRC / "cuda").iterdir() if path.is_file()}
+    assert texts[file].count(correct) == 1, f"{file} has not {correct!r} once: plant the bug elsewhere"
+    texts[file] = texts[file].replace(correct, planted)
+    concerned = [file]
+    for header in concerned:  # which grows by the headers that include it
+        concerned += [other for other in texts if f'#include "{header}"' in texts[other] and other not in concerned]
+    for other in concerned:
+        if not re.search(r"_(bf16|f32|f64|gelu)(?=[_.])", other):
+            (overlay / other).write_text(texts[other])
+    return overlay
 
 
 def first_finding(ops, cases, run_exact=run_exact):
