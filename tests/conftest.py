@@ -13,6 +13,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read once, at
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from cuda_faults import pytest_runtest_logfinish  # noqa: E402, F401
+from summary import pytest_terminal_summary  # noqa: E402, F401
 
 torch.backends.cudnn.allow_tf32 = False  # by default convolutions round their operands to TF32
 torch.backends.cuda.matmul.allow_tf32 = False

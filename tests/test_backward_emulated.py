@@ -19,6 +19,13 @@ dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
 
 @pytest.fixture(scope="module")
 def ops():
+    with contextlib.closing(EmulatedOps("sm_90a", sm_count=3)) as emulated:
+        yield emulated
+
+
+@pytest.fixture(scope="module")
+def ampere():
+    """Compiled otherwise: bfloat16 has fewer instructions before sm_90."""
     with contextlib.closing(EmulatedOps("sm_80", sm_count=3)) as emulated:
         yield emulated
 
@@ -84,6 +91,13 @@ def test_exactly(ops, case):
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*MORE, *matrix()[2::5]], ids=str)
+def test_exactly_before_sm_90(ampere, case):
+    torch.testing.assert_close(*run_exact(ampere, case), rtol=0, atol=0)
+
+
+@pytest.mark.slow
 def test_older_device():
     """Before sm_80 the direct kernel takes the 16-bit types, too."""
     with contextlib.closing(EmulatedOps("sm_75")) as older:
@@ -112,7 +126,7 @@ def test_accuracy_of_long_sums():
     case = cases.Case(1, 2, 40, 37, 31, 31)
     x, weight = cases.make_input(case, torch.float32), cases.make_weight(case, torch.float32)
     gy = cases.make_input(case, torch.float32, seed=3)
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=1)) as one:
+    with contextlib.closing(EmulatedOps(sm_count=1)) as one:
         results = ours(one, x, weight, gy), autograd(x, weight, gy), in_float64(x, weight, gy)
     for name, *gradients in zip(("x", "weight", "bias"), *results):
         assert_error_at_most_peer(*gradients, f"gradient of {name}, one multiprocessor")
@@ -176,7 +190,7 @@ def test_traffic(dtype, kernel_size, size, batch):
     without conflicts."""
     case = cases.Case(batch, 2, *size, kernel_size, kernel_size)
     x, gy = cases.make_input(case, dtype), cases.make_input(case, dtype, seed=3)
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=1, profile=True)) as ops:
+    with contextlib.closing(EmulatedOps(sm_count=1, profile=True)) as ops:
         results = ops.depthwise_conv2d_wgrad(x, gy, (kernel_size, kernel_size))
         profiles = [launch.profile for launch in ops.launches]
     print(*(profile.report() for profile in profiles))
@@ -263,9 +277,10 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
     half = [dataclasses.replace(case, dtype=torch.float16) for case in MORE]
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=1, csrc=plant(name, *bug))) as ops:
+    with contextlib.closing(EmulatedOps(sm_count=1, overlay=plant(name, *bug))) as ops:
         assert first_finding(ops, half, run_exact) in reports

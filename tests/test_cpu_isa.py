@@ -49,10 +49,12 @@ def passed(isa, *arguments):
     return int(tests.stdout.split(" passed")[0].split()[-1])
 
 
+@pytest.mark.slow
 def test_operators(isa):
     assert passed(isa, *FILES, "-k", KERNEL_TESTS) > 400
 
 
+@pytest.mark.slow
 def test_engine(isa):
     assert passed(isa, "tests/test_cpu_engine.py") > 40
 
@@ -94,6 +96,7 @@ def x86_program(tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="builds for this machine, which is not x86-64")
 @pytest.mark.parametrize("cpu, isa", [("qemu64", "generic"), ("Nehalem", "generic"), ("Haswell", "avx2")])
 def test_older_processors(x86_program, cpu, isa):
@@ -104,6 +107,7 @@ def test_older_processors(x86_program, cpu, isa):
     assert_right(done.stdout, isa)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="cross-compiles")
 def test_aarch64(tmp_path):
     """The sources without x86's build for AArch64; and give the right logits, where there is an emulator."""

@@ -27,6 +27,13 @@ dtype = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
 
 @pytest.fixture(scope="module")
 def ops():
+    with contextlib.closing(EmulatedOps("sm_90a", sm_count=3)) as emulated:
+        yield emulated
+
+
+@pytest.fixture(scope="module")
+def ampere():
+    """Compiled otherwise: bfloat16 has fewer instructions before sm_90."""
     with contextlib.closing(EmulatedOps("sm_80", sm_count=3)) as emulated:
         yield emulated
 
@@ -65,13 +72,14 @@ def test_gelu_is_off_by_less_than_half_an_ulp(ops, dtype):
     assert (y == exact.to(dtype))[exact.abs() > 2.0**-14].double().mean() > 0.85, "most are the nearest"
 
 
-def test_same_bits_on_any_device(ops):
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+def test_same_bits_on_any_device(arch):
     """However many blocks share the work, in whatever order their threads run."""
     case = cases.Case(3, 5, 32, 32, 9, 9)
     x, weight = cases.make_input(case, torch.float16), cases.make_weight(case, torch.float16)
     vectors, results = cases.make_vectors(case, torch.float16, 3), []
-    for arch, sm_count, order in (("sm_80", 1, "forward"), ("sm_80", 7, "reverse"), ("sm_90a", 132, 5)):
-        with contextlib.closing(EmulatedOps(arch, sm_count=sm_count, order=order)) as other:
+    for target, sm_count, order in ((arch, 1, "forward"), (arch, 7, "reverse"), ("sm_90a", 132, 5)):
+        with contextlib.closing(EmulatedOps(target, sm_count=sm_count, order=order)) as other:
             results.append(other.fused_depthwise(x, weight, *vectors))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -107,7 +115,7 @@ def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
     x, weight = cases.make_input(case, dtype), cases.make_weight(case, dtype)
     vectors = cases.make_vectors(case, dtype, 6)
     # On one multiprocessor a block keeps to its channel for 16 items, about as many as on a large GPU at C = 1536.
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=1, profile=True)) as ops:
+    with contextlib.closing(EmulatedOps(sm_count=1, profile=True)) as ops:
         y = ops.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
         (launch,) = ops.launches
     profile = launch.profile
@@ -137,7 +145,7 @@ def test_flat_planes(ops, dtype, kernel_size):
 def test_traffic_of_flat_planes(dtype, size):
     """16 bytes a thread, but for the end of a plane."""
     case = Case((9, 9), dtype, "planes", size, 6, 3, "forward", True, True, True, False)
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=3, profile=True)) as ops:
+    with contextlib.closing(EmulatedOps(sm_count=3, profile=True)) as ops:
         torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
         (launch,) = ops.launches
     pieces = 6 * 3 * (size[0] * size[1] // 8)
@@ -152,7 +160,7 @@ def test_planes_that_are_not_flat(ops):
 
 
 @dtype
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90a"])
 @pytest.mark.parametrize("size, batch", [((32, 32), 16), ((16, 16), 64)], ids=str)
 def test_traffic_of_channels_last(dtype, arch, size, batch):
     """Each sector of x and y moves once, 16 bytes a thread; the transposition causes no bank conflicts at 32x32."""
@@ -174,6 +182,7 @@ def test_traffic_of_channels_last(dtype, arch, size, batch):
     assert profile.shared["st"].conflict <= (1.01 if size == (32, 32) else 2)
 
 
+@pytest.mark.slow
 def test_channels_last_fits_small_shared_memory():
     """Where 16 channels do not fit, a block works on 8: the same results, each byte of x still requested once."""
     case = cases.Case(3, 24, 32, 32, 9, 9)
@@ -290,11 +299,19 @@ def test_exactly(ops, case):
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*LAST_ITEM_IS_SMALLER, *random_cases(120, seed=2)], ids=str)
+def test_exactly_before_sm_90(ampere, case):
+    ampere.device.order = case.order
+    torch.testing.assert_close(*run_exact(ampere, case), rtol=0, atol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
     half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + LAST_ITEM_IS_SMALLER
-    with contextlib.closing(EmulatedOps("sm_80", sm_count=3, csrc=plant(name, *bug))) as ops:
+    with contextlib.closing(EmulatedOps(sm_count=3, overlay=plant(name, *bug))) as ops:
         assert first_finding(ops, half) in reports
 
 

@@ -77,6 +77,7 @@ def test_accuracy(ops, dtype, layout):
         compare("fused_depthwise", *arguments, peer_arguments=peer_arguments)
 
 
+@pytest.mark.slow
 def test_older_device():
     """Before sm_80 the direct kernel takes the 16-bit types, too."""
     half = [case for case in matrix() if case.dtype.itemsize == 2 and case.layout in ("contiguous", "unaligned")]
@@ -86,6 +87,7 @@ def test_older_device():
             assert "depthwise_direct_kernel" in ops.launches[-1].kernel
 
 
+@pytest.mark.slow
 def test_other_device():
     """What the emulated device is reaches the launcher and chooses the code."""
     case = Case((9, 9), torch.float16, "contiguous", (14, 14), 1, 3, "forward", False, False, False, True)
@@ -151,10 +153,10 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
-    csrc = plant(name, *bug)
     half = [case for case in matrix() if case.dtype == torch.float16]
-    with contextlib.closing(EmulatedOps(csrc=csrc, launcher="depthwise_direct")) as ops:
+    with contextlib.closing(EmulatedOps(overlay=plant(name, *bug), launcher="depthwise_direct")) as ops:
         assert first_finding(ops, half) in reports

@@ -468,6 +468,7 @@ def rehearse(folder: Path, *steps: str) -> tuple[int, dict[str, str], str]:
     return ran.returncode, statuses(folder / "out"), ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 def test_rehearsal_of_the_first_part(tmp_path):
     """Every command line of it, on the CPU, with results, logs and archive as on a GPU."""
     status, found, output = rehearse(tmp_path, "first")
@@ -480,6 +481,7 @@ def test_rehearsal_of_the_first_part(tmp_path):
     assert {f"out/{name}" for name in expected} <= set(members)
 
 
+@pytest.mark.slow
 def test_rehearsal_finds_a_mistyped_option(tmp_path, monkeypatch, capsys):
     """Also one that a later option overrides: values are checked as they are read."""
     for options in (["--kernal", "9"], ["--kernels", "nine"]):

@@ -167,6 +167,7 @@ def test_same_bits_for_any_number_of_threads():
         assert torch.equal(fused, results[0][0]) and torch.equal(pooled, results[0][1])
 
 
+@pytest.mark.slow
 @device
 @pytest.mark.parametrize(
     "layout, channels, height, width", [("contiguous", 2, 2**15 + 1, 2**15), ("channels_last", 64, 2**13 + 1, 2**12)]

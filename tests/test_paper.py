@@ -162,6 +162,7 @@ sys.exit(paper.main(["--device", "cpu", "--out", {out!r}]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     pytest.importorskip("timm")
     out = tmp_path / "out"

@@ -75,6 +75,7 @@ def rows(out):
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(data, tmp_path):
     """The weights are those of a training that nothing disturbed."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -117,6 +118,7 @@ def test_ctrl_c_shows_the_finished_epochs(data, tmp_path):
     assert output.splitlines()[-1] == f"stopped by Ctrl-C; the same command goes on from {out / 'checkpoint.pt'}"
 
 
+@pytest.mark.slow
 def test_two_processes(data, tmp_path):
     torchrun = "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"
     output = finish(start(*torchrun, "--rdzv-endpoint=localhost:0", SCRIPT, *options(data, tmp_path, epochs=1)))
