@@ -92,7 +92,7 @@ gpu-libraries: $(TOOLKIT) $(VENV)/.ready
 $(VENV)/.ready: requirements.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(BIN)/python -c "import os, pathlib, sysconfig; folder = os.path.realpath(sysconfig.get_path('purelib')); \
+	@$(BIN)/python -c "import os, pathlib, sysconfig; folder = os.path.realpath(sysconfig.get_path('purelib')); \
 	    inside = folder.startswith(os.path.realpath('$(CURDIR)') + os.sep); \
 	    pathlib.Path(folder, 'convmixer_fast.pth').write_text(os.path.relpath('.', folder) if inside else os.getcwd())"
 	@touch $@

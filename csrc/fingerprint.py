@@ -9,7 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def fingerprint(root: Path = ROOT) -> str:
     """SHA-256 (first 12 digits) over setup.py and every file of csrc/, by name and content."""
-    files = [path for path in (root / "csrc").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path
+        for path in (root / "csrc").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")  # an editor's own
+    ]
     digest = hashlib.sha256()
     for path in [root / "setup.py", *sorted(files)]:
         content = path.read_bytes()
