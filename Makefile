@@ -20,6 +20,8 @@ else
 VENV ?= .venv-$(shell printf %s '$(TORCH)' | tr -cs '[:alnum:].' -)
 endif
 BIN := $(VENV)/bin
+# Packages are installed without bytecode, which takes pip half a minute: Python keeps that of what it imports.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile '$(TORCH)'
 

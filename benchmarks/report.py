@@ -5,6 +5,7 @@ import csv
 import datetime
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "convmixer_fast")
 FIGURE = re.compile(r"[-+.e%\d]*")
 SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
+# torch.compile imports it, and it warns of a CUDA toolkit on a machine without a GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 INTERRUPTED = 128 + signal.SIGINT  # the exit status of what Ctrl-C ended, as a shell gives it
 
 

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/mixer.h"
+#include "../cpu/kernels.h"
 
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
 
 // For convmixer_fast._library, through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
-  return convmixer_fast::cpu::mixer_kernels().isa;
+  return convmixer_fast::cpu::instruction_set();
 } catch (const std::runtime_error& error) {  // ctypes knows no exceptions
   static const std::string message = error.what();
   return message.c_str();

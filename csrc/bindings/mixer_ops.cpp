@@ -97,7 +97,7 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Double);
   check_shape("head_weight", head_weight, {s.classes, s.dim}, type);
   check_shape("head_bias", head_bias, {s.classes}, type);
-  const cpu::MixerKernels& kernels = cpu::mixer_kernels();
+  const cpu::MixerKernels& kernels = cpu::mixer_kernels(s.dtype);
   Tensor packed = empty_bytes(patch, kernels.packed_bytes(s));
   const MixerWeights weights{patch.const_data_ptr(),       depthwise.const_data_ptr(),
                              pointwise.const_data_ptr(),   static_cast<const double*>(vectors.const_data_ptr()),
@@ -108,7 +108,8 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
 
 int64_t mixer_workspace_bytes(const Tensor& x, const Tensor& patch, const Tensor& depthwise,
                               const Tensor& head_weight) {
-  return cpu::mixer_kernels().workspace_bytes(params_of(x, sizes_of(patch, depthwise, head_weight, 0))) + kHugePage;
+  const MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, 0));
+  return cpu::mixer_kernels(params.sizes.dtype).workspace_bytes(params) + kHugePage;
 }
 
 // Zeros, beside the weights that mixer_pack has packed.
@@ -125,8 +126,8 @@ Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
 Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight,
              const Tensor& packed, const Tensor& workspace, int64_t activation, bool residual,
              const std::optional<Tensor>& seconds) {
-  const cpu::MixerKernels& kernels = cpu::mixer_kernels();
   MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, activation));
+  const cpu::MixerKernels& kernels = cpu::mixer_kernels(params.sizes.dtype);
   params.sizes.residual = residual;
   const MixerSizes& s = params.sizes;
   check_bytes("packed", packed, kernels.packed_bytes(s));

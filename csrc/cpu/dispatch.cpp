@@ -17,7 +17,7 @@ struct InstructionSet {
   const char* name;
   bool available, pays;  // one that does not pay must be asked for by name
   const Kernels& (*kernels)();
-  const MixerKernels& (*mixer)();
+  const MixerKernels& (*mixer)(), &(*bfloat16_mixer)();
 };
 
 const InstructionSet& choose() {
@@ -31,11 +31,11 @@ const InstructionSet& choose() {
 #endif
   static const InstructionSet widest_first[] = {
 #if defined(__x86_64__)
-      {"avx512_bf16", avx512_bf16, fast_bf16, avx512_kernels, avx512_bf16_mixer},
-      {"avx512", avx512, true, avx512_kernels, avx512_mixer},
-      {"avx2", avx2, true, avx2_kernels, avx2_mixer},
+      {"avx512_bf16", avx512_bf16, fast_bf16, avx512_kernels, avx512_mixer, avx512_bf16_mixer},
+      {"avx512", avx512, true, avx512_kernels, avx512_mixer, avx512_mixer},
+      {"avx2", avx2, true, avx2_kernels, avx2_mixer, avx2_mixer},
 #endif
-      {"generic", true, true, generic_kernels, generic_mixer},
+      {"generic", true, true, generic_kernels, generic_mixer, generic_mixer},
   };
   const char* variable = std::getenv("CMF_CPU_ISA");
   const std::string wanted = variable ? variable : "";
@@ -70,6 +70,9 @@ int64_t l2_bytes() {
 }
 
 const Kernels& kernels() { return chosen().kernels(); }
-const MixerKernels& mixer_kernels() { return chosen().mixer(); }
+const char* instruction_set() { return chosen().name; }
+const MixerKernels& mixer_kernels(DType dtype) {
+  return dtype == DType::kBFloat16 ? chosen().bfloat16_mixer() : chosen().mixer();
+}
 
 }  // namespace convmixer_fast::cpu

@@ -58,9 +58,9 @@ void activate_pool(const PoolParams& p, int64_t begin, int64_t end) {
   with_storage(p.dtype, [&](auto storage) { pool<decltype(storage)>(p, begin, end); });
 }
 
-constexpr Kernels kKernels = {
-    CMF_ISA,         depthwise_tasks,           depthwise,           depthwise_wgrad_workspace, depthwise_wgrad_tasks,
-    depthwise_wgrad, depthwise_wgrad_sum_tasks, depthwise_wgrad_sum, activate_pool_tasks,       activate_pool};
+constexpr Kernels kKernels = {depthwise_tasks,       depthwise,           depthwise_wgrad_workspace,
+                              depthwise_wgrad_tasks, depthwise_wgrad,     depthwise_wgrad_sum_tasks,
+                              depthwise_wgrad_sum,   activate_pool_tasks, activate_pool};
 
 }  // namespace
 }  // namespace convmixer_fast::cpu

@@ -8,7 +8,6 @@ namespace convmixer_fast::cpu {
 
 // Work is cut into independent tasks; any split of [0, tasks) over any number of threads gives the same bits.
 struct Kernels {
-  const char* isa;
   int64_t (*depthwise_tasks)(const DepthwiseParams&);
   void (*depthwise)(const DepthwiseParams&, int64_t begin, int64_t end);
   // The gradients of weight and bias: partial sums to the workspace (bytes, aligned to 64), which are then added up.
@@ -30,5 +29,8 @@ const Kernels& avx512_kernels();
 // The widest instruction set that this CPU has and gains by, or the one that the environment variable CMF_CPU_ISA
 // (generic, avx2, avx512, avx512_bf16) names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
 const Kernels& kernels();
+
+// The name of the instruction set that kernels() has chosen; throws as that does.
+const char* instruction_set();
 
 }  // namespace convmixer_fast::cpu

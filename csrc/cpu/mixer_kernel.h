@@ -868,18 +868,19 @@ class Mixer {
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
-// f(storage type, operand type): float32 arithmetic but for bfloat16 where the processor has dot products of it.
+// f(storage type, operand type): float32 arithmetic but for bfloat16 where the processor has dot products of it. There
+// these are all that differs, and the kernels of the other types are those of AVX-512 without BF16.
 template <class F>
-CMF_INLINE auto with_mixer_types(DType dtype, F f) {
+CMF_INLINE auto with_mixer_types([[maybe_unused]] DType dtype, F f) {
+#if defined(CMF_BF16_DOT)
+  return f(BFloat16(), BFloat16Operand());
+#else
   switch (dtype) {
     case DType::kFloat16: return f(Float16(), FloatOperand());
-#if defined(CMF_BF16_DOT)
-    case DType::kBFloat16: return f(BFloat16(), BFloat16Operand());
-#else
     case DType::kBFloat16: return f(BFloat16(), FloatOperand());
-#endif
     default: return f(Native<float>(), FloatOperand());
   }
+#endif
 }
 
 int64_t packed_bytes(const MixerSizes& s) {
@@ -911,7 +912,7 @@ void run_mixer(const MixerParams& p, MixerStep step, int64_t begin, int64_t end)
   });
 }
 
-constexpr MixerKernels kMixerKernels = {CMF_ISA, packed_bytes, pack, workspace_bytes, mixer_tasks, run_mixer};
+constexpr MixerKernels kMixerKernels = {packed_bytes, pack, workspace_bytes, mixer_tasks, run_mixer};
 
 }  // namespace
 }  // namespace convmixer_fast::cpu
