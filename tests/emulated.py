@@ -104,16 +104,14 @@ class EmulatedOps:
             headers for these.
         launcher: of csrc/cuda/launch.h: "depthwise", which chooses the kernel, or "depthwise_direct".
         **device: further properties and options of the ptxsim.Device: sm_count, shared_per_block_optin, order
-            ("forward", "reverse" or a seed), profile.
+            ("forward", "reverse" or a seed), profile, execute (False: results are left as they were).
 
     Attributes:
         device: the ptxsim.Device. Its options (order, profile) may be changed between calls.
         launches: of the last call, with kernel, grid, block, shared_bytes, instructions, seconds and profile.
     """
 
-    def __init__(
-        self, arch: str = "sm_90a", overlay: Path | None = None, launcher: str = "depthwise", **device
-    ):
+    def __init__(self, arch: str = "sm_90a", overlay: Path | None = None, launcher: str = "depthwise", **device):
         self.device = Device(arch, checks=CHECKS, timeout=SECONDS_A_LAUNCH, **device)
         self.program = HostProgram(
             sources(overlay), self.device, NVCC_FLAGS, INCLUDE_DIRS, arches=[COMPILED_FOR.get(arch, arch)]
@@ -258,7 +256,7 @@ class EmulatedOps:
 
     def _download(self, address, result):
         array = _as_numpy(result)
-        array[...] = self.device.download(address, array, complete=True)
+        array[...] = self.device.download(address, array, complete=self.device.execute)
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

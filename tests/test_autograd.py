@@ -171,6 +171,7 @@ def test_gradcheck(device, case, bias):
     assert torch.autograd.gradgradcheck(cf.depthwise_conv2d, arguments, **options)
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_gradients():
     x, weight, _ = make_arguments(SMALL)
     gy = make_gy(SMALL, torch.float64).requires_grad_()
@@ -280,7 +281,7 @@ def loss(x, weight, bias):
 
 
 @device
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile(device, dynamic):
     arguments = make_arguments(SMALL, torch.float32, device)
     torch.compiler.reset()

@@ -86,7 +86,12 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("case", [*MORE, *matrix()[::5]], ids=str)  # 5: over every dtype and layout
+# 5, 10: over every dtype and layout.
+@pytest.mark.parametrize(
+    "case",
+    [*MORE, *matrix()[::10], *(pytest.param(case, marks=pytest.mark.slow) for case in matrix()[5::10])],
+    ids=str,
+)
 def test_exactly(ops, case):
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 

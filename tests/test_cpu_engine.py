@@ -49,7 +49,9 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=pytest.mark.slow if d == torch.float16 else ()) for d in DTYPES], ids=str
+)
 @pytest.mark.parametrize(
     "sizes, shape", HOSTILE, ids=[f"{sizes['dim']}-{sizes['kernel_size']}" for sizes, _ in HOSTILE]
 )

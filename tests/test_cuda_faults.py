@@ -47,6 +47,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_a_fault_ends_one_worker(tmp_path):
     pytest.importorskip("xdist")
     ran = run(tmp_path, "-n", "2")

@@ -54,7 +54,11 @@ def test_empty(ops, case):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, *(pytest.param(other, marks=pytest.mark.slow) for other in (torch.float32, torch.bfloat16))],
+    ids=lambda d: str(d)[6:],
+)
 def test_accuracy(ops, dtype, layout):
     """On normally distributed data; the peer is eager PyTorch, which rounds after each step."""
     case = cases.Case(2, 16, 32, 32, 9, 9)
@@ -96,7 +100,11 @@ def test_other_device():
         assert len(ops.launches) == 1
 
 
-@dtype
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, *(pytest.param(other, marks=pytest.mark.slow) for other in cases.DTYPES if other != torch.float16)],
+    ids=lambda d: str(d)[6:],
+)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_traffic(ops, dtype, layout):
     """No byte is read that is not needed, and each of the output's is written by one store."""

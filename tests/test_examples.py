@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 def test_digits():
     """Trained on real images to 97 % or more; the file and the fused operators leave the predictions as they were."""
     pytest.importorskip("sklearn")
@@ -25,6 +26,7 @@ def test_digits():
     assert re.search(r"speed-up \d+\.\d+x$", ran.stdout, re.M)
 
 
+@pytest.mark.slow
 def test_segment(tmp_path):
     """A short training finds shapes at a resolution it was not trained on; the optimized network finds the same."""
     pytest.importorskip("matplotlib")

@@ -20,7 +20,9 @@ dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
 
 @pytest.fixture(scope="module")
 def ops():
-    with contextlib.closing(EmulatedOps("sm_90a", sm_count=SM_COUNT, blocks_per_sm=BLOCKS_PER_SM)) as emulated:
+    """Launches are recorded, and not executed."""
+    device = dict(sm_count=SM_COUNT, blocks_per_sm=BLOCKS_PER_SM, execute=False)
+    with contextlib.closing(EmulatedOps("sm_90a", **device)) as emulated:
         yield emulated
 
 

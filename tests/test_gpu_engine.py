@@ -14,7 +14,7 @@ from networks import float64_logits, randomize
 from numerics import assert_error_at_most_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convmixer_fast import ConvMixer, gpu_engine, optimize
+from convmixer_fast import ConvMixer, _library, gpu_engine, optimize
 from convmixer_fast.gpu_engine import GpuEngine, GraphCache, Weights
 
 CLASSES = 100
@@ -52,7 +52,11 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, *(pytest.param(other, marks=pytest.mark.slow) for other in (torch.bfloat16, torch.float32))],
+    ids=str,
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_schedule_on_emulated_kernels(emulated, monkeypatch, network, dtype):
     """Emulated depthwise and pooling kernels, library GEMMs: the reference's logits, in chunks of 2, 2 and 1 too."""
@@ -411,6 +415,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+        monkeypatch.setattr(_library, "require_cuda", lambda: None)
 
     def switch_to(self, name):
         self.stream = FakeStream(name, self.log)

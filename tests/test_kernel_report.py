@@ -38,12 +38,14 @@ def kernels():
     return kernel_report.load_kernels(["sm_90a"], "depthwise_mma_f16_gelu")
 
 
+@pytest.mark.slow
 def test_no_spills(kernels):
     assert len(kernels) == 14
     print(kernel_report.resource_table(kernels))
     assert [kernel.name for kernel in kernels if kernel.resources.spills or kernel.resources.stack] == []
 
 
+@pytest.mark.slow
 def test_instructions_of_a_plane(kernels):
     planes = kernel_report.count_planes(kernels)
     assert len(planes) == 8
@@ -51,6 +53,7 @@ def test_instructions_of_a_plane(kernels):
     assert {plane.kernel_size for plane in planes if plane.opcodes.total() > MOST_INSTRUCTIONS} == set()
 
 
+@pytest.mark.slow
 def test_devices(kernels):
     """Those of explain(); an H100 is an H200 with less bandwidth."""
     assert kernel_report.DEVICES.keys() == GPUS.keys()
@@ -67,6 +70,7 @@ def test_devices(kernels):
     assert all(re.search(rf"\b{name}:\s", text) for name in kernel_report.DEVICES)
 
 
+@pytest.mark.slow
 def test_prediction_of_a_network(kernels):
     """Floors, but for the depthwise steps; in proportion to images and layers; float32 has none."""
     shape, small = (64, 3, 224, 224), dict(dim=64, patch_size=7, n_classes=10)
@@ -88,6 +92,7 @@ def test_prediction_of_a_network(kernels):
         prediction.predict(even, shape)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_weight():
     """No spills, and fewer instructions and products than the memory-bound time of a plane leaves room for."""
     try:
@@ -117,6 +122,7 @@ def executed(images, kernel_size, prologue):
         return ops.launches[0].profile.by_opcode
 
 
+@pytest.mark.slow
 def test_counts_what_is_executed(kernels, kernel_size=9, prologue=True):
     """Machine code and PTX of the same kernel agree in those instructions that the compiler translates one by one."""
     planes = kernel_report.count_planes(kernels)

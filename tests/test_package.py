@@ -27,6 +27,7 @@ assert not any(name.startswith("convmixer_fast") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device, dtype, libraries",
     [

@@ -125,6 +125,7 @@ def test_everything_is_written(tiny, tmp_path, capsys):
     assert (tmp_path / "state.json").read_text() == state
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_in_the_row(tiny, tmp_path, monkeypatch, lacking):
     """Out of memory in one backend, another that fails, no timm: the rest goes on."""
     assert tiny("--backends", "eager", "channels_last", "compile", "fused") == 0

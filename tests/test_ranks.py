@@ -90,6 +90,7 @@ def test_classify_is_shared(job):
     assert named == alone.stderr.splitlines() and len(named) == 2
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images(job, tmp_path):
     single = ["classify", job[1] / "03.png", *job[2:]]
     shared = run(*TORCHRUN, "-m", "convmixer_fast", *single)
@@ -97,7 +98,7 @@ def test_more_ranks_than_images(job, tmp_path):
     assert shared.stdout == run(sys.executable, "-m", "convmixer_fast", *single).stdout != ""
 
 
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_is_named_by_torchrun(job, tmp_path, dead):
     """Killed after its first batch, with half of the images to go."""
     script = tmp_path / "dies.py"
@@ -144,6 +145,7 @@ with ranks.joined("cpu"):
     assert "RuntimeError: a process has died, or is 0:30:00 late: [Rank 0]: Rank 1 failed" in complaint
 
 
+@pytest.mark.slow
 def test_throughput_is_summed_over_ranks(tmp_path):
     model, results = "convmixer_256_8_k3_p2", tmp_path / "results.json"
     options = ["--device", "cpu", "--batch", 2, "--batches", 2, "--image-size", 8, "--backends", "eager", "fused"]

@@ -101,6 +101,7 @@ def test_killed_and_started_again(data, tmp_path):
     assert convmixer_fast.load_checkpoint(whole / "weights.pt", activation="gelu").n_classes == 10
 
 
+@pytest.mark.slow
 def test_ctrl_c_shows_the_finished_epochs(data, tmp_path):
     out, finished = tmp_path / "out", tmp_path / "out" / "log.csv"
     process = start(SCRIPT, *options(data, out, epochs=1000))

@@ -122,7 +122,7 @@ class Device:
     blocks_per_sm, l2_bytes, name: what the runtime reports.  registers: per thread, for the occupancy (0: no limit).
     memory: bytes of address space; addresses are never reused, so that use after free is found.
     order, checks, profile, workers, timeout, allow_exited: options of every launch (see Module.launch); they may be
-    changed between calls.  strict: a failed <<< >>> launch whose error the host code never asked for raises.
+    changed between calls.  execute: False checks and records launches alone.  strict: a failed <<< >>> launch whose error the host code never asked for raises.
     Use as a context manager, or call close(): it reports what the host code has not freed.
     """
 
@@ -147,6 +147,7 @@ class Device:
         timeout=0,
         allow_exited=False,
         strict=True,
+        execute=True,
     ):
         self.arch = arch
         cc = self.capability = int("".join(c for c in arch if c.isdigit()))
@@ -158,7 +159,7 @@ class Device:
         self.threads_per_sm, self.blocks_per_sm = threads_per_sm or known[2], blocks_per_sm or known[3]
         self.registers, self.name, self.memory = registers, name or f"ptxsim {arch}", memory
         self.order, self.checks, self.profile, self.workers, self.timeout = order, checks, profile, workers, timeout
-        self.allow_exited, self.strict = allow_exited, strict
+        self.allow_exited, self.strict, self.execute = allow_exited, strict, execute
         self.launches, self.errors = [], []
         self._allocations, self._modules, self._pending, self.sticky = {}, [], None, 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -372,6 +373,8 @@ class Device:
             for i, p in enumerate(mod.ast.functions[k.name].params):
                 off = k.unit.param_addr[p.name]
                 params[off : off + p.size] = np.frombuffer(ctypes.string_at(pointers[i], p.size), np.uint8)
+            if not self.execute:
+                return 0
             r = mod._execute(
                 k,
                 params,

@@ -67,6 +67,17 @@ def test_large_shared(program, dev):
     assert dev.launches[0].shared_bytes == 80000 and dev.launches[0].attributes == {"max_dynamic_shared": 80000}
 
 
+def test_launches_that_are_not_executed(program, dev):
+    """They are checked and recorded; memory stays as it was."""
+    dev.execute = False
+    x = f32(1000)
+    src, dst = dev.upload(x), dev.upload(7 * x)
+    assert program.scale(ctypes.byref(ScaleParams(src, dst, x.size, False, NONE)), None) == 0
+    assert np.array_equal(dev.download(dst, x), 7 * x)
+    assert (dev.launches[0].grid, dev.launches[0].instructions) == ((8, 1, 1), 0)
+    assert program.sums(P(src), P(dst), 3, 200000, 1, None) != 0, "more shared memory than there is"
+
+
 def test_profile_and_options(program, dev):
     dev.profile, dev.workers = True, 2
     scale(program, dev, f32(1024))

@@ -19,6 +19,7 @@ def mod(request):
     return Module.from_cu(os.path.join(HERE, "libraries.cu"), arch=request.param, flags=["-std=c++17"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_cub(mod, order):
     x, o = rng.integers(0, 1000, 512).astype(np.int32), np.zeros(800, np.int32)
