@@ -59,7 +59,7 @@ class Backend:
     memory_format: torch.memory_format = torch.contiguous_format
 
 
-# Inductor takes the vector instructions that the processor names, without compiling and running a program for each kind.
+# Inductor takes the vector instructions that the processor names, without compiling and running a program for each.
 TRUST_CPUID = {"cpp.vec_isa_ok": True}
 
 

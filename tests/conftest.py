@@ -32,7 +32,7 @@ except RuntimeError:  # operator torchvision::nms does not exist: torchvision lo
 def pytest_collection_modifyitems(items):
     from convmixer_fast import build_info
 
-    missing = build_info()["cuda_missing"] or ("no GPU is visible" if not torch.cuda.is_available() else None)
+    missing = build_info()["cuda_missing"] if torch.cuda.is_available() else "no GPU is visible"
     if missing:
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -44,7 +44,7 @@ def ampere():
 
 
 def every_instantiation():
-    """Those in float16 with GELU and a prologue, and what differs from them in one thing, at 9x9; all others are slow."""
+    """Those in float16 with GELU and a prologue, and what differs from them in one thing, at 9x9; others are slow."""
     for dtype, kernel, activation, prologue in itertools.product(
         HALVES, KERNELS_OF_LAYOUTS, ("gelu", "relu", "none"), (True, False)
     ):

@@ -122,7 +122,8 @@ class Device:
     blocks_per_sm, l2_bytes, name: what the runtime reports.  registers: per thread, for the occupancy (0: no limit).
     memory: bytes of address space; addresses are never reused, so that use after free is found.
     order, checks, profile, workers, timeout, allow_exited: options of every launch (see Module.launch); they may be
-    changed between calls.  execute: False checks and records launches alone.  strict: a failed <<< >>> launch whose error the host code never asked for raises.
+    changed between calls.  execute: False checks and records launches alone.
+    strict: a failed <<< >>> launch whose error the host code never asked for raises.
     Use as a context manager, or call close(): it reports what the host code has not freed.
     """
 
