@@ -70,9 +70,11 @@ lint: $(VENV)/.tests
 	.ci/lint
 
 build: $(BUILT)
+	@:
 
 build-cpu: export CMF_CUDA := 0
 build-cpu: $(BUILT_CPU)
+	@:
 
 $(BUILT) $(BUILT_CPU): $(VENV)/.ready $(SOURCES)
 	@rm -f build/built-*

@@ -54,7 +54,7 @@ def every_instantiation():
         yield pytest.param(dtype, *kernel, activation, prologue, marks=() if quick else pytest.mark.slow, id=name)
 
 
-@pytest.mark.parametrize("dtype, layout, kernel_size, activation, prologue", every_instantiation())
+@pytest.mark.parametrize("dtype, layout, kernel_size, activation, prologue", list(every_instantiation()))
 def test_every_instantiation(ops, dtype, layout, kernel_size, activation, prologue):
     """As exact as eager PyTorch, which rounds after each step, on normally distributed data."""
     case = cases.Case(5, 3, 32, 24, *kernel_size) if layout == "contiguous" else cases.Case(2, 24, 32, 24, *kernel_size)

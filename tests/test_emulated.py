@@ -23,7 +23,10 @@ def ops():
 # ------------------------------------------------------------------------------------------------ to the bit
 
 
-@pytest.mark.parametrize("case", matrix(), ids=str)
+# 5: over every dtype and layout.
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (i % 5 > 0)) for i, case in enumerate(matrix())], ids=str
+)
 def test_depthwise_exactly(ops, case):
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 

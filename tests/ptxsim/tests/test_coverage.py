@@ -173,6 +173,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", FORMS)
 def test_forms_compile(group):
     lines = [s.strip() for row in FORMS[group].split("\n") for s in re.split(r"\|(?=[a-z]\w+[. ])", row) if s.strip()]

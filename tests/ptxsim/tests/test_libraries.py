@@ -29,6 +29,7 @@ def test_cub(mod, order):
     assert np.array_equal(o[200:712], np.sort(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_cooperative_groups(mod, order):
     x, o = rng.standard_normal(128).astype(np.float32), np.zeros(512, np.float32)
