@@ -79,7 +79,7 @@ build-cpu: $(BUILT_CPU)
 $(BUILT) $(BUILT_CPU): $(VENV)/.ready $(SOURCES)
 	@rm -f build/built-*
 	@$(BIN)/python setup.py --quiet build_ext --inplace
-	@touch $@
+	@mkdir -p build && touch $@
 
 gpu:
 	python3 benchmarks/gpu.py $(ARGS)

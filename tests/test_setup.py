@@ -67,7 +67,7 @@ def test_a_failure_shows_the_compilers_message_and_names_the_log(clone):
 @pytest.mark.parametrize(
     "environment, said",
     [
-        (dict(CXX="no-such-compiler"), "no C++ compiler: 'no-such-compiler' is not on PATH.*apt install g.*CXX"),
+        (dict(CXX="no-such-compiler"), "no C++ compiler: 'no-such-compiler' is not on PATH"),
         (dict(CMF_CUDA="yes"), "CMF_CUDA must be one of auto, 0, 1, got 'yes'"),
     ],
     ids=str,
@@ -77,7 +77,7 @@ def test_what_is_missing_or_wrong_is_said_in_a_line(clone, environment, said):
     built = run(clone, *command, **({"CMF_CUDA": "0"} | environment))
     assert built.returncode != 0
     (line,) = built.stderr.splitlines()
-    assert re.search(said, line)
+    assert said in line
 
 
 @pytest.mark.parametrize(
