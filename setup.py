@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 ALL_TARGETS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 TARGETS_WITHOUT_GPU = ("8.0+PTX", "9.0a")
 SAME_PTX = {"8.6": "8.0", "8.9": "8.0", "12.0": "10.0"}  # no kernel asks whether it is compiled for the former
-LOG_TAIL = 40  # lines of the log that are shown when a build fails
+SHOWN = 30  # lines of the log, when a build fails
 
 
 def find_nvcc() -> Path | None:
@@ -215,7 +215,7 @@ class PlatformWheel(bdist_wheel):
 
 class BuildLog:
     """Takes what this process and the compilers print to a file, and shows one line a source: [7/23] csrc/cuda/pool.cu.
-    After a failure it shows the end of the file."""
+    After a failure it shows what the compiler said."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -237,8 +237,10 @@ class BuildLog:
         for descriptor in self.terminal:
             os.close(descriptor)
         if isinstance(error, Exception):
-            tail = self.path.read_text(errors="replace").splitlines()[-LOG_TAIL:]
-            print(*(line[:200] for line in tail), sep="\n", file=sys.stderr)
+            lines = self.path.read_text(errors="replace").splitlines()
+            # What ninja says of the first source that failed; what runs beside it, and Python's traceback, come after.
+            first = next((i for i, line in enumerate(lines) if line.startswith("FAILED")), max(0, len(lines) - SHOWN))
+            print(*(line[:200] for line in lines[first : first + SHOWN]), sep="\n", file=sys.stderr)
             raise SystemExit(f"convmixer_fast: the build failed; all that was printed is in {self.path}") from None
 
     def _redirect(self, descriptors: list[int]):
