@@ -69,7 +69,7 @@ def _load_cpu() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_CPU))
     digest = _FOLDER.parent / "csrc" / "fingerprint.py"
     if digest.exists():  # in a clone; an installed package has no sources beside it
-        outdated = _of_other_sources(_CPU, library, runpy.run_path(digest)["fingerprint"]())
+        outdated = _of_other_sources(_CPU, library, runpy.run_path(str(digest))["fingerprint"]())
         if outdated:
             raise ImportError(outdated)
     return library

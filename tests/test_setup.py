@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(folder: Path, *command, **environment: str) -> subprocess.CompletedProcess:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CMF_", "MAKE", "MFLAGS"))}
-    return subprocess.run(
-        command, cwd=folder, env=inherited | environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=folder, env=inherited | environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
