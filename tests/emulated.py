@@ -266,7 +266,8 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
 
 def compile_beforehand(arch: str):
     def report(source):
-        print(f"{arch}: {Path(source).relative_to(ROOT)}", flush=True)
+        line = f"{arch}: {Path(source).relative_to(ROOT)}\n"
+        print(line, end="", flush=True)  # in one piece: sources are compiled side by side
 
     build(sources(), [arch], NVCC_FLAGS, INCLUDE_DIRS, report)
 
