@@ -17,7 +17,8 @@ struct InstructionSet {
   const char* name;
   bool available, pays;  // one that does not pay must be asked for by name
   const Kernels& (*kernels)();
-  const MixerKernels& (*mixer)(), &(*bfloat16_mixer)();
+  const MixerKernels& (*mixer)();
+  const MixerKernels& (*bfloat16_mixer)();
 };
 
 const InstructionSet& choose() {
