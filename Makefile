@@ -20,7 +20,8 @@ else
 VENV ?= .venv-$(shell printf %s '$(TORCH)' | tr -cs '[:alnum:].' -)
 endif
 BIN := $(VENV)/bin
-# Packages are installed without bytecode, which takes pip half a minute: Python keeps that of what it imports.
+# Packages are installed without bytecode, which would take pip half a minute. Python writes that of modules which it
+# imports, unless this variable forbids it.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile '$(TORCH)'
@@ -37,7 +38,7 @@ FAST_BUILD := $(if $(or $(GPU),$(wildcard convmixer_fast/_C_cuda.so)),$(TOOLKIT)
 
 # One file for each choice of what to build, newer than the sources: with nothing to do, nothing is started. It is
 # removed where the libraries are missing.
-SOURCES := setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
+SOURCES := setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -name '.*')
 built = build/built-$(shell echo '$(VENV) $(1) $(TORCH_CUDA_ARCH_LIST) $(CMF_NVCC) $(CMF_LINEINFO)' | cksum | cut -d' ' -f1)
 BUILT := $(call built,$(or $(CMF_CUDA),auto))
 BUILT_CPU := $(call built,cpu)
@@ -67,7 +68,7 @@ micro: $(VENV)/.tests $(FAST_BUILD)
 	$(BIN)/python -m pytest benchmarks/test_micro.py $(ARGS)
 
 lint: $(VENV)/.tests
-	.ci/lint
+	VENV=$(VENV) PYTHON=$(PYTHON) .ci/lint
 
 build: $(BUILT)
 	@:

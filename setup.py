@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).resolve().parent
 ALL_TARGETS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 TARGETS_WITHOUT_GPU = ("8.0+PTX", "9.0a")
-SAME_PTX = {"8.6": "8.0", "8.9": "8.0", "12.0": "10.0"}  # no kernel asks whether it is compiled for the former
+SAME_PTX = {"8.6": "8.0", "8.9": "8.0", "12.0": "10.0"}  # no kernel has code of its own for the former
 SHOWN = 30  # lines of the log, when a build fails
 
 
@@ -136,14 +137,6 @@ def require_tools() -> None:
     import ninja  # the package of an environment that is not activated
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
-
-
-def load_fingerprint():
-    """csrc/fingerprint.py as a module: the clone's root need not be on the path of whoever builds."""
-    spec = importlib.util.spec_from_file_location("fingerprint", ROOT / "csrc" / "fingerprint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 toolkit, missing = choose_toolkit()
@@ -274,7 +267,9 @@ class CleanBuild(BuildExtension):
 
     def write_facts(self, folder: Path):
         """build_facts.h, which only build_facts.cpp includes: one file is compiled anew when a source changes."""
-        facts = {"CMF_SOURCES": load_fingerprint().fingerprint(ROOT), "CMF_CUDA_BUILD": cuda_build}
+        # Run by its path: the clone's root need not be on the path of whoever builds.
+        fingerprint = runpy.run_path(str(ROOT / "csrc" / "fingerprint.py"))["fingerprint"]
+        facts = {"CMF_SOURCES": fingerprint(ROOT), "CMF_CUDA_BUILD": cuda_build}
         text = "".join(f'#define {name} "{value}"\n' for name, value in facts.items())
         header = folder / "build_facts.h"
         folder.mkdir(parents=True, exist_ok=True)
