@@ -59,15 +59,15 @@ class Backend:
     memory_format: torch.memory_format = torch.contiguous_format
 
 
-# Inductor takes the vector instructions that the processor names, without compiling and running a program for each.
-TRUST_CPUID = {"cpp.vec_isa_ok": True}
+# For torch.compile: weights are constants, which it then packs for its matrix products; and it takes the vector
+# instructions that the processor names, without compiling and running a program for each.
+ON_CPU = {"freezing": True, "cpp.vec_isa_ok": True}
 
 
 def compiled(model: nn.Module, images: Tensor, max_autotune: bool = False) -> Callable[[Tensor], Tensor]:
-    """torch.compile; on a CPU with the weights as constants, which it then packs for its matrix products."""
+    """torch.compile as it is, and on a CPU at its best."""
     if images.device.type == "cpu":
-        options = {"freezing": True, "max_autotune": max_autotune} | TRUST_CPUID
-        return torch.compile(model, options=options)
+        return torch.compile(model, options=ON_CPU | {"max_autotune": max_autotune})
     return torch.compile(model, mode="max-autotune" if max_autotune else None)
 
 
@@ -75,9 +75,7 @@ def compiled_nchw(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor
     """torch.compile that leaves the maps in NCHW."""
     # Inductor moves a network with convolutions to channels_last, where PyTorch's depthwise kernels are slow: in timm's
     # tables (RTX 5090, torch 2.9.1) ConvMixers with 9x9 kernels are 2.1 and 2.4 times as fast in eager mode.
-    options = {"layout_optimization": False}
-    if images.device.type == "cpu":
-        options |= {"freezing": True} | TRUST_CPUID
+    options = {"layout_optimization": False} | (ON_CPU if images.device.type == "cpu" else {})
     return torch.compile(model, options=options)
 
 
