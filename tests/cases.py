@@ -2,7 +2,13 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
+
+
+def slow(*values):
+    """These values of a parameter, for `make test-all` alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 class Case(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC_FLAGS = ("-O3", "-std=c++17")  # as in setup.py
-COMPILED_FOR = {"sm_86": "sm_80", "sm_89": "sm_80"}  # the same PTX, as in setup.py
+COMPILED_FOR = {"sm_89": "sm_80"}  # the same PTX (SAME_PTX in setup.py)
 INCLUDE_DIRS = [CSRC, CSRC / "cuda"]
 CHECKS = {"memory", "race", "global"}  # all that ptxsim has
 SECONDS_A_LAUNCH = 120
@@ -85,7 +85,7 @@ def sources(overlay: Path | None = None) -> list[Path]:
     project's of the same names."""
     replaced = {path.name: path for path in sorted(overlay.glob("*.cu"))} if overlay else {}
     own = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in replaced]
-    # In this order: of an inline function that is in several objects, the linker takes the first.
+    # The linker takes an inline function from the first object that has it: from the overlay's.
     return [*replaced.values(), *own, Path(__file__).with_name("emulated_launchers.cpp")]
 
 

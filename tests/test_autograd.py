@@ -281,7 +281,7 @@ def loss(x, weight, bias):
 
 
 @device
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("dynamic", [*cases.slow(False), True])
 def test_compile(device, dynamic):
     arguments = make_arguments(SMALL, torch.float32, device)
     torch.compiler.reset()

@@ -4,16 +4,15 @@ import csv
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import press_ctrl_c, start
 
 pytest.importorskip("tqdm")
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,7 +245,7 @@ def test_compile_nchw_leaves_the_layout_alone(monkeypatch):
     prepare(model, torch.empty(1))
     prepare(model, torch.empty(1, device="meta"))
     on_cpu, elsewhere = (settings["options"] for settings in asked)
-    assert on_cpu == {"layout_optimization": False, "freezing": True} | throughput.TRUST_CPUID
+    assert on_cpu == {"layout_optimization": False, "freezing": True, "cpp.vec_isa_ok": True}
     assert elsewhere == {"layout_optimization": False}
     throughput.BACKENDS["compile"].prepare(model, torch.empty(1))
     assert "layout_optimization" not in asked[-1]["options"]
@@ -811,27 +810,8 @@ def test_commit_is_of_this_tree_or_unknown(tmp_path, monkeypatch):
 
 
 def interrupt_script(name: str, *arguments: object, when: Path) -> tuple[int, str, str]:
-    """Runs a benchmark until a file is there, then sends SIGINT as Ctrl-C does: (exit status, stdout, stderr)."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "benchmarks" / name, *map(str, arguments)]
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job, as the tests may be, has SIGINT ignored, and passes that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not when.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
+    """Runs a benchmark until a file is there, then presses Ctrl-C: (exit status, stdout, stderr)."""
+    return press_ctrl_c(start(ROOT / "benchmarks" / name, *arguments, PYTHONPATH=str(ROOT)), when.exists)
 
 
 def test_ctrl_c_shows_the_finished_models(tmp_path):
@@ -942,5 +922,5 @@ def test_cpu_table(tmp_path, monkeypatch, capsys):
         assert not row["openvino"] and bool(row["of FMA peak"]) == (row["dtype"] == "float32")
         assert bool(row["x one core"]) == (row["batch"] == "2") and float(row["error"]) > 0
     text = (tmp_path / "cpu.md").read_text()
-    mean = statistics.geometric_mean(float(row["x best other"]) for row in table)
-    assert float(re.search(r"geometric mean of x best other: ([\d.]+)", text)[1]) == pytest.approx(mean, rel=0.01)
+    mean = statistics.geometric_mean(row.results(tmp_path, 2)["fused"]["over_best_other"] for row in cpu.rows())
+    assert re.search(r"geometric mean of x best other: ([\d.]+)", text)[1] == f"{mean:.2f}"

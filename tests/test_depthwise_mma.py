@@ -8,6 +8,7 @@ import random
 import cases
 import pytest
 import torch
+from cases import slow
 from emulated import EmulatedOps
 from exact import BATCHES, CHANNELS, LAYOUTS, MAPS, ORDERS, Case, first_finding, in_float64, plant, run_exact
 from numerics import assert_error_at_most_peer
@@ -25,9 +26,7 @@ KERNELS_OF_LAYOUTS = [("contiguous", size) for size in KERNELS] + [
 ]
 
 dtype = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
-float16_first = pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=lambda d: str(d)[6:]
-)
+bfloat16_slow = pytest.mark.parametrize("dtype", [torch.float16, *slow(torch.bfloat16)], ids=lambda d: str(d)[6:])
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_gelu_is_off_by_less_than_half_an_ulp(ops, dtype):
     assert (y == exact.to(dtype))[exact.abs() > 2.0**-14].double().mean() > 0.85, "most are the nearest"
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", ["sm_90a", *slow("sm_80")])
 def test_same_bits_on_any_device(arch):
     """However many blocks share the work, in whatever order their threads run."""
     case = cases.Case(3, 5, 32, 32, 9, 9)
@@ -119,7 +118,7 @@ def test_non_finite_pixels(ops, value, kernel_size, left, reach):
     assert torch.equal(y[~expected], clean[0, 0][~expected])
 
 
-@float16_first
+@bfloat16_slow
 @pytest.mark.parametrize("size, batch", [((32, 32), 64), ((16, 16), 256)], ids=str)
 @pytest.mark.parametrize("kernel_size", [3, 9])
 def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
@@ -153,7 +152,7 @@ def test_flat_planes(ops, dtype, kernel_size):
         torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
-@float16_first
+@bfloat16_slow
 @pytest.mark.parametrize("size", FLAT_MAPS, ids=str)
 def test_traffic_of_flat_planes(dtype, size):
     """16 bytes a thread, but for the end of a plane."""
@@ -172,8 +171,8 @@ def test_planes_that_are_not_flat(ops):
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
-@float16_first
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90a"])
+@bfloat16_slow
+@pytest.mark.parametrize("arch", [*slow("sm_80"), "sm_90a"])
 @pytest.mark.parametrize("size, batch", [((32, 32), 16), ((16, 16), 64)], ids=str)
 def test_traffic_of_channels_last(dtype, arch, size, batch):
     """Each sector of x and y moves once, 16 bytes a thread; the transposition causes no bank conflicts at 32x32."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import slow
 from emulated import EmulatedOps
 from networks import float64_logits, randomize
 from numerics import assert_error_at_most_peer
@@ -52,11 +53,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float16, *(pytest.param(other, marks=pytest.mark.slow) for other in (torch.bfloat16, torch.float32))],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float16, *slow(torch.bfloat16, torch.float32)], ids=str)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_schedule_on_emulated_kernels(emulated, monkeypatch, network, dtype):
     """Emulated depthwise and pooling kernels, library GEMMs: the reference's logits, in chunks of 2, 2 and 1 too."""

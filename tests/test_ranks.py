@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 
 from convmixer_fast import ConvMixer, ranks
 
@@ -98,7 +99,7 @@ def test_more_ranks_than_images(job, tmp_path):
     assert shared.stdout == run(sys.executable, "-m", "convmixer_fast", *single).stdout != ""
 
 
-@pytest.mark.parametrize("dead", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dead", [0, *slow(1)])
 def test_a_rank_that_dies_is_named_by_torchrun(job, tmp_path, dead):
     """Killed after its first batch, with half of the images to go."""
     script = tmp_path / "dies.py"

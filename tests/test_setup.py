@@ -37,7 +37,7 @@ def clone(tmp_path):
 
 def build(clone, **environment):
     command = sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"
-    return run(clone, *command, CMF_CUDA="0", **environment)
+    return run(clone, *command, **({"CMF_CUDA": "0"} | environment))
 
 
 def test_a_line_for_each_source_and_the_log_in_a_file(clone):
@@ -71,8 +71,7 @@ def test_a_failure_shows_the_compilers_message_and_names_the_log(clone):
     ids=str,
 )
 def test_what_is_missing_or_wrong_is_said_in_a_line(clone, environment, said):
-    command = sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"
-    built = run(clone, *command, **({"CMF_CUDA": "0"} | environment))
+    built = build(clone, **environment)
     assert built.returncode != 0
     (line,) = built.stderr.splitlines()
     assert said in line

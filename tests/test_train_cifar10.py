@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import os
 import re
 import signal
 import subprocess
@@ -11,9 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import press_ctrl_c
 
 import convmixer_fast
 from convmixer_fast.model import VARIANTS
@@ -58,16 +59,7 @@ def finish(process):
 
 
 def start(*command):
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job, as the tests may be, has SIGINT ignored, and passes that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return processes.start(*command, PYTHONPATH=str(SCRIPT.parent.parent), OMP_NUM_THREADS="1")
 
 
 def rows(out):
@@ -105,16 +97,8 @@ def test_killed_and_started_again(data, tmp_path):
 def test_ctrl_c_shows_the_finished_epochs(data, tmp_path):
     out, finished = tmp_path / "out", tmp_path / "out" / "log.csv"
     process = start(SCRIPT, *options(data, out, epochs=1000))
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoint.pt").exists() or not finished.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in errors, errors
+    status, output, errors = press_ctrl_c(process, lambda: finished.exists() and (out / "checkpoint.pt").exists())
+    assert status == 130 and "Traceback" not in errors, errors
     assert output.startswith(finished.read_text())
     assert output.splitlines()[-1] == f"stopped by Ctrl-C; the same command goes on from {out / 'checkpoint.pt'}"
 
