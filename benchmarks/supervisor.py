@@ -329,11 +329,8 @@ def pack(out: Path, archive: Path | None) -> None:
     """The whole folder in one file: from a machine that is rented, few files may come back."""
     if archive is None:
         return
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    partial = archive.with_name(archive.name + ".partial")
-    with tarfile.open(partial, "w:gz") as tar:
+    with report.replacing(archive) as file, tarfile.open(fileobj=file, mode="w:gz") as tar:
         tar.add(out, out.name)
-    partial.replace(archive)
 
 
 def compact(text: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from . import ConvMixer, __version__, build_info, load_checkpoint, optimize, ranks
 from .explain import GPUS, explain
+from .files import printable
 
 
 class UsageError(Exception):
@@ -39,11 +40,6 @@ def load_model(args: argparse.Namespace) -> ConvMixer:
     if args.image_size < model.patch_size:
         raise UsageError(f"argument --image-size: {args.image_size} is less than a patch, {model.patch_size}")
     return model
-
-
-def printable(text: object) -> str:
-    """The text on one line and in one column: tabs, line ends and undecodable bytes escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def classify(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import convmixer_fast
+from convmixer_fast.files import printable, replacing
 
 TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 TEST_FILE = "test_batch.bin"
@@ -140,13 +141,6 @@ def accuracy(model: nn.Module, images: np.ndarray, labels: np.ndarray, args: arg
     return float(correct / len(images))
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file as a whole or, if the process is killed meanwhile, not at all."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def write_log(out: Path, log: list[dict[str, float]]) -> None:
     import matplotlib
 
@@ -169,8 +163,9 @@ def write_log(out: Path, log: list[dict[str, float]]) -> None:
         figure.savefig(path, format="png", dpi=120)
         plt.close(figure)
 
-    replace(out / "log.csv", write_csv)
-    replace(out / "curves.png", write_png)
+    for name, write in (("log.csv", write_csv), ("curves.png", write_png)):
+        with replacing(out / name) as partial:
+            write(partial)
 
 
 class Training:
@@ -195,18 +190,23 @@ class Training:
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
         )
-        replace(self.path, lambda path: torch.save(state, path))
+        with replacing(self.path) as partial:
+            torch.save(state, partial)
 
     def load(self) -> None:
-        """Exits with the argument's name if the checkpoint is of a training with other settings."""
-        state = torch.load(self.path, map_location=self.args.device, weights_only=True)
-        for name, saved in state["settings"].items():
-            if saved != (given := getattr(self.args, name)):
-                sys.exit(f"{self.path}: this training was begun with {name} = {saved!r}, got {given!r}")
-        self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Exits with the file's name if it is damaged, or of a training with other settings."""
+        try:
+            state = torch.load(self.path, map_location=self.args.device, weights_only=True)
+            for name, saved in state["settings"].items():
+                if saved != (given := getattr(self.args, name)):
+                    sys.exit(f"{self.path}: this training was begun with {name} = {saved!r}, got {given!r}")
+            self.progress = Progress(**state["progress"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # damaged bytes make the reader raise nearly every type
+            reason = printable(f"{type(error).__name__}: {error}", 300)
+            sys.exit(f"{self.path} is no checkpoint of this training, remove it to begin anew: {reason}")
 
 
 def train(args: argparse.Namespace, rank: int) -> None:
@@ -272,7 +272,8 @@ def train(args: argparse.Namespace, rank: int) -> None:
     bar.close()
     if rank == 0:
         weights = {name: tensor.cpu() for name, tensor in training.model.state_dict().items()}
-        replace(args.out / "weights.pt", lambda path: torch.save(weights, path))
+        with replacing(args.out / "weights.pt") as partial:
+            torch.save(weights, partial)
         last = progress.log[-1]
         print(f"epoch {last['epoch']}: loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}")
 

@@ -207,6 +207,20 @@ def test_a_checkpoint_of_other_settings(script, data, tmp_path):
         script.main([*options(data, tmp_path), "--seed", "1"])
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda whole: b"", lambda whole: whole[:2000], lambda whole: b"\x1b[2J" + whole[4:]]
+)
+def test_a_damaged_checkpoint(script, data, tmp_path, damage):
+    training = script.Training(script.parse(options(data, tmp_path)))
+    training.save()
+    training.path.write_bytes(damage(training.path.read_bytes()))
+    with pytest.raises(
+        SystemExit, match=r"checkpoint.pt is no checkpoint of this training, remove it to begin"
+    ) as exit:
+        script.main(options(data, tmp_path))
+    assert str(exit.value).isprintable()
+
+
 def test_reads_what_the_format_says(script, data):
     """Planes of red, green and blue, rows of 32."""
     images, labels = script.read_records(data / "test_batch.bin")
