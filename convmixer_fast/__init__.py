@@ -2,6 +2,7 @@
 
 from . import (
     autograd,  # noqa: F401 (registers the gradients)
+    fakes,  # noqa: F401 (registers what they do without numbers)
     ops,
     reference,
 )

@@ -17,7 +17,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import _call, _like
+from .ops import _call
 
 _ops = torch.ops.convmixer_fast
 _library = torch.library.Library("convmixer_fast", "FRAGMENT")
@@ -180,17 +180,6 @@ def _register(name: str, function: Any) -> None:
 _register("depthwise_conv2d", _Conv)
 _register("depthwise_conv2d_dgrad", _Dgrad)
 _register("depthwise_conv2d_wgrad", _Wgrad)
-
-
-@torch.library.register_fake("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
-def _(gy: Tensor, weight: Tensor) -> Tensor:
-    return _like(gy)
-
-
-@torch.library.register_fake("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
-def _(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> tuple[Tensor, Tensor]:
-    channels = x.shape[1]
-    return x.new_empty((channels, 1, kernel_h, kernel_w)), x.new_empty((channels if bias else 0,))
 
 
 # ----------------------------------------------------------------------------------------------------- autocast

@@ -62,14 +62,15 @@ def fused_depthwise(
         activation: "gelu" (erf form), "relu" or "none"; of the epilogue and of the prologue.
         residual: whether z is added.
         prologue: None, or three vectors like bias, scale, shift.
-        out: (N, C, H, W), of x's dtype and any strides, to be written; it must not overlap x. None: a new tensor.
+        out: (N, C, H, W), of x's dtype and any strides that give each element memory of its own, to be written; it must
+            not overlap any other argument. None: a new tensor.
 
     Returns:
         (N, C, H, W), of x's dtype and memory format; or out.
     """
     if prologue is not None and (not isinstance(prologue, (tuple, list)) or len(prologue) != 3):
         raise TypeError(f"prologue must be None or three tensors (bias, scale, shift), got {type(prologue).__name__}")
-    check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue)
+    check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue, out=out)
     arguments = (x, weight, bias, scale, shift, _activation(activation), residual, *(prologue or (None, None, None)))
     if out is None:
         return _call(_ops.fused_depthwise.default, *arguments)
@@ -86,12 +87,13 @@ def activate_pool(
         x: (N, C, H, W).
         bias, scale, shift: (C,), float32 (float64 if x is).
         activation: "gelu" (erf form), "relu" or "none".
-        out: (N, C), of x's dtype, contiguous, to be written; it must not overlap x. None: a new tensor.
+        out: (N, C), of x's dtype, contiguous, to be written; it must not overlap any other argument. None: a new
+            tensor.
 
     Returns:
         (N, C), of x's dtype; NaN where the map is empty, as torch.mean. Or out.
     """
-    check_inference(x=x, bias=bias, scale=scale, shift=shift)
+    check_inference(x=x, bias=bias, scale=scale, shift=shift, out=out)
     arguments = (x, bias, scale, shift, _activation(activation))
     if out is None:
         return _call(_ops.activate_pool.default, *arguments)
@@ -130,28 +132,3 @@ def _call(op: torch._ops.OpOverload, *arguments: Any, **out: Tensor) -> Any:
         if _library.ALLOCATION_FAILED in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
         raise
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
-
-
-@torch.library.register_fake("convmixer_fast::depthwise_conv2d")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _like(x)
-
-
-@torch.library.register_fake("convmixer_fast::fused_depthwise")
-def _(x: Tensor, *_: object) -> Tensor:
-    return _like(x)
-
-
-@torch.library.register_fake("convmixer_fast::fused_depthwise.out")
-@torch.library.register_fake("convmixer_fast::activate_pool.out")
-def _(*_: object, out: Tensor) -> None:
-    pass
-
-
-@torch.library.register_fake("convmixer_fast::activate_pool")
-def _(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[:2])

@@ -9,12 +9,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "../params.h"
 
@@ -37,6 +39,15 @@ struct ShapeOf {  // prints as (2, 3)
 inline std::ostream& operator<<(std::ostream& out, ShapeOf shape) {
   out << '(';
   for (int64_t d = 0; d < shape.tensor.dim(); d++) out << (d ? ", " : "") << shape.tensor.size(d);
+  return out << ')';
+}
+
+struct StridesOf {  // prints as (3, 1)
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, StridesOf strides) {
+  out << '(';
+  for (int64_t d = 0; d < strides.tensor.dim(); d++) out << (d ? ", " : "") << strides.tensor.stride(d);
   return out << ')';
 }
 
@@ -137,8 +148,21 @@ inline void check_map(const char* argument, const Tensor& x) {
   check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
 }
 
+struct DeviceOf {  // prints as cuda:0
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, DeviceOf device) {
+  switch (device.tensor.device().type()) {
+    case torch::headeronly::DeviceType::CPU: return out << "cpu";
+    case torch::headeronly::DeviceType::CUDA: return out << "cuda:" << device.tensor.get_device_index();
+    case torch::headeronly::DeviceType::Meta: return out << "meta";
+    default: return out << "another device";
+  }
+}
+
 inline void check_beside(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
-  check(tensor.device() == x.device(), argument, " must be on ", x_name, "'s device, got another one");
+  check(tensor.device() == x.device(), argument, " must be on ", x_name, "'s device ", DeviceOf{x}, ", got ",
+        DeviceOf{tensor});
 }
 
 inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* x_name = "x") {
@@ -161,6 +185,10 @@ inline Tensor checked_vector(const char* argument, const Tensor& vector, const T
   return torch::stable::contiguous(vector);
 }
 
+constexpr const char* kPrologueBias = "prologue[0] (bias)";
+constexpr const char* kPrologueScale = "prologue[1] (scale)";
+constexpr const char* kPrologueShift = "prologue[2] (shift)";
+
 // bias, scale and shift of one pointwise step, checked; owns contiguous copies where they were needed.
 struct Pointwise {
   Tensor bias, scale, shift;
@@ -177,10 +205,45 @@ struct Pointwise {
   }
 };
 
-// The caller's own output. Kernels read x while others write y, so that they must not overlap; of strided tensors the
-// extents are compared.
+// An argument by its name.
+struct Input {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// Whether no two elements may share memory: true only where each dimension strides over all that the nearer ones span.
+inline bool is_injective(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
+  for (int64_t d = 0; d < tensor.dim(); d++) {
+    if (tensor.size(d) == 0) return true;
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= span) return false;
+    span += (size - 1) * stride;
+  }
+  return true;
+}
+
+// Whether the memory from one's first element to the end of its last overlaps the other's.
+inline bool share_memory(const Tensor& one, const Tensor& other) {
+  if (one.numel() == 0 || other.numel() == 0) return false;
+  const auto begin = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  const auto end = [&](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); d++) last += (tensor.size(d) - 1) * tensor.stride(d);
+    return begin(tensor) + (last + 1) * tensor.element_size();
+  };
+  return begin(one) < end(other) && begin(other) < end(one);
+}
+
+// The caller's own output. Kernels read their inputs while others write it, so that they must not overlap; of strided
+// tensors the extents are compared. fakes.py has the same checks.
 template <size_t kDims>
-void check_output(const Tensor& out, const Tensor& x, std::array<int64_t, kDims> sizes) {
+void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std::vector<Input>& inputs) {
+  const Tensor& x = inputs.front().tensor;
   check_beside("out", out, x);
   check(out.scalar_type() == x.scalar_type(), "out must have x's dtype ", name_of(x.scalar_type()), ", got ",
         name_of(out.scalar_type()));
@@ -189,15 +252,17 @@ void check_output(const Tensor& out, const Tensor& x, std::array<int64_t, kDims>
   std::ostringstream shape;
   for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
   check(fits, "out must be ", shape.str(), "), got ", ShapeOf{out});
-  const auto range = [](const Tensor& tensor) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < tensor.dim(); d++) last += (tensor.size(d) - 1) * tensor.stride(d);
-    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-    return std::pair(begin, begin + (tensor.numel() > 0 ? (last + 1) * tensor.element_size() : 0));
-  };
-  const auto [begin, end] = range(out);
-  const auto [x_begin, x_end] = range(x);
-  check(end <= x_begin || x_end <= begin, "out must not share memory with x");
+  check(is_injective(out), "out must have memory of its own for each element, got strides ", StridesOf{out});
+  for (const Input& input : inputs) {
+    check(!share_memory(out, input.tensor), "out must not share memory with ", input.name);
+  }
+}
+
+// Has autograd see that a tensor was written, by a write of none of its elements: its version counter is not part of
+// the stable ABI.
+inline void count_write(const Tensor& tensor) {
+  Tensor nothing = torch::stable::narrow(const_cast<Tensor&>(tensor), 0, 0, 0);
+  torch::stable::zero_(nothing);
 }
 
 inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
@@ -243,6 +308,8 @@ Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
   return gx;
 }
 
+constexpr int64_t kLargestKernel = 0x7fffffff;  // rows or columns, whose product then fits 64 bits
+
 // The gradients of depthwise_conv2d's weight and, if `bias`, of its bias (else of no elements).
 template <class Backend>
 std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor& gy, int64_t kernel_h, int64_t kernel_w,
@@ -256,7 +323,9 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor&
   bool same_shape = true;
   for (int64_t d = 0; d < 4; d++) same_shape = same_shape && gy.size(d) == x.size(d);
   check(same_shape, "gy must have x's shape ", ShapeOf{x}, ", got ", ShapeOf{gy});
-  check(kernel_h >= 1 && kernel_w >= 1, "kernel_h and kernel_w must be at least 1, got ", kernel_h, " and ", kernel_w);
+  const auto is_side = [](int64_t size) { return 1 <= size && size <= kLargestKernel; };
+  check(is_side(kernel_h) && is_side(kernel_w), "kernel_h and kernel_w must be from 1 to ", kLargestKernel, ", got ",
+        kernel_h, " and ", kernel_w);
   const int64_t channels = x.size(1);
   Tensor gweight = empty_strided_like<4>(x, {channels, 1, kernel_h, kernel_w},
                                          {kernel_h * kernel_w, kernel_h * kernel_w, kernel_w, 1});
@@ -293,9 +362,18 @@ Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& we
         "prologue must give all of bias, scale and shift, or none");
   std::optional<Pointwise> prologue;
   if (prologue_bias)
-    prologue.emplace(x, *prologue_bias, "prologue[0] (bias)", *prologue_scale, "prologue[1] (scale)", *prologue_shift,
-                     "prologue[2] (shift)", activation_of(activation));
-  if (out) check_output<4>(*out, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    prologue.emplace(x, *prologue_bias, kPrologueBias, *prologue_scale, kPrologueScale, *prologue_shift, kPrologueShift,
+                     activation_of(activation));
+  if (out) {
+    std::vector<Input> inputs = {{"x", x}, {"weight", weight}, {"bias", bias}, {"scale", scale}, {"shift", shift}};
+    if (prologue_bias) {
+      inputs.push_back({kPrologueBias, *prologue_bias});
+      inputs.push_back({kPrologueScale, *prologue_scale});
+      inputs.push_back({kPrologueShift, *prologue_shift});
+    }
+    check_output<4>(*out, {x.size(0), x.size(1), x.size(2), x.size(3)}, inputs);
+    count_write(*out);
+  }
   Tensor y = out ? *out : empty_output(x);
   DepthwiseParams params = depthwise_params(x, taps, y);
   params.residual = residual;
@@ -332,8 +410,9 @@ Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias
   const Pointwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   const int64_t channels = x.size(1);
   if (out) {
-    check_output<2>(*out, x, {x.size(0), channels});
-    check(out->is_contiguous(), "out must be contiguous");
+    check_output<2>(*out, {x.size(0), channels}, {{"x", x}, {"bias", bias}, {"scale", scale}, {"shift", shift}});
+    check(out->is_contiguous(), "out must be contiguous, got strides ", StridesOf{*out});
+    count_write(*out);
   }
   Tensor y = out ? *out : empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
   PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0), channels,       x.size(2),

@@ -1,0 +1,254 @@
+"""The operators on tensors without numbers, for torch.export, torch.compile and the meta device: what a result looks
+like, and the same errors.
+
+The checks are those of csrc/bindings/operators.h, in its order and its words; tests hold the two to the same verdict.
+Where sizes are symbols, a check becomes a condition of the traced program.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("convmixer_fast", "FRAGMENT")
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LARGEST_KERNEL = 2**31 - 1  # rows or columns
+_PROLOGUE = ("prologue[0] (bias)", "prologue[1] (scale)", "prologue[2] (shift)")
+
+
+def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    torch._check(condition, message)
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, sizes))})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_map(name: str, x: Tensor) -> None:
+    _require(x.dim() == 4, lambda: f"{name} must be (N, C, H, W), got {x.dim()} dimensions: {_listed(x.shape)}")
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    _require(x.dtype in _DTYPES, lambda: f"{name} must be float64, float32, float16 or bfloat16, got {_name(x.dtype)}")
+
+
+def _check_beside(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
+    _require(tensor.device == x.device, lambda: f"{name} must be on {x_name}'s device {x.device}, got {tensor.device}")
+
+
+def _check_same_dtype(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
+    _require(
+        tensor.dtype == x.dtype,
+        lambda: f"{name} must have {x_name}'s dtype {_name(x.dtype)}, got {_name(tensor.dtype)}",
+    )
+
+
+def _check_weight(weight: Tensor, x: Tensor, x_name: str = "x") -> None:
+    _check_beside("weight", weight, x, x_name)
+    _check_same_dtype("weight", weight, x, x_name)
+
+    def message() -> str:
+        return (
+            f"weight must be (C, 1, kh, kw) with C = {x.shape[1]} channels as {x_name} and kh, kw >= 1, "
+            f"got {_listed(weight.shape)}"
+        )
+
+    _require(weight.dim() == 4, message)
+    _require(weight.shape[0] == x.shape[1], message)
+    _require(weight.shape[1] == 1, message)
+    _require(weight.shape[2] >= 1, message)
+    _require(weight.shape[3] >= 1, message)
+
+
+def _check_vector(name: str, vector: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+    _check_beside(name, vector, x)
+    _require(
+        vector.dtype == dtype,
+        lambda: f"{name} must be {_name(dtype)} for {_name(x.dtype)} x, got {_name(vector.dtype)}",
+    )
+
+    def message() -> str:
+        return f"{name} must be (C,) with C = {x.shape[1]} channels as x, got {_listed(vector.shape)}"
+
+    _require(vector.dim() == 1, message)
+    _require(vector.shape[0] == x.shape[1], message)
+
+
+def _check_vectors(x: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Those of a pointwise step: bias, scale and shift, by name."""
+    for name, vector in vectors.items():
+        _check_vector(name, vector, x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _check_activation(activation: int) -> None:
+    _require(activation in (0, 1, 2), lambda: f"activation must be 0 (none), 1 (gelu) or 2 (relu), got {activation}")
+
+
+def _is_injective(tensor: Tensor) -> bool:
+    """Whether no two elements may share memory: False only where a dimension does not stride over all that the nearer
+    ones span."""
+    if tensor.numel() == 0:
+        return True
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride <= span:
+                return False
+            span += (size - 1) * stride
+    return True
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether one's elements, from the first to the last, lie among the other's."""
+    if one.numel() == 0 or other.numel() == 0 or one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+
+    def extent(tensor: Tensor) -> tuple[int, int]:
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        begin = tensor.storage_offset() * tensor.element_size()
+        return begin, begin + (span + 1) * tensor.element_size()
+
+    (begin, end), (other_begin, other_end) = extent(one), extent(other)
+    return begin < other_end and other_begin < end
+
+
+def _check_output(out: Tensor, shape: tuple[int, ...], inputs: dict[str, Tensor]) -> None:
+    x = inputs["x"]
+    _check_beside("out", out, x)
+    _check_same_dtype("out", out, x)
+
+    def message() -> str:
+        return f"out must be {_listed(shape)}, got {_listed(out.shape)}"
+
+    _require(out.dim() == len(shape), message)
+    for size, expected in zip(out.shape, shape):
+        _require(size == expected, message)
+    if any(isinstance(size, torch.SymInt) for size in (*out.shape, *out.stride(), out.storage_offset())):
+        return  # where it lies is known when the program runs, and checked then
+    _require(
+        _is_injective(out),
+        lambda: f"out must have memory of its own for each element, got strides {_listed(out.stride())}",
+    )
+    for name, tensor in inputs.items():
+        _require(not _share_memory(out, tensor), lambda name=name: f"out must not share memory with {name}")
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+@torch.library.register_fake("convmixer_fast::depthwise_conv2d", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_map("x", x)
+    _check_dtype("x", x)
+    _check_weight(weight, x)
+    if bias is not None:
+        _check_vector("bias", bias, x, x.dtype)
+    return _like(x)
+
+
+@torch.library.register_fake("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
+def _(gy: Tensor, weight: Tensor) -> Tensor:
+    _check_map("gy", gy)
+    _check_dtype("gy", gy)
+    _check_weight(weight, gy, "gy")
+    return _like(gy)
+
+
+@torch.library.register_fake("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
+def _(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> tuple[Tensor, Tensor]:
+    _check_map("x", x)
+    _check_dtype("x", x)
+    _check_beside("gy", gy, x)
+    _check_same_dtype("gy", gy, x)
+    _check_map("gy", gy)
+    for size, expected in zip(gy.shape, x.shape):
+        _require(size == expected, lambda: f"gy must have x's shape {_listed(x.shape)}, got {_listed(gy.shape)}")
+    for size in (kernel_h, kernel_w):
+        for fits in (size >= 1, size <= _LARGEST_KERNEL):
+            _require(
+                fits,
+                lambda: f"kernel_h and kernel_w must be from 1 to {_LARGEST_KERNEL}, got {kernel_h} and {kernel_w}",
+            )
+    channels = x.shape[1]
+    return x.new_empty((channels, 1, kernel_h, kernel_w)), x.new_empty((channels if bias else 0,))
+
+
+def _check_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: int,
+    *prologue: Tensor | None,
+) -> dict[str, Tensor]:
+    """The tensors that the kernel reads, by name."""
+    _check_map("x", x)
+    _check_dtype("x", x)
+    _check_weight(weight, x)
+    _check_activation(activation)
+    vectors = dict(bias=bias, scale=scale, shift=shift)
+    _check_vectors(x, vectors)
+    given = {name: vector for name, vector in zip(_PROLOGUE, prologue) if vector is not None}
+    _require(len(given) in (0, 3), lambda: "prologue must give all of bias, scale and shift, or none")
+    _check_vectors(x, given)
+    return dict(x=x, weight=weight, **vectors, **given)
+
+
+@torch.library.register_fake("convmixer_fast::fused_depthwise", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: int,
+    residual: bool,
+    *prologue: Tensor | None,
+) -> Tensor:
+    _check_fused(x, weight, bias, scale, shift, activation, *prologue)
+    return _like(x)
+
+
+@torch.library.register_fake("convmixer_fast::fused_depthwise.out", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: int,
+    residual: bool,
+    *prologue: Tensor | None,
+    out: Tensor,
+) -> None:
+    _check_output(out, x.shape, _check_fused(x, weight, bias, scale, shift, activation, *prologue))
+
+
+def _check_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int) -> dict[str, Tensor]:
+    """The tensors that the kernel reads, by name."""
+    _check_map("x", x)
+    _check_dtype("x", x)
+    _check_activation(activation)
+    vectors = dict(bias=bias, scale=scale, shift=shift)
+    _check_vectors(x, vectors)
+    return dict(x=x, **vectors)
+
+
+@torch.library.register_fake("convmixer_fast::activate_pool", lib=_library)
+def _(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int) -> Tensor:
+    _check_pool(x, bias, scale, shift, activation)
+    return x.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("convmixer_fast::activate_pool.out", lib=_library)
+def _(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int, *, out: Tensor) -> None:
+    inputs = _check_pool(x, bias, scale, shift, activation)
+    _check_output(out, x.shape[:2], inputs)
+    _require(out.is_contiguous(), lambda: f"out must be contiguous, got strides {_listed(out.stride())}")
