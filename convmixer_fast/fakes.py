@@ -108,13 +108,17 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     if one.numel() == 0 or other.numel() == 0 or one.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
 
-    def extent(tensor: Tensor) -> tuple[int, int]:
+    def extent(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
         begin = tensor.storage_offset() * tensor.element_size()
         return begin, begin + (span + 1) * tensor.element_size()
 
     (begin, end), (other_begin, other_end) = extent(one), extent(other)
     return begin < other_end and other_begin < end
+
+
+def _check_apart(out: Tensor, name: str, tensor: Tensor) -> None:
+    _require(not _share_memory(out, tensor), lambda: f"out must not share memory with {name}")
 
 
 def _check_output(out: Tensor, shape: tuple[int, ...], inputs: dict[str, Tensor]) -> None:
@@ -135,7 +139,7 @@ def _check_output(out: Tensor, shape: tuple[int, ...], inputs: dict[str, Tensor]
         lambda: f"out must have memory of its own for each element, got strides {_listed(out.stride())}",
     )
     for name, tensor in inputs.items():
-        _require(not _share_memory(out, tensor), lambda name=name: f"out must not share memory with {name}")
+        _check_apart(out, name, tensor)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -62,7 +63,13 @@ inline const char* name_of(ScalarType type) {
     case ScalarType::Short: return "int16";
     case ScalarType::Char: return "int8";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt16: return "uint16";
     case ScalarType::Bool: return "bool";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::ComplexHalf: return "complex32";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
     default: return "another type";
@@ -115,17 +122,35 @@ inline AtenTensorHandle allocate(const Tensor& x, int64_t dims, const int64_t* s
   return status == AOTI_TORCH_SUCCESS ? handle : nullptr;
 }
 
+// what: for the message if there is no memory for it.
 template <size_t kDims>
-Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std::array<int64_t, kDims> strides) {
+Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std::array<int64_t, kDims> strides,
+                          const char* what = "the output") {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   const AtenTensorHandle handle = allocate(x, kDims, sizes.data(), strides.data(), dtype);
   if (!handle) {
     std::ostringstream shape;
     for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
-    check(false, kAllocationFailed, "the output, ", shape.str(), ") of ", name_of(x.scalar_type()));
+    check(false, kAllocationFailed, what, ", ", shape.str(), ") of ", name_of(x.scalar_type()));
   }
   return Tensor(handle);
+}
+
+// The tensor itself, or a copy where it is not contiguous.
+template <size_t kDims>
+Tensor contiguous(const char* argument, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  std::array<int64_t, kDims> sizes, strides;
+  int64_t stride = 1;
+  for (size_t d = kDims; d-- > 0;) {
+    sizes[d] = tensor.size(d);
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  const std::string what = std::string("a contiguous copy of ") + argument;
+  Tensor copy = empty_strided_like<kDims>(tensor, sizes, strides, what.c_str());
+  return torch::stable::copy_(copy, tensor);
 }
 
 inline Tensor empty_workspace(const Tensor& x, int64_t bytes) {
@@ -173,7 +198,7 @@ inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* 
             weight.size(3) >= 1,
         "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as ", x_name, " and kh, kw >= 1, got ",
         ShapeOf{weight});
-  return torch::stable::contiguous(weight);
+  return contiguous<4>("weight", weight);
 }
 
 inline Tensor checked_vector(const char* argument, const Tensor& vector, const Tensor& x, ScalarType type) {
@@ -182,7 +207,7 @@ inline Tensor checked_vector(const char* argument, const Tensor& vector, const T
         " x, got ", name_of(vector.scalar_type()));
   check(vector.dim() == 1 && vector.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
         " channels as x, got ", ShapeOf{vector});
-  return torch::stable::contiguous(vector);
+  return contiguous<1>(argument, vector);
 }
 
 constexpr const char* kPrologueBias = "prologue[0] (bias)";
