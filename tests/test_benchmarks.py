@@ -84,6 +84,17 @@ def test_cold_copies_exceed_the_cache_and_keep_the_layout():
     assert len(timing.cold_copies(torch.zeros(1))) == timing.MOST_COPIES
 
 
+def test_results_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "results.md"
+    report.write(path, "old")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append((path.read_text(), (path.parent / partial).read_text())))
+    partial = "results.md.partial"
+    report.write(path, "Größe\n")
+    assert synced == [("old", "Größe\n")]
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("results.md", "Größe\n")]
+
+
 def test_throughput_ratios():
     common = dict(batch=10, status="timed", flops_per_image=10**9)
     rows = [
