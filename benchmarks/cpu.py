@@ -6,7 +6,6 @@ each with its command, date and commit, and cpu.md beside it the table of all ro
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -53,8 +52,8 @@ class Row:
 
     def results(self, out: Path, threads: int) -> dict[str, dict]:
         """By backend; empty where it was not measured."""
-        path = self.file(out, threads)
-        return {row["backend"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+        measured = report.read_results(self.file(out, threads)) or {"rows": []}
+        return {row["backend"]: row for row in measured["rows"]}
 
 
 def rows() -> list[Row]:

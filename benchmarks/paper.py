@@ -161,10 +161,7 @@ class State:
         self._machine |= {name: _version(name) for name in ("timm", "openvino", "onnxruntime")}
         self._machine["cpu_isa"] = convmixer_fast.build_info()["cpu_isa"]
         self._machine["benchmark"] = _digest("throughput", "timing", "accuracy", "peers")
-        try:
-            self._done = json.loads(path.read_text())
-        except FileNotFoundError:
-            self._done = {}
+        self._done = report.read_results(path) or {}
 
     def _key(self, job: Job) -> str:
         return json.dumps(asdict(job) | self._machine, sort_keys=True)

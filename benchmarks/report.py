@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -148,6 +148,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def read_results(path: Path) -> Any | None:
+    """What an earlier run has written as JSON, or None. Exits with the file's name if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} cannot be read, remove it to begin anew: {one_line(error)}")
 
 
 def write_results(path: Path, result: dict[str, object], text: str) -> None:

@@ -305,9 +305,8 @@ def steps_table(results: Sequence[dict]) -> str:
 
 def of_earlier_runs(out: Path, names: Collection[str]) -> list[dict]:
     """What results.json says of steps that are not run now, but ran before into the same folder."""
-    path = out / "results.json"
-    rows = json.loads(path.read_text())["steps"] if path.exists() else []
-    return [row for row in rows if row["step"] not in names and row["status"] != "not run"]
+    earlier = report.read_results(out / "results.json") or {"steps": []}
+    return [row for row in earlier["steps"] if row["step"] not in names and row["status"] != "not run"]
 
 
 def write(out: Path, facts: dict[str, str], steps: Sequence[Step], results: Sequence[dict]) -> None:

@@ -39,7 +39,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import convmixer_fast
-from convmixer_fast.files import printable, replacing
+from convmixer_fast.files import open_regular, printable, replacing
 
 TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 TEST_FILE = "test_batch.bin"
@@ -52,9 +52,11 @@ SETTINGS = ("model", "epochs", "batch_size", "lr", "weight_decay", "seed", "amp"
 
 def read_records(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 3, 32, 32) and labels (N,) of a file, uint8. Exits with the file's name if it is not one."""
-    if not path.is_file():
-        sys.exit(f"{path}: there is no such file; the folder must hold CIFAR-10's binary version")
-    content = np.fromfile(path, np.uint8)
+    try:
+        with open_regular(path) as file:
+            content = np.fromfile(file, np.uint8)
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror or error}; the folder must hold CIFAR-10's binary version")
     if content.size == 0 or content.size % RECORD:
         sys.exit(f"{path}: {content.size} bytes are not one or more records of {RECORD} bytes")
     labels, images = np.split(content.reshape(-1, RECORD), [1], axis=1)
@@ -196,7 +198,8 @@ class Training:
     def load(self) -> None:
         """Exits with the file's name if it is damaged, or of a training with other settings."""
         try:
-            state = torch.load(self.path, map_location=self.args.device, weights_only=True)
+            with open_regular(self.path) as file:
+                state = torch.load(file, map_location=self.args.device, weights_only=True)
             for name, saved in state["settings"].items():
                 if saved != (given := getattr(self.args, name)):
                     sys.exit(f"{self.path}: this training was begun with {name} = {saved!r}, got {given!r}")

@@ -95,6 +95,15 @@ def test_results_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
     assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("results.md", "Größe\n")]
 
 
+def test_damaged_results_are_named(tmp_path):
+    path = tmp_path / "results.json"
+    assert report.read_results(path) is None
+    for content in ("", '{"rows": [', "\x00" * 100):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match="results.json cannot be read, remove it to begin anew: JSONDecodeError"):
+            report.read_results(path)
+
+
 def test_throughput_ratios():
     common = dict(batch=10, status="timed", flops_per_image=10**9)
     rows = [

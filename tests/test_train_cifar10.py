@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -186,7 +187,7 @@ def test_errors_name_the_argument(script, data, tmp_path, change, message, capsy
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "there is no such file"),
+        (None, "No such file or directory; the folder must hold CIFAR-10's binary version"),
         (b"", "0 bytes are not one or more records of 3073 bytes"),
         (bytes(3074), "3074 bytes are not one or more records of 3073 bytes"),
         (bytes([10]) + bytes(3072), "a label is 10, accepted: 0 to 9"),
@@ -219,6 +220,17 @@ def test_a_damaged_checkpoint(script, data, tmp_path, damage):
     ) as exit:
         script.main(options(data, tmp_path))
     assert str(exit.value).isprintable()
+
+
+def test_does_not_wait_for_what_is_no_file(script, data, tmp_path):
+    for folder in ("data", "out"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "data" / "data_batch_1.bin")
+    with pytest.raises(SystemExit, match="data_batch_1.bin is a FIFO, accepted: a regular file"):
+        script.main([str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    os.mkfifo(tmp_path / "out" / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="checkpoint.pt is a FIFO, accepted: a regular file"):
+        script.main(options(data, tmp_path / "out"))
 
 
 def test_reads_what_the_format_says(script, data):
