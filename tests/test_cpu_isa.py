@@ -112,7 +112,7 @@ def test_older_processors(x86_program, cpu, isa):
 def test_aarch64(tmp_path):
     """The sources without x86's build for AArch64; and give the right logits, where there is an emulator."""
     target = tmp_path / "mixer_program"
-    sources = ["dispatch.cpp", "depthwise_generic.cpp", "mixer_generic.cpp"]
+    sources = ["dispatch.cpp", "scratch.cpp", "depthwise_generic.cpp", "mixer_generic.cpp"]
     build_program(compiler("aarch64-linux-gnu-g++"), sources, target)
     done = subprocess.run([emulator("aarch64"), target], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)

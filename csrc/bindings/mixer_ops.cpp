@@ -1,15 +1,18 @@
-// A whole ConvMixer on the CPU, from torch's side: for convmixer_fast/cpu_engine.py, which keeps the arguments right.
+// A whole ConvMixer on the CPU, from torch's side. convmixer_fast/cpu_engine.py calls these operators; so may anyone,
+// with anything.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <chrono>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "../cpu/mixer.h"
 #include "../cpu/shared_steps.h"
 #include "operators.h"
+#include "parallel.h"
 
 namespace convmixer_fast {
 namespace {
@@ -21,20 +24,65 @@ constexpr uintptr_t round_up(uintptr_t value, uintptr_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Sizes whose memory would have this many bytes or more are refused: all that is counted then fits 64 bits.
+constexpr double kTooManyBytes = 0x1p62;
+constexpr int64_t kTooManyTasks = int64_t(1) << 32;
+
+// The kernels round sizes up to whole vectors, tiles and panels, by less than this.
+double padded(int64_t size) { return double(size) + 128; }
+
+// At least what the packed weights have.
+double bound_of_packed_bytes(const MixerSizes& s) {
+  const double dim = padded(s.dim), classes = padded(s.classes), depth = double(s.depth);
+  const double patch = padded(s.in_channels * s.patch_h * s.patch_w), taps = padded(s.kernel_h) * double(s.kernel_w);
+  const double layer = 2 * dim * dim + dim * taps + 16 * dim;  // Strassen's products have 7/4 dim^2 weights
+  return sizeof(float) * (dim * patch + depth * layer + (classes + 16) * dim + classes);
+}
+
+// At least what a run keeps in its workspace.
+double bound_of_workspace_bytes(const MixerParams& p) {
+  const MixerSizes& s = p.sizes;
+  const double dim = padded(s.dim), patch = padded(s.in_channels * s.patch_h * s.patch_w);
+  const double rows = double(p.batch) * double(p.height / s.patch_h), width = double(p.width / s.patch_w);
+  const double planes = rows * (width + double(s.kernel_w)) * dim, panels = (rows * width + 16) * (patch + 2 * dim);
+  return sizeof(float) * (planes + panels + (double(p.batch) + 16) * dim) + kHugePage;
+}
+
+// Contiguous, so that its elements are all in memory: strides of 0 would allow for any number of them.
+void check_weight(const char* argument, const Tensor& tensor, ScalarType type) {
+  check(tensor.scalar_type() == type && tensor.is_contiguous(), argument, " must be contiguous, ", name_of(type),
+        " as patch, got ", tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ',
+        ShapeOf{tensor});
+}
+
 MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight, int64_t activation) {
-  check(patch.dim() == 4, "patch must be (dim, in_channels, ph, pw), got ", ShapeOf{patch});
-  check(depthwise.dim() == 5 && depthwise.size(1) == patch.size(0) && depthwise.size(2) == 1,
-        "depthwise must be (depth, dim, 1, kh, kw) with dim = ", patch.size(0), ", got ", ShapeOf{depthwise});
+  const auto none_empty = [](const Tensor& tensor, std::initializer_list<int64_t> dims) {
+    bool holds = true;
+    for (int64_t d : dims) holds = holds && tensor.size(d) >= 1;
+    return holds;
+  };
+  check(patch.dim() == 4 && none_empty(patch, {0, 1, 2, 3}),
+        "patch must be (dim, in_channels, ph, pw), each at least 1, got ", ShapeOf{patch});
+  check(depthwise.dim() == 5 && depthwise.size(1) == patch.size(0) && depthwise.size(2) == 1 &&
+            none_empty(depthwise, {3, 4}),
+        "depthwise must be (depth, dim, 1, kh, kw) with dim = ", patch.size(0), " and kh, kw at least 1, got ",
+        ShapeOf{depthwise});
   check(head_weight.dim() == 2 && head_weight.size(1) == patch.size(0),
         "head_weight must be (n_classes, dim) with dim = ", patch.size(0), ", got ", ShapeOf{head_weight});
   MixerSizes sizes{};
+  sizes.dtype = dtype_of("patch", patch);
+  check(sizes.dtype != DType::kFloat64, "patch must be float32, float16 or bfloat16, got float64");
+  check_weight("patch", patch, patch.scalar_type());
+  check_weight("depthwise", depthwise, patch.scalar_type());
+  check_weight("head_weight", head_weight, patch.scalar_type());
   sizes.in_channels = patch.size(1), sizes.patch_h = patch.size(2), sizes.patch_w = patch.size(3);
   sizes.dim = depthwise.size(1), sizes.depth = depthwise.size(0);
   sizes.kernel_h = depthwise.size(3), sizes.kernel_w = depthwise.size(4);
   sizes.classes = head_weight.size(0);
-  sizes.dtype = dtype_of("patch", patch);
   sizes.activation = activation_of(activation);
-  check(sizes.dtype != DType::kFloat64, "patch must be float32, float16 or bfloat16, got float64");
+  check(bound_of_packed_bytes(sizes) < kTooManyBytes,
+        "patch, depthwise and head_weight must take fewer than 2^62 bytes packed, got ", ShapeOf{patch}, ", ",
+        ShapeOf{depthwise}, " and ", ShapeOf{head_weight});
   return sizes;
 }
 
@@ -49,6 +97,10 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   params.x_stride = strides_of(x);
   params.batch = x.size(0), params.height = x.size(2), params.width = x.size(3);
   params.threads = torch::stable::get_num_threads();
+  const double patches =
+      double(params.batch) * double(params.height / sizes.patch_h) * double(params.width / sizes.patch_w);
+  check(patches < double(kTooManyTasks) && bound_of_workspace_bytes(params) < kTooManyBytes,
+        "x must have fewer than 2^32 patches, which take fewer than 2^62 bytes, got ", ShapeOf{x});
   return params;
 }
 
@@ -74,7 +126,8 @@ void* aligned(const Tensor& workspace) {
 
 void check_bytes(const char* argument, const Tensor& tensor, int64_t bytes) {
   check(tensor.scalar_type() == ScalarType::Byte && tensor.is_contiguous() && tensor.numel() >= bytes, argument,
-        " must be contiguous uint8 of ", bytes, " bytes, got ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
+        " must be contiguous uint8 of ", bytes, " bytes or more, got ", name_of(tensor.scalar_type()), ' ',
+        ShapeOf{tensor});
   check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0, argument, " must be aligned to ",
         kAlignment, " bytes");
 }
@@ -83,26 +136,38 @@ void check_shape(const char* argument, const Tensor& tensor, std::initializer_li
   bool fits = tensor.scalar_type() == type && tensor.is_contiguous() && tensor.dim() == int64_t(shape.size());
   int64_t d = 0;
   for (int64_t size : shape) fits = fits && tensor.size(d++) == size;
-  check(fits, argument, " must be contiguous, ", name_of(type), " and fit the other weights, got ",
-        name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
+  std::ostringstream wanted;
+  for (int64_t size : shape) wanted << (wanted.tellp() == 0 ? "(" : ", ") << size;
+  check(fits, argument, " must be contiguous, ", name_of(type), ' ', wanted.str(), "), got ",
+        tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
+}
+
+// Of tensors that are not contiguous the extents are compared.
+void check_apart(const char* argument, const Tensor& tensor, const char* other_argument, const Tensor& other) {
+  const auto extent = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    return std::pair(begin, begin + (t.numel() > 0 ? (last + 1) * t.element_size() : 0));
+  };
+  const auto [begin, end] = extent(tensor);
+  const auto [other_begin, other_end] = extent(other);
+  check(end <= other_begin || other_end <= begin, argument, " must not share memory with ", other_argument);
 }
 
 Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& pointwise, const Tensor& vectors,
                   const Tensor& head_weight, const Tensor& head_bias) {
   const MixerSizes s = sizes_of(patch, depthwise, head_weight, 0);
   const ScalarType type = patch.scalar_type();
-  check_shape("patch", patch, {s.dim, s.in_channels, s.patch_h, s.patch_w}, type);
-  check_shape("depthwise", depthwise, {s.depth, s.dim, 1, s.kernel_h, s.kernel_w}, type);
   check_shape("pointwise", pointwise, {s.depth, s.dim, s.dim}, type);
   check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Double);
-  check_shape("head_weight", head_weight, {s.classes, s.dim}, type);
   check_shape("head_bias", head_bias, {s.classes}, type);
   const cpu::MixerKernels& kernels = cpu::mixer_kernels(s.dtype);
   Tensor packed = empty_bytes(patch, kernels.packed_bytes(s));
   const MixerWeights weights{patch.const_data_ptr(),       depthwise.const_data_ptr(),
                              pointwise.const_data_ptr(),   static_cast<const double*>(vectors.const_data_ptr()),
                              head_weight.const_data_ptr(), head_bias.const_data_ptr()};
-  kernels.pack(s, weights, packed.mutable_data_ptr());
+  reporting_no_memory([&] { kernels.pack(s, weights, packed.mutable_data_ptr()); });
   return packed;
 }
 
@@ -121,6 +186,33 @@ Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
   return workspace;
 }
 
+void run_steps(const cpu::MixerKernels& kernels, const MixerParams& params, double* seconds) {
+  std::vector<MixerStep> steps = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
+  for (int64_t layer = 0; layer < params.sizes.depth; ++layer) {
+    steps.push_back({MixerStep::kDepthwise, layer});
+    steps.push_back({MixerStep::kPointwise, layer});
+  }
+  steps.push_back({MixerStep::kPool, 0});
+  steps.push_back({MixerStep::kHead, 0});
+  std::vector<int64_t> tasks;
+  for (const MixerStep& step : steps) {
+    tasks.push_back(kernels.tasks(params, step));
+    check(tasks.back() < kTooManyTasks, "x must make fewer than 2^32 tasks of every step, got ", tasks.back(),
+          " of one for ", params.batch, " images and ", params.sizes.dim, " channels");
+  }
+
+  cpu::SharedSteps shared(tasks, params.threads);
+  auto start = cpu::SharedSteps::Clock::now();
+  const auto run = [&](size_t step, int64_t begin, int64_t end) { kernels.run(params, steps[step], begin, end); };
+  parallel_for(params.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) shared.work(thread, run);
+  });
+  for (size_t step = 0; seconds && step < steps.size(); ++step) {
+    seconds[step] = std::chrono::duration<double>(shared.end(step) - start).count();
+    start = shared.end(step);
+  }
+}
+
 // `seconds`, if it is given, float64 (2 depth + 4), receives the time of every step: patches, project, depthwise and
 // pointwise of each layer, pool, head.
 Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight,
@@ -132,34 +224,20 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
   const MixerSizes& s = params.sizes;
   check_bytes("packed", packed, kernels.packed_bytes(s));
   check_bytes("workspace", workspace, kernels.workspace_bytes(params) + kHugePage);
-  if (seconds) check_shape("seconds", *seconds, {2 * s.depth + 4}, ScalarType::Double);
+  check_apart("workspace", workspace, "x", x);
+  check_apart("workspace", workspace, "packed", packed);
+  if (seconds) {
+    check_shape("seconds", *seconds, {2 * s.depth + 4}, ScalarType::Double);
+    check_apart("seconds", *seconds, "x", x);
+    check_apart("seconds", *seconds, "packed", packed);
+    check_apart("seconds", *seconds, "workspace", workspace);
+  }
   params.packed = packed.const_data_ptr();
   params.workspace = aligned(workspace);
   Tensor y = empty_strided_like<2>(x, {params.batch, s.classes}, {s.classes > 0 ? s.classes : 1, 1});
   params.y = y.mutable_data_ptr();
-  if (y.numel() == 0) return y;
-
-  std::vector<MixerStep> steps = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
-  for (int64_t layer = 0; layer < s.depth; ++layer) {
-    steps.push_back({MixerStep::kDepthwise, layer});
-    steps.push_back({MixerStep::kPointwise, layer});
-  }
-  steps.push_back({MixerStep::kPool, 0});
-  steps.push_back({MixerStep::kHead, 0});
-  std::vector<int64_t> tasks;
-  for (const MixerStep& step : steps) tasks.push_back(kernels.tasks(params, step));
-
-  cpu::SharedSteps shared(tasks, params.threads);
-  auto start = cpu::SharedSteps::Clock::now();
-  const auto run = [&](size_t step, int64_t begin, int64_t end) { kernels.run(params, steps[step], begin, end); };
-  torch::stable::parallel_for(0, params.threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) shared.work(thread, run);
-  });
-  for (size_t step = 0; seconds && step < steps.size(); ++step) {
-    static_cast<double*>(seconds->mutable_data_ptr())[step] =
-        std::chrono::duration<double>(shared.end(step) - start).count();
-    start = shared.end(step);
-  }
+  double* const times = seconds ? static_cast<double*>(seconds->mutable_data_ptr()) : nullptr;
+  if (y.numel() > 0) reporting_no_memory([&] { run_steps(kernels, params, times); });
   return y;
 }
 

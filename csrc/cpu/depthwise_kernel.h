@@ -10,17 +10,16 @@
 // epilogue and stores.
 #pragma once
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <cstdint>
-#include <new>
 #include <utility>
 #if defined(CMF_F16C)
 #include <immintrin.h>
 #endif
 
 #include "kernels.h"
+#include "scratch.h"
 
 #define CMF_INLINE inline __attribute__((always_inline))
 #define CMF_INLINE_LAMBDA __attribute__((always_inline))
@@ -563,27 +562,6 @@ template <class Real, class Input>
 void convolve_row(const Strip<Real, Input>& strip, int64_t columns, Vec<Real>* out) {
   convolve_row(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kUsualTaps>());
 }
-
-class Scratch {
- public:
-  ~Scratch() { free(memory_); }
-
-  // At least `bytes` bytes, aligned to vectors; what they held before is lost.
-  void* reserve(size_t bytes) {
-    if (bytes > bytes_) {
-      free(memory_);
-      bytes_ = 0;
-      memory_ = aligned_alloc(64, ceil_div(bytes, 64) * 64);
-      if (!memory_) throw std::bad_alloc();
-      bytes_ = bytes;
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 // How a depthwise convolution is cut into tasks, and a task into steps. Depends on nothing but the parameters.
 template <class Real>

@@ -24,7 +24,7 @@ int64_t depthwise_tasks(const DepthwiseParams& p) {
 
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end) {
   if (begin == end) return;
-  thread_local Scratch scratch;
+  Scratch scratch;
   with_storage(p.dtype, [&](auto storage) { Depthwise<decltype(storage)>(p, scratch).run(begin, end); });
 }
 
@@ -38,7 +38,7 @@ int64_t depthwise_wgrad_tasks(const WgradParams& p) {
 
 void depthwise_wgrad(const WgradParams& p, int64_t begin, int64_t end) {
   if (begin == end) return;
-  thread_local Scratch scratch;
+  Scratch scratch;
   with_storage(p.dtype, [&](auto storage) { DepthwiseWgrad<decltype(storage)>(p, scratch).run(begin, end); });
 }
 

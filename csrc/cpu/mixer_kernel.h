@@ -906,7 +906,7 @@ int64_t mixer_tasks(const MixerParams& p, MixerStep step) {
 }
 
 void run_mixer(const MixerParams& p, MixerStep step, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
+  Scratch scratch;
   with_mixer_types(p.sizes.dtype, [&](auto storage, auto operand) {
     Mixer<decltype(storage), decltype(operand)>(p).run(step, begin, end, scratch);
   });

@@ -1,11 +1,15 @@
 // Steps of tasks, one after another, shared by however many threads come to work on them, whenever they come.
 #pragma once
 #if defined(__linux__)
+#include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -20,7 +24,8 @@ namespace convmixer_fast::cpu {
 //
 // To a virtual machine's kernel a core that sleeps may look taken by another machine: it then wakes the other threads
 // on the core of thread 0, where they would not run before the scheduler's next tick, some milliseconds later. So
-// thread 0 lets those that are still to come run between its tasks, and they move to another core.
+// thread 0 lets those that are still to come run between its tasks, and they have themselves woken from another core.
+// Nobody's CPU mask is touched for it: one that somebody else sets at the same time would be undone.
 class SharedSteps {
  public:
   using Clock = std::chrono::steady_clock;
@@ -40,7 +45,7 @@ class SharedSteps {
   // end) does tasks; what it throws leaves here, and ends the other threads' work.
   template <class Run>
   void work(int64_t thread, Run run) {
-    if (thread > 0) leave_core(core_of_0_);
+    if (thread > 0 && core_of_0_ == current_core()) leave_core();
     --absent_;
     for (size_t s = 0; s < steps_.size() && !failed_; ++s) {
       int64_t done = 0;
@@ -101,18 +106,38 @@ class SharedSteps {
 #if defined(__linux__)
   static int current_core() { return sched_getcpu(); }
 
-  // Moves this thread to another core, if it is on this one and may run elsewhere.
-  static void leave_core(int core) {
-    cpu_set_t allowed;
-    if (core != sched_getcpu() || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-    cpu_set_t others = allowed;
-    CPU_CLR(core, &others);
-    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
-    sched_setaffinity(0, sizeof allowed, &allowed);
+  // Has this thread woken from another core, if every thread may have one: by a new thread, which gets its own mask as
+  // it starts. The kernel moves the reader of a pipe to the writer's core if nothing else runs there. Where a step
+  // fails the thread stays, which is slower and no error.
+  void leave_core() const {
+    cpu_set_t others;
+    if (sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < threads_) return;
+    CPU_CLR(sched_getcpu(), &others);
+    int ends[2];
+    if (CPU_COUNT(&others) == 0 || pipe2(ends, O_CLOEXEC) != 0) return;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_t waker;
+    if (pthread_attr_setaffinity_np(&attributes, sizeof others, &others) == 0 &&
+        pthread_create(&waker, &attributes, wake, &ends[1]) == 0) {
+      char byte;
+      while (read(ends[0], &byte, 1) < 0 && errno == EINTR) {
+      }
+      pthread_join(waker, nullptr);
+    }
+    pthread_attr_destroy(&attributes);
+    close(ends[0]), close(ends[1]);
+  }
+
+  static void* wake(void* end) {
+    const char byte = 0;
+    while (write(*static_cast<const int*>(end), &byte, 1) < 0 && errno == EINTR) {
+    }
+    return nullptr;
   }
 #else
   static int current_core() { return kNoCore; }
-  static void leave_core(int) {}
+  static void leave_core() {}
 #endif
 
   static void wait(int64_t turns) {

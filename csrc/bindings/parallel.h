@@ -1,0 +1,44 @@
+// What the CPU kernels throw, from torch's threads to the caller: torch's C interface would keep nothing but that one
+// of them threw.
+#pragma once
+#include <atomic>
+#include <exception>
+#include <new>
+
+#include "../cpu/scratch.h"
+#include "operators.h"
+
+namespace convmixer_fast {
+
+// f(), or where it finds no memory the error that convmixer_fast/_library.py turns into torch.OutOfMemoryError.
+template <class F>
+auto reporting_no_memory(F f) {
+  try {
+    return f();
+  } catch (const cpu::OutOfScratch& error) {
+    check(false, kAllocationFailed, error.bytes, " bytes of a thread's scratch memory");
+  } catch (const std::bad_alloc&) {
+    check(false, kAllocationFailed, "memory to plan the work in");
+  }
+  __builtin_unreachable();
+}
+
+// f(begin, end) on torch's threads, for parts of [0, tasks); throws what the first of them throws.
+template <class F>
+void parallel_for(int64_t tasks, F f) {
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr thrown;
+  const auto keep_first = [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) thrown = std::current_exception();
+    }
+  };
+  reporting_no_memory([&] {
+    torch::stable::parallel_for(0, tasks, 1, keep_first);
+    if (thrown) std::rethrow_exception(thrown);
+  });
+}
+
+}  // namespace convmixer_fast
