@@ -1,6 +1,8 @@
 // The choice of kernel and tile, for convmixer_fast.explain and the kernel report, through ctypes; explain.py mirrors
 // the structs.
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #include "../cuda/depthwise_direct_tiles.h"
 #include "../cuda/depthwise_tiles.h"
@@ -24,6 +26,27 @@ struct Choice {
   int32_t threads, smem_bytes;     // of a block
 };
 
+// Whether the code that chooses can count with these values: all sizes at least 1, tensors and kernels that an int can
+// number the tiles of.
+bool fits(const DepthwiseQuery& query) {
+  constexpr int64_t kMostElements = int64_t(1) << 39, kMostTaps = 1 << 24;
+  const auto countable = [&](std::initializer_list<int64_t> sizes) {
+    int64_t elements = 1;
+    for (int64_t size : sizes)
+      if (size < 1 || __builtin_mul_overflow(elements, size, &elements) || elements >= kMostElements) return false;
+    return true;
+  };
+  const auto within = [](int64_t value, int64_t most) { return 0 <= value && value <= most; };
+  const auto& [n, c, h, w] = query.shape;
+  const auto& [kernel_h, kernel_w] = query.kernel;
+  bool strides_fit = true;
+  for (const auto& strides : {query.x_stride, query.y_stride})
+    for (int d = 0; d < 4; d++) strides_fit = strides_fit && within(strides[d], kMostElements);
+  return countable({n, c, h, w}) && countable({c, kernel_h, kernel_w}) && std::max(kernel_h, kernel_w) <= kMostTaps &&
+         strides_fit && within(int64_t(query.dtype), int64_t(DType::kBFloat16)) &&
+         within(int64_t(query.activation), int64_t(Activation::kRelu));
+}
+
 DepthwiseParams params_of(const DepthwiseQuery& query) {
   const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2], s[3]}; };
   const void* const vector = reinterpret_cast<const void*>(16);  // any address but null, never followed
@@ -39,12 +62,18 @@ DepthwiseParams params_of(const DepthwiseQuery& query) {
   return params;
 }
 
+// The sum over i < count of first + i * step, each clipped to [0, size]. Its terms fit 64 bits, their sum need not.
+__int128 sum_clipped(int64_t first, int64_t step, int64_t count, int64_t size) {
+  const auto terms_below = [&](int64_t value) {
+    return std::clamp<int64_t>((value - first + step - 1) / step, 0, count);
+  };
+  const __int128 low = terms_below(0), high = std::max<__int128>(low, terms_below(size));
+  return (high - low) * first + step * (high * (high - 1) - low * (low - 1)) / 2 + size * (count - high);
+}
+
 // Along one dimension: elements that the tiles read, each with its halo clipped to the map.
 int64_t read_along(int64_t size, int64_t tiles, int64_t tile, int64_t before, int64_t window) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < tiles; i++)
-    sum += std::max<int64_t>(0, std::min(size, i * tile - before + window) - std::max<int64_t>(0, i * tile - before));
-  return sum;
+  return int64_t(sum_clipped(window - before, tile, tiles, size) - sum_clipped(-before, tile, tiles, size));
 }
 
 }  // namespace
@@ -53,10 +82,11 @@ int64_t read_along(int64_t size, int64_t tiles, int64_t tile, int64_t before, in
 using convmixer_fast::Choice;
 using convmixer_fast::DepthwiseQuery;
 
-// What the tensor-core kernel would do; 0 where it does not apply.
+// What the tensor-core kernel would do; 0 where it does not apply or the query does not fit.
 extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(const DepthwiseQuery* query,
                                                                                 Choice* choice) {
   using namespace convmixer_fast;
+  if (!fits(*query)) return 0;
   const DepthwiseParams params = params_of(*query);
   cuda::MmaTile tile;
   if (!cuda::choose_mma_tile(params, query->device_smem, tile)) return 0;
@@ -77,10 +107,11 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(
   return 1;
 }
 
-// What the direct kernel would do.
-extern "C" __attribute__((visibility("default"))) void convmixer_fast_choose_direct(const DepthwiseQuery* query,
-                                                                                    Choice* choice) {
+// What the direct kernel would do; 0 where the query does not fit.
+extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_direct(const DepthwiseQuery* query,
+                                                                                   Choice* choice) {
   using namespace convmixer_fast;
+  if (!fits(*query)) return 0;
   const DepthwiseParams params = params_of(*query);
   const cuda::DirectTile tile = cuda::choose_direct_tile(params);
   int64_t rows = 0, cols = 0;  // read of one map: once for each block of taps
@@ -90,9 +121,11 @@ extern "C" __attribute__((visibility("default"))) void convmixer_fast_choose_dir
   for (int tap = 0; tap < tile.taps_w; tap += tile.tap_cols)
     cols +=
         read_along(params.width, tile.tiles_w, tile.width, params.pad_left - tile.first_tap_col - tap, tile.in_cols);
+  int64_t read = params.batch * params.channels;
+  if (__builtin_mul_overflow(read, rows, &read) || __builtin_mul_overflow(read, cols, &read)) return 0;
   const int element = cuda::bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
   *choice = {tile.groups * tile.tiles_h * tile.tiles_w,
-             params.batch * params.channels * rows * cols,
+             read,
              tile.slots,
              tile.height,
              tile.width,
@@ -100,6 +133,7 @@ extern "C" __attribute__((visibility("default"))) void convmixer_fast_choose_dir
              0,
              tile.threads,
              tile.smem_bytes(element, real)};
+  return 1;
 }
 
 // The parameters of that kernel as they lie in its constant memory; returns their size, 0 where it does not apply or
@@ -107,6 +141,7 @@ extern "C" __attribute__((visibility("default"))) void convmixer_fast_choose_dir
 extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_arguments(const DepthwiseQuery* query,
                                                                                    unsigned char* bytes, int capacity) {
   using namespace convmixer_fast;
+  if (!fits(*query)) return 0;
   const DepthwiseParams params = params_of(*query);
   cuda::MmaTile tile;
   constexpr int kSize = sizeof(params) + sizeof(tile);
@@ -125,6 +160,7 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_wgrad_argum
                                                                                      unsigned char* bytes,
                                                                                      int capacity) {
   using namespace convmixer_fast;
+  if (!fits(*query)) return 0;
   const DepthwiseParams forward = params_of(*query);
   WgradParams params{};
   params.gweight = params.gbias = params.workspace = bytes;  // any address but null, never followed
@@ -134,12 +170,14 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_wgrad_argum
   params.kernel_h = forward.kernel_h, params.kernel_w = forward.kernel_w;
   params.pad_top = forward.pad_top, params.pad_left = forward.pad_left;
   params.dtype = forward.dtype;
+  cuda::WgradTile chosen;
+  if (!cuda::choose_wgrad_tile(params, chosen)) return 0;  // rather than plan for the direct kernel
   const cuda::WgradPlan plan = cuda::plan_wgrad(params, {8, 1, query->device_smem, 0});
   const cuda::WgradTile& tile = plan.mma;
   constexpr int kTile = sizeof(params), kAlign = alignof(cuda::WgradShare);
   constexpr int kShare = (kTile + sizeof(tile) + kAlign - 1) / kAlign * kAlign, kSize = kShare + sizeof(plan.share);
   static_assert(kTile % alignof(cuda::WgradTile) == 0, "no gap before the tile");
-  if (!plan.tensor_cores || capacity < kSize) return 0;
+  if (capacity < kSize) return 0;
   *choice = {plan.share.items,
              params.batch * params.channels * params.height * params.width,
              tile.images,

@@ -31,9 +31,9 @@ constexpr int64_t kTooManyTasks = int64_t(1) << 32;
 // The kernels round sizes up to whole vectors, tiles and panels, by less than this.
 double padded(int64_t size) { return double(size) + 128; }
 
-// At least what the packed weights have.
+// At least what the packed weights have, and one layer more: its size is counted where there is none.
 double bound_of_packed_bytes(const MixerSizes& s) {
-  const double dim = padded(s.dim), classes = padded(s.classes), depth = double(s.depth);
+  const double dim = padded(s.dim), classes = padded(s.classes), depth = double(s.depth) + 1;
   const double patch = padded(s.in_channels * s.patch_h * s.patch_w), taps = padded(s.kernel_h) * double(s.kernel_w);
   const double layer = 2 * dim * dim + dim * taps + 16 * dim;  // Strassen's products have 7/4 dim^2 weights
   return sizeof(float) * (dim * patch + depth * layer + (classes + 16) * dim + classes);
