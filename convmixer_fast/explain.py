@@ -174,7 +174,11 @@ def explain(
     elif not _cpu_library.convmixer_fast_choose_mma(ctypes.byref(query), ctypes.byref(choice)):
         reason = _why_direct(query, dtype)
     if reason:
-        _cpu_library.convmixer_fast_choose_direct(ctypes.byref(query), ctypes.byref(choice))
+        if not _cpu_library.convmixer_fast_choose_direct(ctypes.byref(query), ctypes.byref(choice)):
+            raise ValueError(
+                "x_shape and kernel_size must be of fewer than 2**39 elements each, kernel_size at most 2**24 high and "
+                f"wide, got {tuple(x_shape)} and {kernel_size!r}"
+            )
         lanes_over_channels = str(query.x_stride[1] == 1 and query.shape[1] > 1).lower()
         name = f"depthwise_direct_kernel<DirectTraits<{_ELEMENTS[dtype]}, {lanes_over_channels}, {choice.unrolled}>>"
         registers = 255 if dtype == torch.float64 else 128  # depthwise_direct.cuh, DirectTraits::kMinBlocks

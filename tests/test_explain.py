@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import subprocess
+import sys
 
 import cases
 import pytest
@@ -109,9 +111,13 @@ def test_says_why_it_is_the_direct_kernel(dtype, layout, kernel_size, reason):
         ("x_shape", (1, 0, 3, 3)),
         ("x_shape", (1, 2, 3.5, 3)),
         ("x_shape", (2**40, 2**23, 1, 1)),
+        ("x_shape", (1, 1, 2**31, 2**9)),
+        ("x_shape", (1, 2**39, 1, 1)),
         ("kernel_size", 0),
         ("kernel_size", (3, 3, 3)),
         ("kernel_size", (2**40, 2**23)),
+        ("kernel_size", (2**31, 7)),
+        ("kernel_size", (1, 2**24 + 1)),
         ("dtype", torch.int8),
         ("layout", "nhwc"),
         ("activation", "silu"),
@@ -123,6 +129,42 @@ def test_argument_that_does_not_fit(argument, value):
     with pytest.raises(ValueError, match=argument) as error:
         convmixer_fast.explain(**arguments)
     assert repr(value) in str(error.value)
+
+
+ANY_QUERIES = """
+import ctypes, random
+from convmixer_fast import _library
+from convmixer_fast.explain import _Choice, _Query
+
+SIZES = [0, 1, 2, 7, 8, 9, 32, 33, 255, 256, 1000, 65535, 2**20]
+SIZES += [2**31 - 1, 2**31, 2**32, 2**40, 2**61, 2**63 - 1, -1, -8, -(2**63)]
+wrapped = lambda value: (value + 2**63) % 2**64 - 2**63
+for seed in range(800):
+    r = random.Random(seed)
+    sizes = SIZES[: r.choice([12, 14, len(SIZES)])]
+    shape, kernel = r.choices(sizes, k=4), r.choices(sizes, k=2)
+    n, c, h, w = shape
+    strides = r.choice([[c * h * w, h * w, w, 1], [c * h * w, 1, w * c, c], r.choices(SIZES, k=4)])
+    strides = list(map(wrapped, strides))
+    dtype, activation = r.choice([0, 1, 2, 3, 2, 3, 4, -1]), r.choice([0, 1, 2, 2**31 - 1])
+    smem = r.choice([227 << 10, 0, -5, 2**31 - 1])
+    query = _Query((*shape,), (*strides,), (*strides,), (*kernel,), dtype, activation, r.random() < 0.5, True, smem)
+    print(seed, shape, strides, kernel, dtype, activation, smem, flush=True)
+    choice, buffer = _Choice(), ctypes.create_string_buffer(4096)
+    arguments = ctypes.byref(query), ctypes.byref(choice)
+    library = _library._cpu_library
+    library.convmixer_fast_choose_mma(*arguments)
+    fits = library.convmixer_fast_choose_direct(*arguments)
+    library.convmixer_fast_mma_arguments(arguments[0], buffer, r.choice([4096, 0, -1]))
+    library.convmixer_fast_wgrad_arguments(*arguments, buffer, r.choice([4096, 0, -1]))
+    assert not fits or min(choice.items, choice.read_elements + 1, choice.threads) > 0
+"""
+
+
+def test_any_query():
+    """The compiled functions themselves answer whatever they are asked; a signal would be the answer otherwise."""
+    done = subprocess.run([sys.executable, "-c", ANY_QUERIES], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, f"{done.returncode} {done.stdout.splitlines()[-1:]} {done.stderr}"
 
 
 def test_command_line(capsys):
