@@ -24,7 +24,7 @@ class CpuEngine:
     def __init__(self, module: "OptimizedConvMixer"):
         """Packs the module's weights; later changes of them are not seen."""
         patch, depthwise, pointwise, vectors, *head = (buffer.contiguous() for buffer in module.buffers())
-        self._packed = _ops.mixer_pack.default(patch, depthwise, pointwise, vectors, *head)
+        self._packed = ops._call(_ops.mixer_pack.default, patch, depthwise, pointwise, vectors, *head)
         self._shapes = patch, depthwise, head[0]
         self._options = ops.ACTIVATIONS[module.activation], module.residual
         self._workspaces: list[Tensor] = []  # that no call is using

@@ -114,7 +114,7 @@ class SharedSteps {
     if (sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < threads_) return;
     CPU_CLR(sched_getcpu(), &others);
     int ends[2];
-    if (CPU_COUNT(&others) == 0 || pipe2(ends, O_CLOEXEC) != 0) return;
+    if (pipe2(ends, O_CLOEXEC) != 0) return;
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_t waker;
