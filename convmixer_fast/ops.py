@@ -7,12 +7,18 @@ the result is rounded once. :mod:`convmixer_fast.reference` defines each of them
 depthwise_conv2d is differentiable, by :mod:`convmixer_fast.autograd`. The other two are for inference: an argument that
 requires a gradient, in grad mode, raises RuntimeError. Arguments that do not fit raise TypeError, ValueError or
 RuntimeError with the argument's name, what it was and what is accepted.
+
+As torch's own functions they leave a call to the __torch_function__ of an argument or a mode that has one: torch.fx
+records each as one node. Dynamo does so itself, for the operators that it finds inside.
 """
 
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library
 
@@ -25,16 +31,26 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """Depthwise convolution, stride 1, implicit zero "same" padding: ``F.conv2d(..., padding="same", groups=C)``.
 
     Differentiable in x, weight and bias, any number of times; under torch.autocast it casts them as F.conv2d does.
+    torch.jit.script takes it.
 
     Args:
-        x: (N, C, H, W); any of them may be 0.
+        x: (N, C, H, W), or one image (C, H, W); any of them may be 0.
         weight: (C, 1, kh, kw), of x's dtype; any sizes from 1 up. Even sizes pad (k - 1) // 2 in front, k // 2 behind.
         bias: (C,), of x's dtype, or None.
 
     Returns:
-        (N, C, H, W), of x's dtype and memory format.
+        (N, C, H, W), of x's dtype and memory format; or (C, H, W), of x's dtype and contiguous.
     """
-    return _call(_ops.depthwise_conv2d.default, x, weight, bias)
+    if has_torch_function_variadic(x, weight, bias) and not is_dynamo_compiling():
+        return handle_torch_function(depthwise_conv2d, (x, weight, bias), x, weight, bias)
+    if not torch.jit.is_scripting():
+        _check_types(x, weight, bias)
+    images = x.unsqueeze(0) if x.dim() == 3 else x
+    if torch.jit.is_scripting():
+        y = torch.ops.convmixer_fast.depthwise_conv2d(images, weight, bias)
+    else:
+        y = _call(_ops.depthwise_conv2d.default, images, weight, bias)
+    return y.squeeze(0) if x.dim() == 3 else y
 
 
 def fused_depthwise(
@@ -68,13 +84,20 @@ def fused_depthwise(
     Returns:
         (N, C, H, W), of x's dtype and memory format; or out.
     """
+    tensors = (x, weight, bias, scale, shift, *(prologue if isinstance(prologue, (tuple, list)) else ()), out)
+    if has_torch_function_variadic(*tensors) and not is_dynamo_compiling():
+        arguments = (x, weight, bias, scale, shift, activation, residual, prologue)
+        return handle_torch_function(fused_depthwise, tensors, *arguments, out=out)
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual must be a bool, got {residual!r}")
     if prologue is not None and (not isinstance(prologue, (tuple, list)) or len(prologue) != 3):
         raise TypeError(f"prologue must be None or three tensors (bias, scale, shift), got {type(prologue).__name__}")
     check_inference(x=x, weight=weight, bias=bias, scale=scale, shift=shift, prologue=prologue, out=out)
-    arguments = (x, weight, bias, scale, shift, _activation(activation), residual, *(prologue or (None, None, None)))
+    vectors = prologue or (None, None, None)
+    operands = (x, weight, bias, scale, shift, _activation(activation), residual, *vectors)
     if out is None:
-        return _call(_ops.fused_depthwise.default, *arguments)
-    _call(_ops.fused_depthwise.out, *arguments, out=out)
+        return _call(_ops.fused_depthwise.default, *operands)
+    _call(_ops.fused_depthwise.out, *operands, out=out)
     return out
 
 
@@ -93,12 +116,26 @@ def activate_pool(
     Returns:
         (N, C), of x's dtype; NaN where the map is empty, as torch.mean. Or out.
     """
+    tensors = (x, bias, scale, shift, out)
+    if has_torch_function_variadic(*tensors) and not is_dynamo_compiling():
+        return handle_torch_function(activate_pool, tensors, x, bias, scale, shift, activation, out=out)
     check_inference(x=x, bias=bias, scale=scale, shift=shift, out=out)
     arguments = (x, bias, scale, shift, _activation(activation))
     if out is None:
         return _call(_ops.activate_pool.default, *arguments)
     _call(_ops.activate_pool.out, *arguments, out=out)
     return out
+
+
+def _check_types(x: object, weight: object, bias: object) -> None:
+    for name, argument in dict(x=x, weight=weight).items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
+    if not isinstance(bias, (Tensor, NoneType)):
+        raise TypeError(
+            f"bias must be a Tensor or None, got {bias!r}: unlike F.conv2d, depthwise_conv2d takes no stride, padding, "
+            'dilation or groups, which are 1, "same", 1 and C'
+        )
 
 
 def _activation(name: str) -> int:

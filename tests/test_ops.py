@@ -317,7 +317,7 @@ def test_errors_name_the_argument(change, message):
 
 
 def test_not_a_tensor():
-    with pytest.raises(RuntimeError, match="x"):
+    with pytest.raises(TypeError, match="x must be a Tensor, got list"):
         cf.depthwise_conv2d([1.0], torch.zeros(1, 1, 3, 3))
 
 
