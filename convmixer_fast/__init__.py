@@ -11,7 +11,7 @@ from ._version import __version__
 from .checkpoint import load_checkpoint
 from .explain import explain
 from .model import ConvMixer, create_model, list_models
-from .nn import DepthwiseConv2d, replace_depthwise
+from .nn import DepthwiseConv2d, replace_depthwise, restore_depthwise
 from .ops import activate_pool, depthwise_conv2d, fused_depthwise
 from .optimize import optimize
 
@@ -31,4 +31,5 @@ __all__ = [
     "optimize",
     "reference",
     "replace_depthwise",
+    "restore_depthwise",
 ]

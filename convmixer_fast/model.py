@@ -1,13 +1,16 @@
 """ConvMixer, trainable, with the models of "Patches Are All You Need?" (arXiv 2201.09792) by name."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import DepthwiseConv2d
+from .nn import DepthwiseConv2d, check_size
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 HALVES = ("spatial", "channel")  # of a layer: equations 2 and 3
@@ -28,7 +31,8 @@ class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel of (N, C, H, W), as in transformers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        pixels = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return pixels.permute(0, 3, 1, 2)
 
 
 NORMS = {"batch": nn.BatchNorm2d, "layer": ChannelLayerNorm}
@@ -86,18 +90,15 @@ class ConvMixer(nn.Module):
             in_channels=in_channels,
         )
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_size(name, size)
             setattr(self, name, size)
         check_activation(activation)
-        if isinstance(residual, str) or not set(residual) <= set(HALVES):
+        _check_choice("norm", norm, NORMS)
+        halves = list(residual) if isinstance(residual, Iterable) else [residual]
+        if isinstance(residual, str) or any(half not in HALVES for half in halves):
             raise ValueError(f"residual must be a tuple of any of {', '.join(map(repr, HALVES))}, got {residual!r}")
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         self.activation = activation
-        self.residual = tuple(half for half in HALVES if half in residual)
+        self.residual = tuple(half for half in HALVES if half in halves)
         self.norm = norm
 
         def activate_and_normalize() -> tuple[nn.Module, nn.Module]:
@@ -107,8 +108,8 @@ class ConvMixer(nn.Module):
             spatial = nn.Sequential(DepthwiseConv2d(dim, kernel_size), *activate_and_normalize())
             channel = nn.Sequential(nn.Conv2d(dim, dim, 1), *activate_and_normalize())
             return nn.Sequential(
-                Residual(spatial) if "spatial" in residual else spatial,
-                *([Residual(channel)] if "channel" in residual else channel),
+                Residual(spatial) if "spatial" in halves else spatial,
+                *([Residual(channel)] if "channel" in halves else channel),
             )
 
         self.stem = nn.Sequential(nn.Conv2d(in_channels, dim, patch_size, stride=patch_size), *activate_and_normalize())
@@ -128,7 +129,7 @@ class ConvMixer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map (N, dim, H // patch_size, W // patch_size) before pooling, for dense prediction; x as in forward."""
-        check_images(x, self.in_channels, self.patch_size, self.patch_size)
+        x = check_images(x, self.in_channels, self.patch_size, self.patch_size)
         return self.blocks(self.stem(x))
 
     def extra_repr(self) -> str:
@@ -136,17 +137,24 @@ class ConvMixer(nn.Module):
 
 
 def check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    _check_choice("activation", activation, ACTIVATIONS)
 
 
-def check_images(x: Tensor, in_channels: int, patch_height: int, patch_width: int) -> None:
-    """Raises ValueError unless x is a batch of images of at least one patch."""
+def _check_choice(name: str, choice: str, accepted: Iterable[str]) -> None:
+    if choice not in list(accepted):  # a dict would want something hashable
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {choice!r}")
+
+
+@torch.fx.wrap  # one node of a traced graph, as the shape that it looks at is not known there
+def check_images(x: Tensor, in_channels: int, patch_height: int, patch_width: int) -> Tensor:
+    """x itself, so that a graph keeps this; raises ValueError unless it is a batch of images of at least one patch."""
     if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] < patch_height or x.shape[3] < patch_width:
+        shape = str(list(x.shape))[1:-1]  # TorchScript cannot make a tuple of it
         raise ValueError(
             f"x must be of shape (N, {in_channels}, H, W) with at least one patch, H >= {patch_height} and "
-            f"W >= {patch_width}, got {tuple(x.shape)}"
+            f"W >= {patch_width}, got ({shape})"
         )
+    return x
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,12 @@ def list_models(pattern: str = "*") -> list[str]:
     A name is convmixer_{dim}_{depth}_k{kernel_size}_p{patch_size}. The three pretrained models of the authors have an
     alias each, the name timm gives them, which create_model takes too: convmixer_1536_20, convmixer_768_32 and
     convmixer_1024_20_ks9_p14.
+
+    Raises:
+        TypeError: pattern is not a str.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a str, got {pattern!r}")
     return [name for name in VARIANTS if fnmatchcase(name, pattern)]
 
 
@@ -225,7 +238,14 @@ def create_model(name: str, **overrides: Any) -> ConvMixer:
 
     Raises:
         ValueError: the name is unknown.
+        TypeError: an override is no argument of ConvMixer, or name not a str; also as ConvMixer.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {name!r}")
+    arguments = inspect.signature(ConvMixer).parameters
+    for override in overrides:
+        if override not in arguments:
+            raise TypeError(f"overrides must be arguments of ConvMixer, {', '.join(arguments)}; got {override}")
     variant = VARIANTS.get(ALIASES.get(name, name))
     if variant is None:
         raise ValueError(f"name must be one of list_models() or {', '.join(map(repr, ALIASES))}, got {name!r}")

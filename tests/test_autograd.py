@@ -1,10 +1,14 @@
 """The gradients of depthwise_conv2d: accuracy against float64, to any order, and through what torch does with them."""
 
+import copy
+
 import cases
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_error_at_most_peer
+from torch.nn.utils._expanded_weights import ExpandedWeight
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmixer_fast as cf
@@ -169,6 +173,27 @@ def test_gradcheck(device, case, bias):
     options = dict(check_batched_grad=True, fast_mode=False)
     assert torch.autograd.gradcheck(cf.depthwise_conv2d, arguments, check_forward_ad=True, **options)
     assert torch.autograd.gradgradcheck(cf.depthwise_conv2d, arguments, **options)
+
+
+def unbatched_reference(x, weight, bias):
+    return reference.depthwise_conv2d(x[None], weight, bias)[0]
+
+
+@device
+def test_unbatched(device):
+    """(C, H, W) as F.conv2d takes it: values, gradients, vmap and torch.func."""
+    x, weight, bias = make_arguments(SMALL, device=device)
+    x = x.detach()[0].requires_grad_()
+    y = cf.depthwise_conv2d(x, weight, bias)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding="same", groups=5), rtol=1e-12, atol=1e-12)
+    for name in ("grad", "jvp", "vmap over weight", "vmap over bias", "vmap over all"):
+        ours, exact = (
+            torch.utils._pytree.tree_leaves(TRANSFORMS[name](op, x, weight, bias))
+            for op in (cf.depthwise_conv2d, unbatched_reference)
+        )
+        for a, b in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
@@ -337,6 +362,86 @@ def test_a_graph_of_gradients_under_autocast():
     (exact,) = torch.autograd.grad(gx.sum(), exact_weight)
     assert gweight.dtype == torch.float32
     assert (gweight.double() - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+# ------------------------------------------------------------------------------------------- gradients of each image
+
+
+def per_sample(op, arguments, reduction="sum"):
+    """The gradient of x and the fields grad_sample of the parameters."""
+    x, *parameters = (tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in arguments)
+    weights = [ExpandedWeight(p, len(x), reduction) if p.requires_grad else p for p in parameters]
+    y = op(x, *weights)
+    (y.square() * torch.arange(1, 1 + len(x)).view(-1, 1, 1, 1)).sum().backward()
+    assert all(parameter.grad is None for parameter in parameters)
+    return [x.grad, *(getattr(parameter, "grad_sample", None) for parameter in parameters)]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("needed", ["x weight bias", "weight bias", "x weight", "x bias", "bias", "weight"])
+@pytest.mark.parametrize("case", CHECKED[1:] + [SMALL], ids=str)
+def test_per_sample_gradients(case, needed, reduction):
+    arguments = make_arguments(case)[: 3 if "bias" in needed else 2]
+    for name, tensor in zip(("x", "weight", "bias"), arguments):
+        tensor.requires_grad_(name in needed.split())
+    ours = per_sample(cf.depthwise_conv2d, arguments, reduction)
+    x, *parameters = (tensor.detach() for tensor in arguments)
+    scale = len(x) if reduction == "mean" else 1
+    for index, gradient in enumerate(ours):
+        if not arguments[index].requires_grad:
+            assert gradient is None
+            continue
+        for image in range(len(x)):
+            leaves = [t.clone().requires_grad_() for t in (x[image : image + 1], *parameters)]
+            (reference.depthwise_conv2d(*leaves).square().sum() * (image + 1)).backward()
+            exact = leaves[index].grad * scale if index else leaves[index].grad[0]
+            torch.testing.assert_close(gradient[image], exact, rtol=1e-12, atol=1e-12)
+
+
+def test_per_sample_gradients_are_of_one_kernel():
+    with Recorder() as recorder:
+        per_sample(cf.depthwise_conv2d, make_arguments(SMALL))
+    assert recorder.operators == [("depthwise_conv2d",), ("wgrad", False), ("dgrad",)]
+
+
+def per_sample_of_model(model, x, loss_reduction="sum", **options):
+    y = call_for_per_sample_grads(model, loss_reduction=loss_reduction, **options)(x)
+    getattr(torch, loss_reduction)(y.square().flatten(1).sum(1)).backward()
+    return [parameter.grad_sample for parameter in model.parameters()]
+
+
+def replaced_and_not(bias=True):
+    conv = torch.nn.Conv2d(4, 4, 5, padding=2, groups=4, bias=bias)
+    theirs = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), conv, torch.nn.GELU(), copy.deepcopy(conv))
+    ours = copy.deepcopy(theirs)
+    assert cf.replace_depthwise(ours).count == 2
+    return ours, theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_per_sample_gradients_of_a_model(bias, reduction):
+    x = torch.randn(3, 4, 9, 8)
+    with Recorder() as recorder:
+        ours, theirs = (per_sample_of_model(model, x, reduction) for model in replaced_and_not(bias))
+    assert recorder.operators.count(("wgrad", False)) == 2
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((4, 9, 8), {}, "only support convolution with batched input"),
+        ((3, 4, 9, 8), dict(batch_size=2), "batch size matching input but got input batch size of 3"),
+        ((3, 4, 9, 8), dict(batch_first=False), "batch size matching input but got input batch size of 3"),
+        ((0, 4, 9, 8), dict(batch_size=2), "0 is not a valid batch size"),
+    ],
+)
+def test_errors_of_per_sample_gradients(shape, options, message):
+    for model in replaced_and_not():
+        with pytest.raises(RuntimeError, match=message):
+            per_sample_of_model(model[1], torch.randn(shape), **options)
 
 
 def test_saved_tensors_notice_changes():

@@ -70,6 +70,23 @@ def test_create_model_unknown_name():
         create_model("convmixer_9000")
 
 
+@pytest.mark.parametrize("name", [None, 3, ["convmixer_768_32"]])
+def test_names_that_are_no_text(name):
+    with pytest.raises(TypeError, match="name must be a str, got "):
+        create_model(name)
+    with pytest.raises(TypeError, match="pattern must be a str, got "):
+        list_models(name)
+
+
+@pytest.mark.parametrize("override", [dict(num_classes=10), dict(pretrained=True), dict(n_classes=10, self=1)])
+def test_create_model_unknown_overrides(override):
+    unknown = list(override)[-1]
+    with pytest.raises(TypeError, match=f"overrides must be arguments of ConvMixer, dim, depth, .*norm; got {unknown}"):
+        create_model("convmixer_256_8_k9_p2", **override)
+    with pytest.raises(TypeError, match="n_classes must be an int, got '10'"):
+        create_model("convmixer_256_8_k9_p2", n_classes="10")
+
+
 @pytest.mark.parametrize("name", ["convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"])
 def test_aliases_are_timms_models(name):
     timm = pytest.importorskip("timm")
@@ -98,7 +115,7 @@ def test_equals_plain_convmixer(dim, depth, kernel_size, patch_size, in_channels
     plain = plain_convmixer(dim, depth, kernel_size, patch_size, 5, in_channels, ACTIVATIONS[activation])
     model = ConvMixer(dim, depth, kernel_size, patch_size, 5, in_channels, activation)
     copy_weights(randomize(plain), model)
-    assert replace_depthwise(plain).count == depth  # the same kernels, so the same bits
+    assert replace_depthwise(plain, min_kernel_size=1).count == depth  # the same kernels, so the same bits
     x = torch.randn(3, in_channels, height, width)
     assert torch.equal(model(x), plain(x))
 
@@ -157,6 +174,14 @@ def test_ablations_that_do_not_exist():
             ConvMixer(4, 1, residual=residual)
     with pytest.raises(ValueError, match="norm must be one of 'batch', 'layer', got 'group'"):
         ConvMixer(4, 1, norm="group")
+    assert ConvMixer(4, 1, residual=iter(["channel"])).residual == ("channel",)
+    for residual in (None, True, 3, (["spatial"],)):
+        with pytest.raises(ValueError, match="residual must be a tuple of any of 'spatial', 'channel', got "):
+            ConvMixer(4, 1, residual=residual)
+    for choice in ("activation", "norm"):
+        for value in (None, 1, ["gelu"], {}, nn.GELU()):
+            with pytest.raises(ValueError, match=f"{choice} must be one of '.*', got "):
+                ConvMixer(4, 1, **{choice: value})
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 7), (1, 3, 7, 6), (1, 1, 7, 7), (3, 7, 7)])
