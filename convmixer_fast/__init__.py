@@ -10,6 +10,7 @@ from ._library import build_info
 from ._version import __version__
 from .checkpoint import load_checkpoint
 from .explain import explain
+from .export import decompositions
 from .model import ConvMixer, create_model, list_models
 from .nn import DepthwiseConv2d, replace_depthwise, restore_depthwise
 from .ops import activate_pool, depthwise_conv2d, fused_depthwise
@@ -22,6 +23,7 @@ __all__ = [
     "activate_pool",
     "build_info",
     "create_model",
+    "decompositions",
     "depthwise_conv2d",
     "explain",
     "fused_depthwise",
