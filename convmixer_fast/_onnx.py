@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import onnx
-from torch._C import Value
+from torch._C import TensorType, Value
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.onnx.symbolic_helper import parse_args
 
@@ -44,17 +44,33 @@ for _op in _DECOMPOSITIONS:
 # It translates the nodes of a TorchScript graph one by one, each by the function registered for its operator.
 
 
+def _known(name: str, value: Value) -> tuple[torch.dtype, list[int] | None]:
+    """A tensor's dtype, which must be known, and its sizes where all are."""
+    kind = value.type()
+    dtype = kind.dtype() if isinstance(kind, TensorType) else None
+    if not isinstance(kind, TensorType) or dtype is None:
+        raise onnx.errors.SymbolicValueError(f"{name} has no known dtype, accepted: a tensor of a known one", value)
+    return dtype, kind.sizes()
+
+
 def _cast(g: Any, x: Value, dtype: torch.dtype, to: torch.dtype) -> Value:
     return x if dtype == to else g.op("Cast", x, to_i=onnx.JitScalarType.from_dtype(to).onnx_type())
 
 
-def _conv(g: Any, x: Value, weight: Value, sizes: Sequence[int] | None, *bias: Value) -> Value:
+def _conv(g: Any, x: Value, weight: Value, sizes: list[int] | None, *bias: Value) -> Value:
     if sizes is None:
-        raise onnx.errors.SymbolicValueError("the weight of a depthwise convolution must have a known shape", weight)
-    channels, _, *kernel_size = sizes
-    left, right, top, bottom = pads(*kernel_size)
-    ends = [top, left, bottom, right]
-    return g.op("Conv", x, weight, *bias, group_i=channels, kernel_shape_i=kernel_size, pads_i=ends)
+        raise onnx.errors.SymbolicValueError("weight has no known shape, accepted: a known one, not dynamic", weight)
+    channels, _, kernel_h, kernel_w = sizes
+    left, right, top, bottom = pads(kernel_h, kernel_w)
+    return g.op(
+        "Conv",
+        x,
+        weight,
+        *bias,
+        group_i=channels,
+        kernel_shape_i=[kernel_h, kernel_w],
+        pads_i=[top, left, bottom, right],
+    )
 
 
 def _activate_and_normalize(
@@ -80,7 +96,8 @@ def _is_none(value: Value) -> bool:
 
 @parse_args("v", "v", "v")
 def depthwise_conv2d(g: Any, x: Value, weight: Value, bias: Value) -> Value:
-    return _conv(g, x, weight, weight.type().sizes(), *([] if _is_none(bias) else [bias]))
+    _, sizes = _known("weight", weight)
+    return _conv(g, x, weight, sizes, *([] if _is_none(bias) else [bias]))
 
 
 @parse_args("v", "v", "v", "v", "v", "i", "b", "v", "v", "v")
@@ -97,19 +114,19 @@ def fused_depthwise(
     prologue_scale: Value,
     prologue_shift: Value,
 ) -> Value:
-    dtype, arithmetic = x.type().dtype(), bias.type().dtype()
+    (dtype, _), (arithmetic, _), (_, sizes) = _known("x", x), _known("bias", bias), _known("weight", weight)
     z = _cast(g, x, dtype, arithmetic)
     if not _is_none(prologue_bias):
         z = _activate_and_normalize(g, z, prologue_bias, prologue_scale, prologue_shift, activation, arithmetic)
         z = _cast(g, _cast(g, z, arithmetic, dtype), dtype, arithmetic)  # rounded to x's dtype
-    y = _conv(g, z, _cast(g, weight, dtype, arithmetic), weight.type().sizes())
+    y = _conv(g, z, _cast(g, weight, dtype, arithmetic), sizes)
     y = _activate_and_normalize(g, y, bias, scale, shift, activation, arithmetic)
     return _cast(g, g.op("Add", y, z) if residual else y, arithmetic, dtype)
 
 
 @parse_args("v", "v", "v", "v", "i")
 def activate_pool(g: Any, x: Value, bias: Value, scale: Value, shift: Value, activation: int) -> Value:
-    dtype, arithmetic = x.type().dtype(), bias.type().dtype()
+    (dtype, _), (arithmetic, _) = _known("x", x), _known("bias", bias)
     y = _activate_and_normalize(g, _cast(g, x, dtype, arithmetic), bias, scale, shift, activation, arithmetic)
     return _cast(g, g.op("Flatten", g.op("GlobalAveragePool", y), axis_i=1), arithmetic, dtype)
 

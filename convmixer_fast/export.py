@@ -1,6 +1,6 @@
 """The operators for those who cannot run our kernels: as plain ATen operators, and as ONNX.
 
-torch.compile, torch.export and AOTInductor keep the operators, and so run our kernels. Other runtimes and compilers know
+torch.compile, torch.export and AOTInductor keep the operators and so run our kernels. Other runtimes and compilers know
 ATen or ONNX alone. Both of torch.onnx's exporters translate our operators once this package is imported, without an
 option, to what :func:`decompositions` gives.
 """
@@ -32,14 +32,14 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     For ``ExportedProgram.run_decompositions(decompositions())``, where a runtime or compiler lacks our operators, and
     any other place that takes a table of decompositions. Given to torch.compile, it would take our kernels away.
     """
-    out_variants = {_ops.fused_depthwise.out: _fused_depthwise, _ops.activate_pool.out: _activate_pool}
     return {
         _ops.depthwise_conv2d.default: reference.depthwise_conv2d,
         _ops.depthwise_conv2d_dgrad.default: _dgrad,
         _ops.depthwise_conv2d_wgrad.default: _wgrad,
         _ops.fused_depthwise.default: _fused_depthwise,
         _ops.activate_pool.default: _activate_pool,
-        **{op: _into_out(function) for op, function in out_variants.items()},
+        _ops.fused_depthwise.out: _into_out(_fused_depthwise),
+        _ops.activate_pool.out: _into_out(_activate_pool),
     }
 
 
@@ -51,12 +51,14 @@ def _fused_depthwise(
     shift: Tensor,
     activation: int,
     residual: bool,
-    *prologue: Tensor | None,
+    prologue_bias: Tensor | None,
+    prologue_scale: Tensor | None,
+    prologue_shift: Tensor | None,
 ) -> Tensor:
-    given = [vector for vector in prologue if vector is not None]
-    return reference.fused_depthwise(
-        x, weight, bias, scale, shift, ACTIVATION_NAMES[activation], residual, tuple(given) if given else None
-    )
+    prologue = None
+    if prologue_bias is not None and prologue_scale is not None and prologue_shift is not None:
+        prologue = prologue_bias, prologue_scale, prologue_shift
+    return reference.fused_depthwise(x, weight, bias, scale, shift, ACTIVATION_NAMES[activation], residual, prologue)
 
 
 def _activate_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int) -> Tensor:
@@ -93,8 +95,13 @@ def _wgrad(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> t
     return gweight, gbias if bias else gy.new_empty((0,))
 
 
+# --------------------------------------------------------------------------------------------------------- ONNX
+#
+# Importing torch.onnx takes longer than importing this package, and few programs do.
+
+
 class _AfterTorchOnnx(importlib.abc.MetaPathFinder):
-    """Imports _onnx.py right after torch.onnx, which takes longer to import than this package and is seldom needed."""
+    """Has the import of torch.onnx, which may come or not, end with that of _onnx.py."""
 
     def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torch.onnx":
@@ -102,16 +109,14 @@ class _AfterTorchOnnx(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _then_register(spec.loader.exec_module)  # type: ignore[method-assign]
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register_onnx()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
-
-
-def _then_register(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    def execute_and_register(module: ModuleType) -> None:
-        execute(module)
-        _register_onnx()
-
-    return execute_and_register
 
 
 def _register_onnx() -> None:
