@@ -6,7 +6,7 @@ from . import (
     ops,
     reference,
 )
-from ._library import build_info
+from ._library import build_info, library_paths
 from ._version import __version__
 from .checkpoint import load_checkpoint
 from .explain import explain
@@ -27,6 +27,7 @@ __all__ = [
     "depthwise_conv2d",
     "explain",
     "fused_depthwise",
+    "library_paths",
     "list_models",
     "load_checkpoint",
     "ops",

@@ -1,18 +1,23 @@
 """Loads the two compiled libraries, and tells what they contain and why a part is missing."""
 
 import ctypes
+import os
 import re
 import runpy
+import struct
 import sys
 from pathlib import Path
 
 import torch
 
 from ._version import __version__
+from .files import open_regular, printable
 
 ALLOCATION_FAILED = "out of memory: could not allocate"  # csrc/bindings/operators.h
 
 _OLDEST_TORCH = (2, 10)  # the stable ABI that setup.py builds against, TORCH_TARGET_VERSION
+_NEEDS = f"convmixer_fast needs torch {'.'.join(map(str, _OLDEST_TORCH))} or newer"
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 _FOLDER = Path(__file__).parent
 _CPU, _CUDA = _FOLDER / "_C.so", _FOLDER / "_C_cuda.so"
 
@@ -28,8 +33,7 @@ def _require_torch(version: str) -> None:
     """Raises ImportError for a torch that lacks functions which the libraries call: the linker would name only them."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and tuple(map(int, found.groups())) < _OLDEST_TORCH:
-        oldest = ".".join(map(str, _OLDEST_TORCH))
-        raise ImportError(f"convmixer_fast needs torch {oldest} or newer, and this is torch {version}")
+        raise ImportError(f"{_NEEDS}, and this is torch {version}")
 
 
 def _not_built() -> str:
@@ -57,16 +61,42 @@ def _of_other_sources(path: Path, library: ctypes.CDLL, expected: str) -> str | 
     return f"{path} was built from other sources ({found}) than are there now ({expected}): rebuild it by `make build`"
 
 
+def _load(path: Path) -> ctypes.CDLL:
+    """Loads a library with its operators; raises ImportError with the linker's reason, in one line."""
+    try:
+        _check_file(path)
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
+        if not hasattr(library, "convmixer_fast_sources"):
+            raise OSError("it has no convmixer_fast_sources, so it is another library or one of an older version")
+    except OSError as error:
+        cause = printable(error.__cause__ or error)  # torch's own words are no reason, and have the linker's as cause
+        raise ImportError(f"{path} does not load with torch {torch.__version__} ({_NEEDS}): {cause}") from None
+    return library
+
+
+def _check_file(path: Path) -> None:
+    """Raises OSError for a library whose end is missing: the linker would map it, and the process die by a signal; and
+    for one of another processor, which the linker calls a missing file."""
+    with open_regular(path) as file:
+        header = file.read(64)
+        size = os.fstat(file.fileno()).st_size
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return  # it is no 64-bit library, which the linker says
+    machine, table, entry_size, entries = struct.unpack_from("<18xH20xQ10xHH", header)
+    if machine != _ELF_MACHINES.get(os.uname().machine, machine):
+        raise OSError(f"it is for another processor (ELF machine {machine}) than this one, {os.uname().machine}")
+    end = table + entry_size * entries  # of the table of sections, the last in the file
+    if size < end:
+        raise OSError(f"the file is truncated: {size} bytes of {end}")
+
+
 def _load_cpu() -> ctypes.CDLL:
     """The library with the schemas and the CPU kernels; raises ImportError with what to do where it cannot be used."""
     _require_torch(torch.__version__)
     if not _CPU.exists():
         raise ImportError(_not_built())
-    try:
-        torch.ops.load_library(_CPU)
-    except OSError as error:
-        raise ImportError(f"{_CPU} does not load with torch {torch.__version__}: {error}") from None
-    library = ctypes.CDLL(str(_CPU))
+    library = _load(_CPU)
     digest = _FOLDER.parent / "csrc" / "fingerprint.py"
     if digest.exists():  # in a clone; an installed package has no sources beside it
         outdated = _of_other_sources(_CPU, library, runpy.run_path(str(digest))["fingerprint"]())
@@ -82,10 +112,9 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
     if not _CUDA.exists():
         return None, f"{_CUDA.name} was not built: {_text(_cpu_library, 'convmixer_fast_cuda_build')}"
     try:
-        torch.ops.load_library(_CUDA)
-    except OSError as error:
-        return None, f"{_CUDA.name} does not load: {error}"
-    library = ctypes.CDLL(str(_CUDA))
+        library = _load(_CUDA)
+    except ImportError as error:
+        return None, str(error)
     outdated = _of_other_sources(_CUDA, library, _sources(_cpu_library))
     return library, outdated or _why_unusable(library.convmixer_fast_cuda_runtime(), _driver_version())
 
@@ -128,6 +157,16 @@ def require_cuda() -> None:
     """Raises RuntimeError with the reason if the CUDA kernels are not loaded."""
     if _cuda_missing:
         raise RuntimeError(f"x is on CUDA, but the CUDA kernels are missing: {_cuda_missing}")
+
+
+def library_paths() -> list[Path]:
+    """The compiled libraries that this process uses, _C.so and, where its kernels can be used, _C_cuda.so.
+
+    A process without this package that runs a program exported with its operators loads them first, in this order:
+    ``torch.ops.load_library(path)`` in Python, ``dlopen(path, RTLD_NOW)`` in C++. They need no other file of this
+    package; _C_cuda.so needs a torch built for CUDA.
+    """
+    return [_CPU] if _cuda_missing else [_CPU, _CUDA]
 
 
 def build_info() -> dict[str, str | list[str] | None]:
