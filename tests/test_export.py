@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from convmixer_fast import ConvMixer, DepthwiseConv2d, decompositions, export, o
 from convmixer_fast.ops import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
+FORMS = ["aoti", "program", "decomposed", "torchscript", "onnx"]  # of docs/deployment.md
 EXPORTERS = [False, pytest.param(True, marks=pytest.mark.slow)]  # dynamo=
 _ops = torch.ops.convmixer_fast
 
@@ -164,7 +166,7 @@ def test_onnx_opsets(opset, dynamo, tmp_path):
 
 @pytest.mark.parametrize("dynamo", EXPORTERS)
 def test_onnx_in_float64(dynamo, tmp_path):
-    """In which ONNX Runtime has no convolution. onnx's own evaluator has, but no exact Erf: so the activation is ReLU."""
+    """In which ONNX Runtime has no convolution. onnx's evaluator has, but no exact Erf: so the activation is ReLU."""
     onnx = pytest.importorskip("onnx")
     model, x = mixer(4, torch.float64, "relu"), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     exported = to_onnx(optimize(model), (x,), tmp_path / "model.onnx", dynamo)
@@ -403,3 +405,48 @@ def test_a_decomposed_training_step(tmp_path):
     F.conv2d(leaves[0], leaves[1], leaves[2], padding="same", groups=5).square().sum().backward()
     for ours, leaf in zip(step(x, weight, bias), leaves):
         torch.testing.assert_close(ours, leaf.grad)
+
+
+# ------------------------------------------------------------------------------------------- docs/deployment.md
+
+
+def scripts():
+    """Those of the page, by file name, in their order."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    return dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL))
+
+
+def run_script(name, folder, *arguments):
+    """Only the scripts that name our package can import it."""
+    (folder / name).write_text(scripts()[name])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if "import convmixer_fast" in scripts()[name]:
+        environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, name, *arguments]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, f"{name}: {ran.stderr}"
+    return ran.stdout
+
+
+def test_every_block_of_the_page_is_a_script_that_is_run():
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    assert page.count("```") == 2 * len(scripts())
+    assert {name for name in scripts() if name not in ("make_model.py", "measure.py")} == {
+        f"{step}.py" for step in ("run_module", *(f"{verb}_{form}" for form in FORMS for verb in ("make", "run")))
+    }
+
+
+@pytest.mark.slow
+def test_the_pages_scripts(tmp_path):
+    """In their order. Without the library, what was exported does not run."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    for name in scripts():
+        if name != "measure.py":
+            run_script(name, tmp_path)
+    measured = run_script("measure.py", tmp_path, "2")
+    assert len(re.findall(r"^batch \d+, \S+: [\d.]+ ms, [\d.]+ x$", measured, re.MULTILINE)) == 8
+    (tmp_path / "deploy" / "_C.so").unlink()
+    for form in ("aoti", "program", "torchscript"):
+        with pytest.raises(AssertionError, match="deploy/_C.so"):
+            run_script(f"run_{form}.py", tmp_path)
