@@ -120,11 +120,99 @@ def test_a_cuda_library_of_other_sources_is_a_reason(monkeypatch):
     assert reason == f"{built}: rebuild it by `make build`"
 
 
-def test_a_library_that_does_not_load_says_why_in_a_line(clone):
+def with_field(library, offset, value):
+    """The library's bytes with another 16-bit number in the header."""
+    return library[:offset] + value.to_bytes(2, "little") + library[offset + 2 :]
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2159328\n" + bytes(64)
+DAMAGED = {
+    "no library": (lambda library: b"not a library", "file too short"),
+    "a pointer of Git LFS": (lambda library: LFS_POINTER, "invalid ELF header"),
+    "half of it": (lambda library: library[: len(library) // 2], r"the file is truncated: \d+ bytes of \d+"),
+    "all but a byte": (lambda library: library[:-1], r"the file is truncated: \d+ bytes of \d+"),
+    "another processor": (
+        lambda library: with_field(library, 18, 8),
+        r"it is for another processor \(ELF machine 8\) than this one, \w+",
+    ),
+    "a function that torch lacks": (
+        lambda library: library.replace(b"torch_parallel_for\0", b"torch_parallel_fox\0"),
+        "undefined symbol: torch_parallel_fox",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, reason", DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+def test_a_library_that_does_not_load_says_why_in_a_line(name, damage, reason, tmp_path, monkeypatch):
+    """The CPU's library as an error, the other as the reason for which CUDA is missing."""
+    library = tmp_path / name
+    library.write_bytes(damage((PACKAGE / "_C.so").read_bytes()))
+    if name == "_C.so":
+        with pytest.raises(ImportError) as refused:
+            _library._load(library)
+        message = str(refused.value)
+    else:
+        monkeypatch.setattr(_library, "_CUDA", library)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        loaded, message = _library._load_cuda()
+        assert loaded is None
+    needs = re.escape(
+        f"{library} does not load with torch {torch.__version__} (convmixer_fast needs torch 2.10 or newer)"
+    )
+    assert re.fullmatch(f"{needs}: ({re.escape(str(library))}: )?{reason}", message), message
+
+
+def test_a_library_that_is_not_ours_is_named(tmp_path):
+    import _ctypes
+
+    library = tmp_path / "_C.so"
+    shutil.copy(_ctypes.__file__, library)
+    with pytest.raises(
+        ImportError, match="it has no convmixer_fast_sources, so it is another library or one of an older"
+    ):
+        _library._load(library)
+
+
+def test_a_library_that_nobody_may_wait_for(tmp_path):
+    os.mkfifo(tmp_path / "_C.so")
+    with pytest.raises(ImportError, match="is a FIFO, accepted: a regular file"):
+        _library._load(tmp_path / "_C.so")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_library_without_permission_is_named(tmp_path):
+    library = tmp_path / "_C.so"
+    shutil.copy(PACKAGE / "_C.so", library)
+    library.chmod(0)
+    with pytest.raises(ImportError, match=r"needs torch 2\.10 or newer\): .*Permission denied"):
+        _library._load(library)
+
+
+def test_the_import_names_both_versions_and_the_cause(clone):
     library = clone / "convmixer_fast" / "_C.so"
-    library.write_bytes(b"not a library")
+    whole = (PACKAGE / "_C.so").read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
     error = import_error(cwd=clone, path=clone)
-    assert error.startswith(f"ImportError: {library} does not load with torch {torch.__version__}: ")
+    found = f"{library} does not load with torch {torch.__version__} (convmixer_fast needs torch 2.10 or newer)"
+    assert error == f"ImportError: {found}: the file is truncated: {len(whole) // 2} bytes of {len(whole)}"
+
+
+def test_library_paths_are_those_in_use(monkeypatch):
+    for missing, names in ((None, ["_C.so", "_C_cuda.so"]), ("it does not load", ["_C.so"])):
+        monkeypatch.setattr(_library, "_cuda_missing", missing)
+        assert convmixer_fast.library_paths() == [PACKAGE / name for name in names]
+
+
+def test_a_library_brings_the_operators_without_our_python():
+    code = """
+import sys, torch
+for path in sys.argv[1:]:
+    torch.ops.load_library(path)
+print(torch.ops.convmixer_fast.depthwise_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), None).sum().item())
+"""
+    command = [sys.executable, "-I", "-c", code, *map(str, convmixer_fast.library_paths())]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "49.0\n"
 
 
 @pytest.fixture
