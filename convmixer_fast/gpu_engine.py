@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .locks import give_lock
+from .operator_pass import unit_filters
 
 if TYPE_CHECKING:
     from .inference import OptimizedConvMixer
@@ -43,18 +45,23 @@ class Weights:
         patch_size: (in_channels, ph, pw).
         after_patch: bias, scale, shift after the patch convolution.
         layers: (depthwise (dim, 1, kh, kw), its vectors, pointwise (dim, dim), its vectors), one a layer.
-        head: weight (dim, n_classes) and bias (n_classes,).
+        head: weight (features, n_classes) and bias (n_classes,), or None.
         activation: "gelu" or "relu".
         residual: whether the depthwise half of a layer adds its input.
+        pool, flatten: as OptimizedConvMixer has them.
+        unit: (dim, 1, 1, 1), ones: filters that change nothing, for the map where it is needed as such; or None.
     """
 
     patch: Tensor
     patch_size: tuple[int, int, int]
     after_patch: Vectors
     layers: list[tuple[Tensor, Vectors, Tensor, Vectors]]
-    head: tuple[Tensor, Tensor]
+    head: tuple[Tensor, Tensor] | None
     activation: str
     residual: bool
+    pool: str = "avg"
+    flatten: bool = True
+    unit: Tensor | None = None
 
     @staticmethod
     def of(module: "OptimizedConvMixer") -> "Weights":
@@ -62,20 +69,41 @@ class Weights:
         after_patch, *after = unbound(module.vectors, module.patch.dtype)
         flat = module.patch.flatten(1)
         in_channels, patch_height, patch_width = module.patch.shape[1:]
+        head = None
+        if module.head_weight is not None and module.head_bias is not None:
+            head = module.head_weight.t(), module.head_bias
         return Weights(
             patch=F.pad(flat, (0, -flat.shape[1] % _PLANE_ALIGNMENT)),
             patch_size=(in_channels, patch_height, patch_width),
             after_patch=after_patch,
             layers=list(zip(module.depthwise.unbind(), after[::2], module.pointwise.unbind(), after[1::2])),
-            head=(module.head_weight.t(), module.head_bias),
+            head=head,
             activation=module.activation,
             residual=module.residual,
+            pool=module.pool,
+            flatten=module.flatten,
+            unit=None if module.pool == "avg" else unit_filters(module.patch[None, :, 0, 0]),
         )
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.patch, *self.after_patch, *self.head)
+        yield from (self.patch, *self.after_patch, *(self.head or ()))
+        if self.unit is not None:
+            yield self.unit
         for depthwise, after_depthwise, pointwise, after_pointwise in self.layers:
             yield from (depthwise, *after_depthwise, pointwise, *after_pointwise)
+
+    @property
+    def features(self) -> int:
+        """Of an image, after pooling."""
+        return len(self.patch) * (2 if self.pool == "catavgmax" else 1)
+
+    def empty_result(self, x: Tensor) -> Tensor:
+        """What the pass writes for images x, before it does: logits, features or maps."""
+        if self.pool == "":
+            return x.new_empty(len(x), len(self.patch), *map_size(x, self))
+        if self.head is not None:
+            return x.new_empty(len(x), self.head[1].shape[0])
+        return x.new_empty(len(x), self.features, *(() if self.flatten else (1, 1)))
 
 
 def unbound(vectors: Tensor, dtype: torch.dtype) -> list[Vectors]:
@@ -179,21 +207,21 @@ def images_in_l2(weights: Weights, size: tuple[int, int], cache_bytes: int, mult
     return min(most, batch) if tiles >= _GEMM_TILES_PER_MULTIPROCESSOR * multiprocessors else batch
 
 
-def steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
+def steps(weights: Weights, x: Tensor, result: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
     """The forward pass: what to run, in order. Allocates nothing and waits for nothing.
 
     Args:
         x: images (N, in_channels, H, W), of any strides.
-        logits: (N, n_classes), written.
+        result: of Weights.empty_result, written.
         geometry: of the largest chunk of x; the others have as many images, or one less.
         arena: which holds it.
     """
     chunks = chunks_of(len(x), geometry.images)
-    for images, rows in zip(x.tensor_split(chunks), logits.tensor_split(chunks)):
+    for images, rows in zip(x.tensor_split(chunks), result.tensor_split(chunks)):
         yield from _chunk_steps(weights, images, rows, geometry, arena)
 
 
-def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
+def _chunk_steps(weights: Weights, x: Tensor, result: Tensor, geometry: Geometry, arena: Arena) -> Iterator[Step]:
     images, (dim, patch_elements) = len(x), weights.patch.shape
     patches = geometry.matrix(arena.second, patch_elements, images)
     pointwise_out = geometry.matrix(arena.first, dim, images)
@@ -219,10 +247,41 @@ def _chunk_steps(weights: Weights, x: Tensor, logits: Tensor, geometry: Geometry
         )
         yield "GEMM", partial(torch.mm, pointwise, depthwise_out, out=pointwise_out)
         prologue = after_pointwise
-    pooled = arena.second[: images * dim].view(images, dim)
-    yield "pool + head", partial(ops.activate_pool, depthwise_in, *prologue, weights.activation, out=pooled)
-    weight, bias = weights.head
-    yield "pool + head", partial(torch.addmm, bias, pooled, weight, out=logits)
+    if weights.pool == "":
+        yield _activate(weights, depthwise_in, prologue, result)
+        return
+    # Features lie where no step still reads: in the second buffer, or, if the map takes that, in the first. Either has
+    # 8 elements or more a channel and image.
+    unused = arena.second if weights.pool == "avg" else arena.first
+    pooled, spare = unused[: 2 * images * weights.features].view(2, images, weights.features)
+    if weights.head is None:
+        pooled = result.view(images, weights.features)
+    if weights.pool == "avg":
+        yield "pool + head", partial(ops.activate_pool, depthwise_in, *prologue, weights.activation, out=pooled)
+    else:
+        yield _activate(weights, depthwise_in, prologue, depthwise_out_maps)
+        yield "pool + head", partial(_pool, depthwise_out_maps, weights.pool, pooled, spare)
+    if weights.head is not None:
+        weight, bias = weights.head
+        yield "pool + head", partial(torch.addmm, bias, pooled, weight, out=result)
+
+
+def _activate(weights: Weights, product: Tensor, after: Vectors, out: Tensor) -> Step:
+    """The map after the last product, in one pass over memory."""
+    assert weights.unit is not None
+    run = partial(ops.fused_depthwise, product, weights.unit, *after, weights.activation, False, out=out)
+    return "pool + head", run
+
+
+def _pool(maps: Tensor, pool: str, out: Tensor, spare: Tensor) -> None:
+    """The features (images, features) of maps (images, dim, H, W) by a pooling other than "avg"; spare is as long as
+    out, and written."""
+    dim = maps.shape[1]
+    if pool == "catavgmax":
+        torch.mean(maps, (2, 3), out=out[:, :dim])
+    torch.amax(maps, (2, 3), out=out[:, -dim:])
+    if pool == "avgmax":
+        out.add_(torch.mean(maps, (2, 3), out=spare)).mul_(0.5)
 
 
 def _patchify(x: Tensor, patch_size: tuple[int, int, int], geometry: Geometry, patches: Tensor) -> None:
@@ -270,24 +329,24 @@ class Recorded:
     def __init__(self, weights: Weights, x: Tensor, geometry: Geometry, arena: Arena):
         with torch.inference_mode(False):  # replays, outside of inference mode too, write to them
             self.images = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-            self.logits = x.new_empty(len(x), weights.head[1].shape[0])
-        self.memory = MultiStreamMemory((self.images, self.logits, *arena.buffers(), *weights.tensors()))
+            self.result = weights.empty_result(x)
+        self.memory = MultiStreamMemory((self.images, self.result, *arena.buffers(), *weights.tensors()))
         with torch.cuda.device(x.device):
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):  # the libraries choose their kernels and set up their workspaces
-                run_all(steps(weights, self.images, self.logits, geometry, arena))
+                run_all(steps(weights, self.images, self.result, geometry, arena))
             current.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may go on allocating.
             with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-                run_all(steps(weights, self.images, self.logits, geometry, arena))
+                run_all(steps(weights, self.images, self.result, geometry, arena))
 
     def replay(self, x: Tensor) -> Tensor:
         self.memory.use_on(torch.cuda.current_stream(x.device))
         self.images.copy_(x)
         self.graph.replay()
-        return self.logits.clone()
+        return self.result.clone()
 
 
 class GraphCache:
@@ -299,23 +358,25 @@ class GraphCache:
         limit: how many shapes are kept.
     """
 
+    _lock: threading.Lock
+
     def __init__(self, record: Callable[[Tensor], Recorded], fence: torch.cuda.Event, limit: int = _MAX_GRAPHS):
         self._record, self._fence, self._limit = record, fence, limit
-        self._lock = threading.Lock()
+        give_lock(self)
         self._recorded: OrderedDict[torch.Size, Recorded] = OrderedDict()
 
     def __call__(self, x: Tensor, stream: torch.cuda.Stream | None = None) -> Tensor:
-        """The logits of x. stream: on which the caller works."""
+        """The result for x. stream: on which the caller works."""
         with self._lock:
             self._fence.wait(stream)  # all graphs use one arena
             if x.shape not in self._recorded:
                 self._recorded[x.shape] = self._record(x)
             self._recorded.move_to_end(x.shape)
-            logits = self._recorded[x.shape].replay(x)
+            result = self._recorded[x.shape].replay(x)
             self._fence.record(stream)
             while len(self._recorded) > self._limit:
                 self._recorded.popitem(last=False)
-        return logits
+        return result
 
     def shapes(self) -> list[torch.Size]:
         """Least recently used first."""
@@ -330,12 +391,14 @@ class GpuEngine:
     gets buffers that belong to that graph.
     """
 
+    _lock: threading.Lock
+
     def __init__(self, module: "OptimizedConvMixer"):
         """Later changes of the module's weights are not seen."""
         with torch.no_grad():
             self.weights = Weights.of(module)
         self.chunk = module.chunk
-        self._lock = threading.Lock()
+        give_lock(self)
         self._idle: list[tuple[object, Arena]] = []  # with their streams; the one used last comes last
         self._recording: Arena | None = None  # that of the graph recorded last
         self.graphs: GraphCache | None = None
@@ -353,8 +416,13 @@ class GpuEngine:
         """Whether x can be run: a CUDA tensor that nobody traces."""
         return x.is_cuda and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
+    @staticmethod
+    def takes(module: "OptimizedConvMixer") -> bool:
+        """Whether it is for such a network: for any."""
+        return True
+
     def __call__(self, x: Tensor) -> Tensor:
-        """The logits (N, n_classes) of images x (N, in_channels, H, W)."""
+        """The logits (N, n_classes) of images x (N, in_channels, H, W), or what the network gives without a head."""
         if not x.is_cuda:
             return self._run(x, None, captured=False)
         with torch.cuda.device(x.device):
@@ -366,12 +434,12 @@ class GpuEngine:
             return self._run(x, stream, captured)
 
     def _run(self, x: Tensor, stream: torch.cuda.Stream | None, captured: bool) -> Tensor:
-        logits = x.new_empty(len(x), self.weights.head[1].shape[0])
+        result = self.weights.empty_result(x)
         if len(x):
             geometry = self.geometry(x)
             with self._arena(geometry, stream, captured) as arena:
-                run_all(steps(self.weights, x, logits, geometry, arena))
-        return logits
+                run_all(steps(self.weights, x, result, geometry, arena))
+        return result
 
     def geometry(self, x: Tensor) -> Geometry:
         """Of the largest chunk of x."""

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
 from .cpu_engine import CpuEngine
-from .gpu_engine import GpuEngine, Vectors, unbound
+from .gpu_engine import GpuEngine
+from .locks import give_lock
 from .model import check_images
-from .reference import activate_and_normalize
+from .operator_pass import Scriptable, end, last_map, last_product
 
 
 class OptimizedConvMixer(nn.Module):
@@ -28,6 +28,15 @@ class OptimizedConvMixer(nn.Module):
     for inference: train() raises RuntimeError, and so does an input that requires a gradient in grad mode. It computes
     in the weights' dtype under torch.autocast as well.
 
+    Changing weights: what an engine prepares of them at the first call is made anew after any change that PyTorch
+    counts, be it in place, of a buffer, or by load_state_dict(). It counts none that goes through ``.data``, a NumPy
+    view, or the memory that share_memory() shares with another process: call :meth:`refresh` after one, or results may
+    be those of the old weights. Copies and unpickled modules start with the weights as they are.
+
+    torch.jit.script, torch.jit.trace, torch.export and torch.compile take it as a sequence of operators. A scripted one
+    is saved and loaded by TorchScript where convmixer_fast is imported; it refuses what an operator refuses, with that
+    one's words, and torch.autocast.
+
     On a GPU it keeps two buffers of activations (dim, images of a chunk, map) for each stream in use, for at most four
     calls at a time, and with CUDA graphs, besides two for all graphs, the images and logits of each. Any threads and
     streams may call it, and the caller may capture it into a CUDA graph; what a call returns no later call touches.
@@ -37,8 +46,10 @@ class OptimizedConvMixer(nn.Module):
     depthwise: Tensor
     pointwise: Tensor
     vectors: Tensor
-    head_weight: Tensor
-    head_bias: Tensor
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    pool: str = "avg"  # of a module that was pickled before there were others
+    flatten: bool = True
 
     def __init__(
         self,
@@ -46,12 +57,14 @@ class OptimizedConvMixer(nn.Module):
         depthwise: Tensor,
         pointwise: Tensor,
         vectors: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor,
+        head_weight: Tensor | None,
+        head_bias: Tensor | None,
         activation: str,
         residual: bool = True,
         chunk: int | str = "auto",
         cuda_graphs: bool = False,
+        pool: str = "avg",
+        flatten: bool = True,
     ):
         """
         Args:
@@ -59,11 +72,14 @@ class OptimizedConvMixer(nn.Module):
             depthwise: (depth, dim, 1, kh, kw).
             pointwise: (depth, dim, dim).
             vectors: (2 depth + 1, 3, dim), float64: bias, scale and shift after each convolution, as they run.
-            head_weight: (n_classes, dim).
-            head_bias: (n_classes,).
+            head_weight: (n_classes, features); None: the result is the features.
+            head_bias: (n_classes,), or None with head_weight.
             activation: "gelu" or "relu".
             residual: whether the spatial half of a layer adds its input.
             chunk, cuda_graphs: see :func:`convmixer_fast.optimize`.
+            pool: what makes features of the map: "avg", "max" (dim of them), "avgmax", half the sum of the two,
+                "catavgmax" (2 dim), both; or "" for nothing, and then the map is the result.
+            flatten: whether features are (N, features), as for a head, or (N, features, 1, 1).
         """
         super().__init__()
         self.register_buffer("patch", patch)
@@ -76,11 +92,16 @@ class OptimizedConvMixer(nn.Module):
         self.residual = residual
         self.chunk = chunk
         self.cuda_graphs = cuda_graphs
+        self.pool = pool
+        self.flatten = flatten
         self.training = False
         self._kept = _Kept()
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, n_classes) of images (N, in_channels, H, W), both of the weights' dtype.
+
+        Without a head the features (N, dim), (N, dim, 1, 1) or, of "catavgmax", twice as many; without pooling the map,
+        as forward_features.
 
         Raises:
             TypeError: x is of another dtype.
@@ -89,16 +110,19 @@ class OptimizedConvMixer(nn.Module):
         """
         with self._inference(x):
             for kind in (CpuEngine, GpuEngine):
-                if kind.runs(x):
+                if kind.runs(x) and kind.takes(self):
                     return self.engine(kind)(x)
-            x, epilogue = self._last_product(x)
-            return F.linear(ops.activate_pool(x, *epilogue, self.activation), self.head_weight, self.head_bias)
+            activation = ops.ACTIVATIONS[self.activation]
+            return end(*self._last_product(x), activation, self.pool, self.flatten, self.head_weight, self.head_bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map (N, dim, H // ph, W // pw) before pooling, of the weights' dtype; x and errors as in forward."""
         with self._inference(x):
-            x, epilogue = self._last_product(x)
-            return activate_and_normalize(x, *epilogue, self.activation).to(x.dtype)
+            return last_map(*self._last_product(x), ops.ACTIVATIONS[self.activation])
+
+    def refresh(self) -> None:
+        """Has the next call use the weights as they are now, however they were changed."""
+        self._kept = _Kept()
 
     @contextmanager
     def _inference(self, x: Tensor) -> Iterator[None]:
@@ -117,23 +141,14 @@ class OptimizedConvMixer(nn.Module):
         """What runs the weights as they are now: made at the first call, and anew once they change."""
         return self._kept.engine(kind, self)
 
-    def _last_product(self, x: Tensor) -> tuple[Tensor, Vectors]:
-        """The raw output of the last layer's 1x1 convolution, and its bias, scale and shift, still to be applied.
+    def _last_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        activation = ops.ACTIVATIONS[self.activation]
+        return last_product(x, self.patch, self.depthwise, self.pointwise, self.vectors, activation, self.residual)
 
-        By operators alone, without memory of its own: what torch.export and torch.compile see.
-        """
-        layout = torch.contiguous_format if x.is_cuda else torch.channels_last
-        after_patch, *after = unbound(self.vectors, x.dtype)
-
-        x = x.contiguous(memory_format=layout)
-        x = F.conv2d(x, self.patch, stride=self.patch.shape[2:]).contiguous(memory_format=layout)
-        prologue = after_patch
-        layers = zip(self.depthwise.unbind(), after[::2], self.pointwise.unbind(), after[1::2])
-        for depthwise, after_depthwise, pointwise, after_pointwise in layers:
-            x = ops.fused_depthwise(x, depthwise, *after_depthwise, self.activation, self.residual, prologue)
-            x = _pointwise_conv2d(x, pointwise)
-            prologue = after_pointwise
-        return x, prologue
+    def __prepare_scriptable__(self) -> Scriptable:
+        """What torch.jit.script takes in place of this module."""
+        activation = ops.ACTIVATIONS[self.activation]
+        return Scriptable(self._buffers, activation, self.residual, self.pool, self.flatten)
 
     def train(self, mode: bool = True) -> "OptimizedConvMixer":
         if mode:
@@ -151,18 +166,22 @@ class OptimizedConvMixer(nn.Module):
 
     def extra_repr(self) -> str:
         depth, dim, _, *kernel_size = self.depthwise.shape
+        n_classes = 0 if self.head_weight is None else len(self.head_weight)
         return (
             f"dim={dim}, depth={depth}, kernel_size={tuple(kernel_size)}, patch_size={tuple(self.patch.shape[2:])}, "
-            f"n_classes={len(self.head_bias)}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
-            f"residual={self.residual}, dtype={self.patch.dtype}, chunk={self.chunk!r}, cuda_graphs={self.cuda_graphs}"
+            f"n_classes={n_classes}, in_channels={self.patch.shape[1]}, activation={self.activation!r}, "
+            f"residual={self.residual}, dtype={self.patch.dtype}, chunk={self.chunk!r}, "
+            f"cuda_graphs={self.cuda_graphs}, pool={self.pool!r}, flatten={self.flatten}"
         )
 
 
 class _Kept:
     """The engine of a module, with the buffers that it was made of. Copying or pickling it gives an empty one."""
 
+    _lock: threading.Lock
+
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        give_lock(self)
         self._engine: CpuEngine | GpuEngine | None = None
         self._made_of: list[tuple[int, int, int]] = []
 
@@ -182,14 +201,6 @@ class _Kept:
             engine = kind(module)
             # What an engine prepares while the caller captures a graph is computed by that graph's replays alone.
             if not (module.patch.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self._engine = engine
+                self._engine = engine  # first: a child forked before the next statement makes its own
                 self._made_of, self._buffers = made_of, buffers  # kept, so that no other takes over an id
             return engine
-
-
-def _pointwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """The 1x1 convolution of x (N, C_in, H, W) with weight (C_out, C_in), by a library's matrix product."""
-    if x.is_cuda:  # NCHW: one product an image, no copy
-        return torch.matmul(weight, x.flatten(2)).unflatten(2, x.shape[2:])
-    # channels_last, for which oneDNN has a product over all images; on the CPU it beat F.linear in most sizes measured
-    return F.conv2d(x, weight[:, :, None, None])
