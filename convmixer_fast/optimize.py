@@ -215,8 +215,8 @@ class _Parts:
             head_bias = head_weight.new_zeros(len(head_weight)) if self.head.bias is None else converted(self.head.bias)
         return OptimizedConvMixer(
             patch=converted(self.patch.weight),
-            depthwise=converted(torch.stack([conv.weight for conv in self.depthwise])),
-            pointwise=converted(torch.stack([conv.weight.flatten(1) for conv in self.pointwise])),
+            depthwise=torch.stack([conv.weight.to(dtype) for conv in self.depthwise]).contiguous(),
+            pointwise=torch.stack([conv.weight.flatten(1).to(dtype) for conv in self.pointwise]).contiguous(),
             vectors=torch.stack([_vectors(*pair, dtype) for pair in zip([self.patch, *layers], self.norms)]),
             head_weight=head_weight,
             head_bias=head_bias,
@@ -430,13 +430,13 @@ def _check_methods(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _methods(kind: type[nn.Module]) -> list[str]:
-    """The names of the methods that a call of such a module runs, as far as their code names them."""
-    names = ["__call__", "__getattr__", "__iter__"]
+    """The names of the methods that a call of such a module runs, as far as the code of its forward names them."""
+    names = ["forward"]
     for name in names:  # which grow
-        method = getattr(kind, name, None)
-        if isinstance(method, FunctionType):
-            names += [each for each in _names(method.__code__) if each not in names and _is_method(kind, each)]
-    return [name for name in names if _is_method(kind, name)]
+        code = getattr(kind, name).__code__ if _is_method(kind, name) else None
+        new = (each for each in _names(code) if _is_method(kind, each) and not hasattr(nn.Module, each)) if code else ()
+        names += [each for each in new if each not in names]
+    return [name for name in ("__call__", "_call_impl", "__getattr__", "__iter__", *names) if hasattr(kind, name)]
 
 
 def _is_method(kind: type[nn.Module], name: str) -> bool:

@@ -10,7 +10,7 @@ from networks import Residual, float64_logits, plain_convmixer, randomize
 from numerics import assert_error_at_most_peer
 from torch import nn
 
-from convmixer_fast import ConvMixer, optimize
+from convmixer_fast import ConvMixer, DepthwiseConv2d, optimize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
@@ -48,7 +48,45 @@ def nested_convmixer(dim, depth, kernel_size, patch_size, n_classes):
 
 def timm_convmixer(**options):
     convmixer = pytest.importorskip("timm.models.convmixer")
-    return convmixer.ConvMixer(DIM, DEPTH, KERNEL, PATCH, num_classes=CLASSES, **options)
+    return convmixer.ConvMixer(DIM, DEPTH, KERNEL, PATCH, **dict(num_classes=CLASSES) | options)
+
+
+def without_head(model):
+    model.reset_classifier(0)
+    return model
+
+
+def with_norms(make, model=None):
+    """The plain ConvMixer, or another, with what `make` makes of each nn.BatchNorm2d."""
+    model = model or plain_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            model.set_submodule(path, make(module))
+    return model
+
+
+def frozen(norm, kind=None):
+    """A norm of a class FrozenBatchNorm2d, torchvision's or another, with the tensors of an nn.BatchNorm2d."""
+    frozen = (kind or pytest.importorskip("torchvision.ops").FrozenBatchNorm2d)(norm.num_features)
+    for name, buffer in frozen.named_buffers():
+        buffer.copy_(getattr(norm, name).detach())
+    return frozen
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As DETR's, whose eps is no attribute."""
+
+    eps_of_forward = 1e-5
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        weight, bias, mean, variance = (buffer.view(1, -1, 1, 1) for buffer in self.buffers())
+        scale = weight * (variance + self.eps_of_forward).rsqrt()
+        return x * scale + (bias - mean * scale)
 
 
 MODELS = {
@@ -63,12 +101,36 @@ MODELS = {
     "plain, padding k // 2": lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES, padding=KERNEL // 2),
     "plain, rectangular": lambda: plain_convmixer(DIM, DEPTH, (7, 3), (4, 5), CLASSES, padding=(3, 1)),
     "nested": lambda: nested_convmixer(DIM, DEPTH, KERNEL, PATCH, CLASSES),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(randomize(MODELS["ours"]())),
+    "FrozenBatchNorm2d, torchvision": lambda: with_norms(frozen, randomize(MODELS["plain"]())),
+    "FrozenBatchNorm2d": lambda: with_norms(lambda norm: frozen(norm, FrozenBatchNorm2d), randomize(MODELS["plain"]())),
+    "head without a bias": lambda: MODELS["plain"]()[:-1].append(nn.Linear(DIM, CLASSES, bias=False)),
 }
+# How a network may end, with the shape of the result for two images of 2 x 3 patches.
+ENDS = {
+    "map": (lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH)[:-3], (2, DIM, 2, 3)),
+    "pooled": (lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH)[:-2], (2, DIM, 1, 1)),
+    "features": (lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH)[:-1], (2, DIM)),
+    "features, Identity": (lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH)[:-1].append(nn.Identity()), (2, DIM)),
+    "maximum": (
+        lambda: plain_convmixer(DIM, DEPTH, KERNEL, PATCH)[:-3].append(nn.AdaptiveMaxPool2d(1)),
+        (2, DIM, 1, 1),
+    ),
+    "timm, num_classes=0": (lambda: timm_convmixer(num_classes=0), (2, DIM)),
+    "timm, reset_classifier(0)": (lambda: without_head(timm_convmixer()), (2, DIM)),
+    "timm, map": (lambda: timm_convmixer(num_classes=0, global_pool=""), (2, DIM, 2, 3)),
+    "timm, features of catavgmax": (lambda: timm_convmixer(num_classes=0, global_pool="catavgmax"), (2, 2 * DIM)),
+    **{
+        f"timm, {pool}": (lambda pool=pool: timm_convmixer(global_pool=pool), (2, CLASSES))
+        for pool in ("max", "avgmax", "catavgmax", "fast", "fastmax", "fastavgmax", "fastcatavgmax")
+    },
+}
+SCRIPTED = ["ours, ReLU", "plain, rectangular", "map", "pooled", "timm, avgmax", "timm, features of catavgmax"]
 
 
 def build(kind):
     torch.manual_seed(0)
-    return randomize(MODELS[kind]())
+    return randomize(MODELS[kind]() if kind in MODELS else ENDS[kind][0]())
 
 
 def images(dtype=torch.float32, device="cpu", shape=(5, 3, 23, 38)):
@@ -90,6 +152,21 @@ def test_error_at_most_eagers(kind, dtype, device):
     with torch.no_grad():
         eager = model(x)
     assert_error_at_most_peer(optimize(model)(x), eager, float64_logits(model, x), f"{kind}, {dtype}, {device}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("end", ENDS)
+def test_any_end(end, dtype):
+    """Of the model's shape, with an error of at most eager's."""
+    model = build(end).to(dtype)
+    optimized = optimize(model)
+    x = images(dtype, shape=(16, 3, 2 * PATCH, 3 * PATCH))
+    with torch.no_grad():
+        eager = model(x)
+    result = optimized(x)
+    assert_error_at_most_peer(result, eager, float64_logits(model, x), f"{end}, {dtype}")
+    assert optimized(x[:2]).shape == ENDS[end][1]
+    assert optimized(x[:0]).shape == (0, *ENDS[end][1][1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,7 +217,10 @@ def test_deterministic_bit_for_bit(model, dtype, device):
 def test_model_given_is_unchanged():
     model = build("ours")
     before = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
     optimized = optimize(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert optimized._kept._engine is None
     for buffer in optimized.buffers():
         buffer.zero_()
     assert optimized(images()).count_nonzero() == 0
@@ -179,15 +259,18 @@ def test_dtype_of_the_model_is_kept(model):
 
 
 def through_state_dict(optimized):
-    other = optimize(randomize(MODELS["ours"](), seed=9), optimized.patch.dtype)
+    other = copy.deepcopy(optimized)
+    for buffer in other.buffers():
+        buffer.zero_()
     other.load_state_dict(optimized.state_dict())
     return other
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_state_dict])
-def test_copies_pickles_saves(model, copied, dtype):
-    optimized = optimize(model, dtype)
+@pytest.mark.parametrize("kind", ["ours", "features", "maximum"])
+def test_copies_pickles_saves(copied, kind, dtype):
+    optimized = optimize(build(kind), dtype)
     x = images(dtype)
     assert torch.equal(copied(optimized)(x), optimized(x))
 
@@ -208,6 +291,39 @@ def test_exports_with_dynamic_shapes(model):
         with torch.no_grad():
             eager = model(x)
         assert_error_at_most_peer(exported(x), eager, float64_logits(model, x), "exported")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", SCRIPTED)
+def test_scripts(tmp_path, kind, dtype):
+    """Alone and within another module, saved and loaded, on images of several sizes."""
+    model = build(kind).to(dtype)
+    optimized = optimize(model)
+    scripted = torch.jit.script(optimized)
+    within = torch.jit.script(nn.Sequential(nn.Identity(), copy.deepcopy(optimized)))
+    torch.jit.save(scripted, tmp_path / "scripted.pt")
+    loaded = torch.jit.load(tmp_path / "scripted.pt")
+    for shape in ((32, 3, 11, 10), (2, 3, 8, 20)):
+        x = images(dtype, shape=shape)
+        with torch.no_grad():
+            eager = model(x)
+        assert_error_at_most_peer(scripted(x), eager, float64_logits(model, x), f"{kind}, {dtype}, scripted")
+        assert torch.equal(loaded(x), scripted(x)) and torch.equal(within(x), scripted(x))
+
+
+def test_scripted_refuses_gradients(model):
+    scripted = torch.jit.script(optimize(model))
+    with pytest.raises(torch.jit.Error, match="x requires a gradient, which an optimized ConvMixer does not give"):
+        scripted(images().requires_grad_())
+    with torch.no_grad():
+        scripted(images().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["ours", "maximum"])
+def test_traces(kind):
+    optimized, x = optimize(build(kind)), images()
+    traced = torch.jit.trace(optimized, x)
+    torch.testing.assert_close(traced(x), optimized(x), rtol=1e-5, atol=1e-5)
 
 
 def test_is_for_inference(model):
@@ -279,6 +395,19 @@ def conv(kernel_size=KERNEL, **options):
     return lambda _: nn.Conv2d(DIM, DIM, kernel_size, **options)
 
 
+def reshaped(path, shape):
+    """That change of a parameter or buffer alone, which leaves the attributes of its module as they were."""
+
+    def apply(model):
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        tensors = module._parameters if name in module._parameters else module._buffers
+        tensors[name] = torch.ones(shape)
+        return model
+
+    return apply
+
+
 def without(index):
     return lambda model: nn.Sequential(*model[:index], *model[index + 1 :])
 
@@ -301,7 +430,6 @@ def without(index):
         (replaced("1", lambda _: nn.GELU("tanh")), "model.1.approximate is 'tanh', accepted: 'none'"),
         (replaced("3.2", lambda _: nn.ReLU()), "model.3.2 is ReLU, accepted: 'gelu' as before"),
         (replaced("2", lambda _: nn.GroupNorm(1, DIM)), "model.2 is GroupNorm, accepted: nn.BatchNorm2d"),
-        (replaced("2", lambda _: nn.BatchNorm2d(DIM, affine=False)), "model.2.weight is None, accepted: a tensor"),
         (
             replaced("5.3", lambda _: nn.BatchNorm2d(DIM, track_running_stats=False)),
             "model.5.3.running_mean is None, accepted: a tensor",
@@ -323,12 +451,27 @@ def without(index):
         (replaced("3.1", conv(1, stride=2, padding=0)), "model.3.1.groups is 32, accepted: 1"),
         (replaced("3.1", conv(3, groups=1)), "model.3.1.kernel_size is (3, 3), accepted: (1, 1)"),
         (
-            replaced(str(DEPTH + 3), lambda _: nn.AdaptiveMaxPool2d(1)),
-            "model.6 is AdaptiveMaxPool2d, accepted: a module with one child fn and the forward fn(x) + x",
+            replaced(str(DEPTH + 3), lambda _: nn.MaxPool2d(2)),
+            "model.6 is MaxPool2d, accepted: a module with one child fn and the forward fn(x) + x, or a global pooling "
+            "such as nn.AdaptiveAvgPool2d",
+        ),
+        (
+            replaced(str(DEPTH + 3), lambda _: nn.AdaptiveMaxPool2d(1, return_indices=True)),
+            "model.6.return_indices is True, accepted: False",
         ),
         (replaced(str(DEPTH + 3), lambda _: nn.AdaptiveAvgPool2d(2)), "model.6.output_size is 2, accepted: 1"),
         (without(DEPTH + 4), "model.7 is Linear, accepted: nn.Flatten"),
-        (without(DEPTH + 5), "nothing comes after model.7, accepted: nn.Linear"),
+        (without(DEPTH + 3), "model.6 is Flatten, accepted: a module with one child fn"),
+        (replaced(str(DEPTH + 5), lambda _: nn.Linear(2 * DIM, 3)), "model.8.in_features is 64, accepted: 32"),
+        (replaced(str(DEPTH + 5), lambda _: nn.Linear(DIM, 0)), "model.8.weight is of shape (0, 32), accepted: sizes"),
+        (replaced("0", lambda _: nn.Conv2d(0, DIM, 4, 4)), "model.0.weight is of shape (32, 0, 4, 4), accepted: sizes"),
+        (replaced("0", lambda _: nn.Conv2d(3, 0, 4, 4)), "model.0.weight is of shape (0, 3, 4, 4), accepted: sizes"),
+        (
+            reshaped("3.1.weight", (DIM, DIM + 1, 1, 1)),
+            "model.3.1.weight is of shape (32, 33, 1, 1), accepted: (32, 32",
+        ),
+        (reshaped("3.1.bias", (DIM + 1,)), "model.3.1.bias is of shape (33,), accepted: (32,)"),
+        (reshaped("2.running_var", (1,)), "model.2.running_var is of shape (1,), accepted: (32,)"),
         (lambda model: model.append(nn.Softmax(1)), "model.9 is Softmax, accepted: nothing more"),
         (lambda model: nn.Sequential(*model[:3], *model[-3:]), "model.3 is AdaptiveAvgPool2d, accepted: a module with"),
         (lambda model: nn.Sequential(), "nothing comes after model, accepted: nn.Conv2d"),
@@ -352,7 +495,8 @@ def test_models_that_do_not_match(change, message):
         (dict(residual=("channel",)), "model.blocks.0.1 is Residual, accepted: nn.Conv2d (the fused step adds its"),
         (
             dict(norm="layer"),
-            "model.stem.2 is ChannelLayerNorm, accepted: nn.BatchNorm2d (its mean and variance depend on the image",
+            "model.stem.2 is ChannelLayerNorm, accepted: nn.BatchNorm2d or nn.SyncBatchNorm or FrozenBatchNorm2d (its "
+            "mean and variance depend on the image",
         ),
     ],
 )
@@ -364,8 +508,10 @@ def test_ablations_that_the_fused_step_cannot_express(options, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(num_classes=0), "nothing comes after model.global_pool.flatten, accepted: nn.Linear"),
-        (dict(global_pool="max"), "model.global_pool.pool is AdaptiveMaxPool2d, accepted: "),
+        (
+            dict(global_pool=""),
+            "model.head is Linear, accepted: a module with one child fn and the forward fn(x) + x, or a",
+        ),
         (dict(act_layer=nn.SiLU), "model.stem.1 is SiLU, accepted: nn.GELU or nn.ReLU"),
     ],
 )
@@ -374,3 +520,218 @@ def test_timm_models_that_do_not_match(options, message):
     model = convmixer.ConvMixer(**dict(dim=8, depth=1, kernel_size=3, patch_size=2) | options).eval()
     with pytest.raises(ValueError, match=re.escape(message)):
         optimize(model)
+
+
+class DoubledFeatures(ConvMixer):
+    def forward_features(self, x):
+        return super().forward_features(x) * 2
+
+
+class HalvedConv2d(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias) / 2
+
+
+class HalvedDepthwiseConv2d(DepthwiseConv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias) / 2
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+class Doubled(nn.BatchNorm2d):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class Renamed(ConvMixer):
+    """Which changes nothing of what a call does."""
+
+    def __init__(self, width):
+        super().__init__(width, DEPTH, KERNEL, PATCH, CLASSES)
+        self.width = width
+
+    def parameters(self, recurse=True):
+        return super().parameters(recurse)
+
+    def extra_repr(self):
+        return f"width={self.width}"
+
+
+def doubled_head():
+    convmixer = pytest.importorskip("timm.models.convmixer")
+
+    class DoubledHead(convmixer.ConvMixer):
+        def forward_head(self, x, pre_logits=False):
+            return super().forward_head(x, pre_logits) * 2
+
+    return DoubledHead(DIM, DEPTH, KERNEL, PATCH, num_classes=CLASSES)
+
+
+def after(action):
+    """A change of the plain ConvMixer by an action on a module, given by its path."""
+
+    def of(path, *arguments):
+        def make():
+            model = build("plain")
+            action(model.get_submodule(path), *arguments)
+            return model
+
+        return make
+
+    return of
+
+
+hook = after(lambda module: module.register_forward_hook(lambda module, args, output: output * 2))
+pre_hook = after(lambda module: module.register_forward_pre_hook(lambda module, args: (args[0] * 2,)))
+pruned = after(lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5))
+replaced_method = after(lambda module, name: setattr(module, name, lambda *arguments: arguments[0] * 2))
+OTHER_NETWORKS = {
+    "a class's forward_features": (
+        lambda: DoubledFeatures(DIM, DEPTH, KERNEL, PATCH, CLASSES),
+        "model (DoubledFeatures) has a forward_features of its own, accepted: that of ConvMixer",
+    ),
+    "a class's forward_head": (doubled_head, "model (DoubledHead) has a forward_head of its own, accepted: that of"),
+    "a class's _conv_forward": (
+        lambda: replaced("3.1", lambda _: HalvedConv2d(DIM, DIM, 1))(build("plain")),
+        "model.3.1 (HalvedConv2d) has a _conv_forward of its own, accepted: that of Conv2d",
+    ),
+    "a class's _conv_forward, ours": (
+        lambda: replaced("3.0.fn.0", lambda _: HalvedDepthwiseConv2d(DIM, KERNEL))(build("plain")),
+        "model.3.0.fn.0 (HalvedDepthwiseConv2d) has a _conv_forward of its own, accepted: that of DepthwiseConv2d",
+    ),
+    "a class's __iter__": (
+        lambda: Backwards(*build("plain")),
+        "model (Backwards) has a __iter__ of its own, accepted: that of Sequential",
+    ),
+    "a class's __call__": (
+        lambda: replaced("2", lambda _: Doubled(DIM))(build("plain")),
+        "model.2 (Doubled) has a __call__ of its own, accepted: that of BatchNorm2d",
+    ),
+    "forward of a Sequential": (
+        replaced_method("3", "forward"),
+        "model.3 (Sequential) has its forward replaced, accepted: the method of its class",
+    ),
+    "forward of an activation": (replaced_method("1", "forward"), "model.1 (GELU) has its forward replaced"),
+    "_conv_forward": (replaced_method("4.1", "_conv_forward"), "model.4.1 (Conv2d) has its _conv_forward replaced"),
+    "hook": (hook("3"), "model.3 (Sequential) has the forward hook <lambda>, accepted: none; remove it first"),
+    "hook of the model": (hook(""), "model (Sequential) has the forward hook"),
+    "hook of an activation": (hook("1"), "model.1 (GELU) has the forward hook"),
+    "pre-hook": (pre_hook("4.0"), "model.4.0 (Residual) has the forward hook"),
+    "pruning": (pruned("4.1"), "model.4.1 (Conv2d) has the forward hook L1Unstructured, accepted: none"),
+    "torch.compile": (
+        lambda: replaced("4.0", lambda residual: torch.compile(residual, backend="eager"))(build("plain")),
+        "model.4.0 (OptimizedModule) was made by torch.compile, accepted: the module that it was given, ._orig_mod",
+    ),
+    "torch.compile of all": (
+        lambda: torch.compile(build("plain"), backend="eager"),
+        "model is OptimizedModule, accepted: convmixer_fast.ConvMixer, timm's ConvMixer, nn.Sequential; pass model.",
+    ),
+    "DataParallel": (lambda: nn.DataParallel(build("plain")), "nn.Sequential; pass model.module"),
+    "meta": (lambda: build("plain").to("meta"), "model.0.weight is on meta, accepted: cpu or cuda"),
+    "complex": (
+        lambda: build("plain").to(torch.complex64),
+        "model.0.weight is torch.complex64, accepted: one of torch",
+    ),
+    "lazy": (
+        lambda: replaced("8", lambda _: nn.LazyLinear(3))(build("plain")),
+        "model.8 (LazyLinear) has the forward hook LazyModuleMixin._infer_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_NETWORKS)
+def test_what_would_be_another_network(what):
+    make, message = OTHER_NETWORKS[what]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimize(make().eval())
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_global_hooks(model, register):
+    handle = getattr(nn.modules.module, register)(lambda module, *arguments: None)
+    try:
+        with pytest.raises(ValueError, match="every module has the global forward hook .*lambda.*, accepted: none"):
+            optimize(model)
+    finally:
+        handle.remove()
+    optimize(model)
+
+
+@pytest.mark.parametrize(
+    "forward, message",
+    [
+        (lambda self, x: nn.functional.gelu(x) * 1.001, r"they differ by 0\.\d+, where the largest value is \d"),
+        (lambda self, x: nn.functional.gelu(x).mean(0, True), r"it gives \(1, 100\), the network \(2, 100\)"),
+        (lambda self, x: nn.functional.gelu(x) / 0, r"they differ by nan, where the largest value is 0"),
+    ],
+)
+def test_results_are_compared(monkeypatch, model, forward, message):
+    """Where every module is as it should be, and yet the model gives something else."""
+    optimize(model)
+    monkeypatch.setattr(nn.GELU, "forward", forward)
+    with pytest.raises(ValueError, match="model does not give what the network of its modules gives, .*" + message):
+        optimize(model)
+
+
+def test_frozen_norm_with_another_eps(monkeypatch):
+    model = with_norms(lambda norm: frozen(norm, FrozenBatchNorm2d), build("plain"))
+    optimize(model)
+    monkeypatch.setattr(FrozenBatchNorm2d, "eps_of_forward", 1e-3)
+    with pytest.raises(ValueError, match="model does not give what the network of its modules gives"):
+        optimize(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_networks_that_compute_no_numbers_are_equal(value):
+    model = build("plain")
+    model[-1].bias.detach()[0] = value
+    result = optimize(model)(images())
+    assert not result[:, 0].isfinite().any() and result[:, 1:].isfinite().all()
+
+
+def spectral(model):
+    nn.utils.parametrizations.spectral_norm(model[3][1])
+    return model
+
+
+def weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model[3][0].fn[0])
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="no such backend")
+    return model
+
+
+def without_affine_map(model):
+    """In the first BatchNorm."""
+    model[2].weight = model[2].bias = None
+    return model
+
+
+ACCEPTED = {
+    "a subclass": lambda: randomize(Renamed(DIM)),
+    "spectral_norm": lambda: spectral(build("plain")),
+    "weight_norm": lambda: weight_norm(build("plain")),
+    "compiled in place": lambda: compiled_in_place(build("plain")),
+    "affine=False": lambda: without_affine_map(build("plain")),
+}
+
+
+@pytest.mark.parametrize("what", ACCEPTED)
+def test_what_is_the_same_network(what):
+    model, x = ACCEPTED[what]().eval(), images()
+    with torch.no_grad():
+        expected = model.forward(x)
+    torch.testing.assert_close(optimize(model)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_inside_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        optimized = optimize(model)
+    assert torch.equal(optimized(images()), optimize(model)(images()))
