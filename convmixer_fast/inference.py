@@ -112,13 +112,17 @@ class OptimizedConvMixer(nn.Module):
             for kind in (CpuEngine, GpuEngine):
                 if kind.runs(x) and kind.takes(self):
                     return self.engine(kind)(x)
-            activation = ops.ACTIVATIONS[self.activation]
-            return end(*self._last_product(x), activation, self.pool, self.flatten, self.head_weight, self.head_bias)
+            return self.by_operators(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map (N, dim, H // ph, W // pw) before pooling, of the weights' dtype; x and errors as in forward."""
         with self._inference(x):
             return last_map(*self._last_product(x), ops.ACTIVATIONS[self.activation])
+
+    def by_operators(self, x: Tensor) -> Tensor:
+        """What forward gives, but for checks of x, without an engine and the memory that one keeps."""
+        activation = ops.ACTIVATIONS[self.activation]
+        return end(*self._last_product(x), activation, self.pool, self.flatten, self.head_weight, self.head_bias)
 
     def refresh(self) -> None:
         """Has the next call use the weights as they are now, however they were changed."""

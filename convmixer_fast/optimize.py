@@ -1,6 +1,5 @@
 """Takes a trained ConvMixer apart and gives its weights to the module for inference."""
 
-import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -144,7 +143,8 @@ def _in_float64(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
     def twin(module: nn.Module) -> nn.Module:
         if module not in twins:
-            new = twins[module] = copy.copy(module)
+            new = twins[module] = object.__new__(type(module))  # copy.copy refuses parametrized ones
+            vars(new).update(vars(module))
             vars(new).update(
                 _parameters={name: converted(tensor) for name, tensor in module._parameters.items()},
                 _buffers={name: converted(tensor) for name, tensor in module._buffers.items()},
@@ -167,7 +167,7 @@ def _compare(model: nn.Module, optimized: OptimizedConvMixer) -> None:
     channels, height, width = optimized.patch.shape[1:]
     shape = 2, channels, 3 * height - 1, 4 * width - 1  # 2 x 3 patches, and a rest where they are larger than a pixel
     x = torch.randn(shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
-    expected, result = model(x), optimized(x)
+    expected, result = model(x), optimized.by_operators(x)
     found = f"model does not give what the network of its modules gives, accepted: the same; on images of {shape} "
     if not isinstance(expected, Tensor):
         raise ValueError(f"{found}it gives {type(expected).__name__}, the network a tensor")

@@ -2,9 +2,13 @@
 
 import copy
 import math
+import os
 import pickle
+import signal
 import subprocess
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from cases import slow
 from networks import float64_logits, randomize
 from numerics import assert_error_at_most_peer
 
-from convmixer_fast import ConvMixer, optimize
+from convmixer_fast import ConvMixer, cpu_engine, optimize
 from convmixer_fast.cpu_engine import CpuEngine
 
 pytestmark = [
@@ -163,6 +167,148 @@ def test_copies_and_pickles_leave_out_what_is_packed():
     assert torch.equal(copy.deepcopy(optimized)(x), logits)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda tensor: tensor.data.mul_(2), lambda tensor: tensor.numpy().__imul__(2)],
+    ids=[".data", "NumPy"],
+)
+@pytest.mark.parametrize("name", ["patch", "depthwise", "pointwise", "vectors", "head_weight"])
+def test_refresh_after_changes_that_count_no_version(name, change):
+    optimized, x = optimize(build()), images((2, 3, 12, 12))
+    before = optimized(x)
+    change(getattr(optimized, name))
+    optimized.refresh()
+    after = optimized(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(optimized)(x))
+
+
+def test_refresh_after_another_process_changed_shared_weights():
+    optimized, x = optimize(build()).share_memory(), images((2, 3, 12, 12))
+    before = optimized(x)
+
+    def change():
+        optimized.head_bias += 1
+
+    assert in_child(change) == 0
+    optimized.refresh()
+    torch.testing.assert_close(optimized(x), before + 1)
+
+
+def in_child(work, seconds=60):
+    """The exit status of a forked child that does this work, 1 if it raises; fails if it takes longer."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)  # OpenMP's other threads are not in the child
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail(f"the child did not end within {seconds} seconds")
+
+
+def test_child_forked_while_another_thread_makes_the_engine(monkeypatch):
+    """Whatever locks were held at the fork: that of the module here, and that of an engine."""
+    optimized, x = optimize(build()), images((2, 3, 12, 12))
+    expected = copy.deepcopy(optimized)(x)
+    making, go_on = threading.Event(), threading.Event()
+    make = CpuEngine.__init__
+
+    def stop_on_the_way(engine, module):
+        if threading.current_thread() is maker:
+            making.set()
+            assert go_on.wait(60)
+        make(engine, module)
+
+    monkeypatch.setattr(CpuEngine, "__init__", stop_on_the_way)
+    maker = threading.Thread(target=optimized, args=(x,))
+    maker.start()
+    assert making.wait(60)
+    assert optimized._kept._lock.locked()
+
+    def call():
+        assert torch.equal(optimized(x), expected)
+        assert torch.equal(optimized(x), expected)
+
+    try:
+        status = in_child(call, 20)
+    finally:
+        go_on.set()
+        maker.join()
+    assert status == 0
+    engine = optimized.engine(CpuEngine)
+    with engine._lock:
+        assert in_child(call, 20) == 0
+
+
+def test_one_workspace_for_calls_in_turn():
+    """It grows with the images, by another in its place, and stays as large."""
+    optimized = optimize(build())
+    engine, seen = optimized.engine(CpuEngine), []
+    for batch in (1, 4, 2, 8, 1):
+        optimized(images((batch, 3, 40, 40)))
+        assert len(engine._workspaces) == 1
+        seen.append(engine._workspaces[0].nbytes)
+    assert seen[0] < seen[1] == seen[2] < seen[3] == seen[4]
+
+
+def test_smaller_workspace_goes_before_the_larger_is_made(monkeypatch):
+    optimized = optimize(build())
+    optimized(images((1, 3, 40, 40)))
+    engine, kept = optimized.engine(CpuEngine), []
+    old = weakref.ref(engine._workspaces[0])
+    call = cpu_engine.ops._call
+
+    def watch(op, *arguments):
+        kept.append(old() is not None)
+        return call(op, *arguments)
+
+    monkeypatch.setattr(cpu_engine.ops, "_call", watch)
+    optimized(images((8, 3, 40, 40)))
+    assert kept == [False, False]
+
+
+def test_few_workspaces_are_kept():
+    """Of calls that run at the same time; a call takes the smallest that fits, and gives it back as the last used."""
+    optimized, x = optimize(build()), images((2, 3, 20, 20))
+    engine = optimized.engine(CpuEngine)
+    sizes = [50_000_000 + 1000 * size for size in (5, 1, 4, 2, 3, 6)]
+    for size in sizes:
+        workspace = torch.ops.convmixer_fast.mixer_workspace(engine._packed, size)
+        engine._workspaces = [*engine._workspaces, workspace]
+    smallest = engine._workspaces[1]
+    optimized(x)
+    assert [workspace.nbytes - 50_000_000 for workspace in engine._workspaces] == [4000, 2000, 3000, 6000][-3:] + [1000]
+    assert engine._workspaces[-1] is smallest
+
+
+def test_failed_call_keeps_no_workspace(monkeypatch):
+    optimized, x = optimize(build()), images((2, 3, 20, 20))
+    expected = optimized(x)
+    engine = optimized.engine(CpuEngine)
+    call = cpu_engine.ops._call
+
+    def fail(op, *arguments):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(cpu_engine.ops, "_call", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        optimized(x)
+    assert engine._workspaces == []
+    monkeypatch.setattr(cpu_engine.ops, "_call", call)
+    assert torch.equal(optimized(x), expected)
+
+
 def test_threads_and_models_at_once():
     models = [optimize(build(seed=seed)) for seed in range(2)]
     inputs = [images((2, 3, 8 + 2 * i, 12), seed=i) for i in range(3)]
@@ -181,6 +327,7 @@ def test_threads_and_models_at_once():
     for worker in workers:
         worker.join()
     assert wrong == []
+    assert all(len(model.engine(CpuEngine)._workspaces) <= 4 for model in models)
 
 
 def test_operator_checks_its_memory():

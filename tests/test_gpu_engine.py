@@ -86,6 +86,41 @@ def test_any_chunk(shape, chunk):
     torch.testing.assert_close(make_engine(model, torch.float64, chunk)(x), model(x).detach(), rtol=1e-12, atol=1e-12)
 
 
+ENDINGS = pytest.mark.parametrize(
+    "pool, flatten, head",
+    [
+        *((pool, flatten, False) for pool in ("avg", "max", "avgmax", "catavgmax") for flatten in (True, False)),
+        *((pool, True, True) for pool in ("max", "avgmax", "catavgmax")),
+        ("", False, False),
+    ],
+)
+
+
+def build_ending(pool, flatten, head, dtype=torch.float32):
+    """An optimized network of this package with another end."""
+    optimized = optimize(build(), dtype)
+    optimized.pool, optimized.flatten = pool, flatten
+    if not head:
+        optimized.head_weight = optimized.head_bias = None
+    elif pool == "catavgmax":
+        optimized.head_weight = torch.cat((optimized.head_weight, 2 * optimized.head_weight), 1)
+    return optimized
+
+
+@ENDINGS
+@pytest.mark.parametrize("shape", [(5, 3, 23, 38), (1, 3, 2, 2), (0, 3, 8, 8)], ids=str)
+def test_any_end(pool, flatten, head, shape):
+    """As the operators give it, which tests compare with models; in chunks, too."""
+    optimized, x = build_ending(pool, flatten, head, torch.float64), images(*shape, dtype=torch.float64)
+    expected = optimized(x)  # float64: without an engine on a CPU
+    for chunk in ("auto", 2):
+        optimized.chunk = chunk
+        optimized.refresh()
+        result = optimized.engine(GpuEngine)(x)
+        assert result.shape == expected.shape
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "chunk, batch, sizes",
     [
@@ -142,6 +177,10 @@ class OnlyInto(TorchDispatchMode):
     ASYNCHRONOUS = {
         "aten::mm.out",
         "aten::addmm.out",
+        "aten::amax.out",
+        "aten::mean.out",
+        "aten::add_.Tensor",
+        "aten::mul_.Tensor",
         "aten::copy_",
         "aten::zero_",
         "convmixer_fast::fused_depthwise.out",
@@ -149,7 +188,7 @@ class OnlyInto(TorchDispatchMode):
     }
     VIEWS = {
         *("aten::alias", "aten::as_strided", "aten::expand", "aten::permute", "aten::slice.Tensor"),
-        *("aten::t", "aten::unsqueeze", "aten::view"),
+        *("aten::t", "aten::unbind.int", "aten::unsqueeze", "aten::view"),
     }
 
     def __init__(self, *tensors):
@@ -178,6 +217,17 @@ def test_schedule_allocates_nothing_and_waits_for_nothing(chunk):
     assert torch.equal(logits, run(x))
     steps_a_chunk = 2 + 1 + 2 * 2 + 2  # the patches and their zeros, GEMM, two layers, pool and head
     assert checked.writes == -(-5 // chunk) * steps_a_chunk
+
+
+@ENDINGS
+def test_no_end_allocates_or_waits(pool, flatten, head):
+    optimized, x = build_ending(pool, flatten, head), images(5, 3, 9, 14)
+    run = optimized.engine(GpuEngine)
+    geometry, result, weights = run.geometry(x), run.weights.empty_result(x), run.weights
+    arena = gpu_engine.Arena(weights, geometry)
+    with torch.no_grad(), OnlyInto(x, result, *arena.buffers(), *weights.tensors()):
+        gpu_engine.run_all(gpu_engine.steps(weights, x, result, geometry, arena))
+    assert torch.equal(result, run(x))
 
 
 def test_the_check_of_allocations_can_fail():
@@ -423,15 +473,20 @@ def fake_cuda(monkeypatch):
     return FakeCuda(monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "ending", [("avg", True, True), ("avg", True, False), ("avgmax", True, True), ("", False, False)]
+)
 @pytest.mark.parametrize("chunk", ["auto", 2])
-def test_recorded_graph_holds_on_to_all_its_memory(fake_cuda, chunk):
+def test_recorded_graph_holds_on_to_all_its_memory(fake_cuda, chunk, ending):
     """What the kernels of a replay read or write outlives the replay, whatever the stream; a stream is named once."""
-    run, x = make_engine(build(), chunk=chunk), images(5, 3, 8, 8)
+    optimized, x = build_ending(*ending), images(5, 3, 8, 8)
+    optimized.chunk = chunk
+    run = optimized.engine(GpuEngine)
     geometry = run.geometry(x)
     arena = gpu_engine.Arena(run.weights, geometry)
     recorded = gpu_engine.Recorded(run.weights, x, geometry, arena)
     with torch.no_grad(), Touched() as graph:
-        gpu_engine.run_all(gpu_engine.steps(run.weights, recorded.images, recorded.logits, geometry, arena))
+        gpu_engine.run_all(gpu_engine.steps(run.weights, recorded.images, recorded.result, geometry, arena))
     assert graph.memory > memory_of(run.weights)
     for name in ("side", "other"):
         fake_cuda.switch_to(name)
@@ -497,6 +552,17 @@ def test_weights_are_prepared_once_and_anew_when_they_change():
     assert not torch.allclose(changed(x), run(x) + 1)
     assert optimized.engine(GpuEngine) is changed
     assert optimized.double().engine(GpuEngine)(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["patch", "depthwise", "pointwise", "vectors", "head_weight"])
+def test_refresh_after_a_change_that_counts_no_version(name):
+    optimized, x = optimize(build()), images(2, 3, 8, 8)
+    before = optimized.engine(GpuEngine)(x)
+    getattr(optimized, name).data.mul_(2)
+    optimized.refresh()
+    after = optimized.engine(GpuEngine)(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(optimized).engine(GpuEngine)(x))
 
 
 def test_weights_made_in_inference_mode():

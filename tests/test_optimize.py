@@ -9,6 +9,7 @@ import torch
 from networks import Residual, float64_logits, plain_convmixer, randomize
 from numerics import assert_error_at_most_peer
 from torch import nn
+from torch.nn.utils import prune
 
 from convmixer_fast import ConvMixer, DepthwiseConv2d, optimize
 
@@ -587,7 +588,7 @@ def after(action):
 
 hook = after(lambda module: module.register_forward_hook(lambda module, args, output: output * 2))
 pre_hook = after(lambda module: module.register_forward_pre_hook(lambda module, args: (args[0] * 2,)))
-pruned = after(lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5))
+pruned = after(lambda module: prune.l1_unstructured(module, "weight", 0.5))
 replaced_method = after(lambda module, name: setattr(module, name, lambda *arguments: arguments[0] * 2))
 OTHER_NETWORKS = {
     "a class's forward_features": (
@@ -617,7 +618,10 @@ OTHER_NETWORKS = {
     ),
     "forward of an activation": (replaced_method("1", "forward"), "model.1 (GELU) has its forward replaced"),
     "_conv_forward": (replaced_method("4.1", "_conv_forward"), "model.4.1 (Conv2d) has its _conv_forward replaced"),
-    "hook": (hook("3"), "model.3 (Sequential) has the forward hook <lambda>, accepted: none; remove it first"),
+    "hook": (
+        hook("3"),
+        "model.3 (Sequential) has the forward hook <lambda>.<locals>.<lambda>, accepted: none; remove it first",
+    ),
     "hook of the model": (hook(""), "model (Sequential) has the forward hook"),
     "hook of an activation": (hook("1"), "model.1 (GELU) has the forward hook"),
     "pre-hook": (pre_hook("4.0"), "model.4.0 (Residual) has the forward hook"),
@@ -678,7 +682,7 @@ def test_results_are_compared(monkeypatch, model, forward, message):
 
 
 def test_frozen_norm_with_another_eps(monkeypatch):
-    model = with_norms(lambda norm: frozen(norm, FrozenBatchNorm2d), build("plain"))
+    model = with_norms(lambda norm: frozen(norm, FrozenBatchNorm2d), build("plain")).eval()
     optimize(model)
     monkeypatch.setattr(FrozenBatchNorm2d, "eps_of_forward", 1e-3)
     with pytest.raises(ValueError, match="model does not give what the network of its modules gives"):
@@ -704,7 +708,10 @@ def weight_norm(model):
 
 
 def compiled_in_place(model):
-    model.compile(backend="no such backend")
+    def broken(graph, inputs):
+        raise AssertionError("it was compiled")
+
+    model.compile(backend=broken)
     return model
 
 
