@@ -142,17 +142,8 @@ void check_shape(const char* argument, const Tensor& tensor, std::initializer_li
         tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
 }
 
-// Of tensors that are not contiguous the extents are compared.
 void check_apart(const char* argument, const Tensor& tensor, const char* other_argument, const Tensor& other) {
-  const auto extent = [](const Tensor& t) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    return std::pair(begin, begin + (t.numel() > 0 ? (last + 1) * t.element_size() : 0));
-  };
-  const auto [begin, end] = extent(tensor);
-  const auto [other_begin, other_end] = extent(other);
-  check(end <= other_begin || other_end <= begin, argument, " must not share memory with ", other_argument);
+  check(!share_memory(tensor, other), argument, " must not share memory with ", other_argument);
 }
 
 Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& pointwise, const Tensor& vectors,
