@@ -22,11 +22,14 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         OSError: the file cannot be opened, or is not a regular one.
         ValueError: the path holds a null character, which no file's name does.
     """
+    name = printable(os.fspath(path))
+    if "\0" in str(os.fspath(path)):
+        raise ValueError(f"{name} holds a null character, which no file's name does")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind in _KINDS:
-            raise OSError(f"{os.fspath(path)} is {_KINDS[kind]}, accepted: a regular file")
+            raise OSError(f"{name} is {_KINDS[kind]}, accepted: a regular file")
         return os.fdopen(descriptor, "rb")  # IsADirectoryError for a folder
     except BaseException:
         os.close(descriptor)

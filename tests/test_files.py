@@ -32,8 +32,11 @@ def test_refuses_what_is_no_file(tmp_path):
     }.items():
         with pytest.raises(OSError, match=message):
             open_regular(path)
-    with pytest.raises(ValueError, match="null"):
+    with pytest.raises(ValueError, match=r"^a\\x00b holds a null character, which no file's name does"):
         open_regular("a\0b")
+    os.mkfifo(tmp_path / "\x1b[2J")
+    with pytest.raises(OSError, match=r"\\x1b\[2J is a FIFO"):
+        open_regular(tmp_path / "\x1b[2J")
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
