@@ -34,7 +34,7 @@ import convmixer_fast
 
 
 def ours(model: nn.Module) -> nn.Module:
-    if convmixer_fast.replace_depthwise(model).count == 0:
+    if convmixer_fast.replace_depthwise(model, min_kernel_size=1).count == 0:
         raise ValueError("the model has no depthwise convolution to replace")
     return model
 
