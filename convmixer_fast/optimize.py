@@ -148,7 +148,7 @@ def _in_float64(model: nn.Module) -> dict[nn.Module, nn.Module]:
             vars(new).update(
                 _parameters={name: converted(tensor) for name, tensor in module._parameters.items()},
                 _buffers={name: converted(tensor) for name, tensor in module._buffers.items()},
-                _modules={name: child and twin(child) for name, child in module._modules.items()},
+                _modules={name: None if child is None else twin(child) for name, child in module._modules.items()},
                 _compiled_call_impl=None,  # model.compile(): the same network, to be run as it is written
             )
         return twins[module]
