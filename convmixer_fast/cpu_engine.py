@@ -1,7 +1,6 @@
 """Runs an optimized ConvMixer on the CPU as one operator: its packed weights, and the memory its layers share."""
 
 import threading
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_IDLE_WORKSPACES = 4
-_nbytes = attrgetter("nbytes")
 
 _ops = torch.ops.convmixer_fast
 
@@ -47,7 +45,7 @@ class CpuEngine:
     @staticmethod
     def takes(module: "OptimizedConvMixer") -> bool:
         """Whether it is for such a network: one that ends in average pooling and a head."""
-        return module.pool == "avg" and module.head_weight is not None
+        return module.pool == "avg" and module._buffers["head_weight"] is not None  # a search less than by attribute
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Tensor:
         """The logits (N, n_classes) of images x (N, in_channels, H, W), of the weights' dtype.
@@ -69,7 +67,9 @@ class CpuEngine:
         """The smallest workspace of so many bytes or more, of several the one used last, which the caches may still
         hold. Where none has as many, the largest goes and makes room."""
         with self._lock:
-            fitting = [workspace for workspace in reversed(self._workspaces) if workspace.nbytes >= size]
-            taken = min(fitting, key=_nbytes) if fitting else max(self._workspaces, key=_nbytes, default=None)
+            if not self._workspaces:
+                return None
+            fitting = [workspace for workspace in reversed(self._workspaces) if workspace.numel() >= size]
+            taken = min(fitting, key=Tensor.numel) if fitting else max(self._workspaces, key=Tensor.numel)
             self._workspaces = [workspace for workspace in self._workspaces if workspace is not taken]
         return taken if fitting else None
