@@ -5,36 +5,113 @@ import json
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 import torch
 
 from . import ConvMixer, __version__, build_info, load_checkpoint, optimize, ranks
 from .explain import GPUS, explain
-from .files import printable
+from .files import open_regular, printable
+
+# Characters printed at most: of a file's name, which Linux bounds so; of a class's; of a message.
+NAME_LIMIT, LABEL_LIMIT, MESSAGE_LIMIT = 4096, 1000, 2000
+MAX_DIGITS = 100  # more than any size has; Python refuses to convert more than 4300
+MAX_LABELS_BYTES = 16 << 20  # hundreds of bytes for each of ImageNet's 21,841 classes
 
 
 class UsageError(Exception):
     """What is asked for cannot be done; where an argument does not fit, the message starts with its name."""
 
 
+class OutputError(Exception):
+    """Results cannot be written to stdout. Its cause is the OSError."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Escapes what its messages quote: arguments, and what UsageError has of files."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message, MESSAGE_LIMIT))
+
+
+def say(line: str) -> None:
+    """Prints results on stdout, what its encoding lacks escaped. Raises OutputError."""
+    with _writing_results():
+        print(_encodable(line, sys.stdout))
+
+
+def complain(line: str) -> None:
+    """Prints on stderr. Where that fails, there is no place to say so, and results matter more."""
+    with suppress(OSError):
+        print(_encodable(line, sys.stderr), file=sys.stderr)
+
+
+def _encodable(line: str, stream: TextIO) -> str:
+    encoding = stream.encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def _writing_results() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError from error
+
+
+@contextmanager
+def _warnings_on_a_line() -> Iterator[None]:
+    """Warnings are printed without the line of source code, those of Pillow not at all.
+
+    Pillow's are about metadata that it passes over, and about sizes for which images.py has a limit.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.showwarning = lambda message, category, *_: complain(
+            printable(f"{category.__name__}: {message}", MESSAGE_LIMIT)
+        )
+        yield
+
+
 def read_labels(path: Path, n_classes: int) -> list[str]:
     """The classes' names, one a line, in the order of the network's outputs."""
     try:
-        labels = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(path) as file:
+            content = file.read(MAX_LABELS_BYTES + 1)
+        if len(content) > MAX_LABELS_BYTES:
+            raise ValueError(f"more than {MAX_LABELS_BYTES} bytes")
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("null characters, expected text in UTF-8")
+    except (OSError, ValueError) as error:  # ValueError includes UnicodeDecodeError
         raise UsageError(f"argument --labels: {path}: {error}") from None
+    labels = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     if len(labels) != n_classes:
         raise UsageError(f"argument --labels: {path} has {len(labels)} lines, the model {n_classes} classes")
     return labels
 
 
-def load_model(args: argparse.Namespace) -> ConvMixer:
-    try:
-        model = load_checkpoint(args.checkpoint, activation=args.activation)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"argument --checkpoint: {error}") from None
+def read_checkpoint(argument: str, path: Path, activation: str | None, ema: bool | None) -> ConvMixer:
+    """The model of a file; what is to be known about the file is said on stderr. Raises UsageError."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            model = load_checkpoint(path, activation, ema=ema)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"argument {argument}: {error}") from None
+    for warning in caught:
+        complain(_about(path, str(warning.message)))
+    return model
+
+
+def load_model(args: argparse.Namespace, max_size: int) -> ConvMixer:
+    if args.image_size > max_size:
+        raise UsageError(f"argument --image-size: {args.image_size}, accepted: at most {max_size}")
+    model = read_checkpoint("--checkpoint", args.checkpoint, args.activation, args.ema)
     if model.in_channels != 3:
         raise UsageError(f"argument --checkpoint: the model takes {model.in_channels} channels, expected 3 (RGB)")
     if args.image_size < model.patch_size:
@@ -59,7 +136,7 @@ def classify(args: argparse.Namespace) -> int:
         paths = images.find_images(args.images)
     except ValueError as error:
         raise UsageError(f"argument IMAGE: {error}") from None
-    model = load_model(args)
+    model = load_model(args, images.MAX_SIZE)
     labels = read_labels(args.labels, model.n_classes) if args.labels else None
     dtype = getattr(torch, args.dtype)
     status = 0
@@ -69,12 +146,28 @@ def classify(args: argparse.Namespace) -> int:
         for start in range(0, len(paths), args.batch_size * ranks.count()):
             first = start + args.batch_size * ranks.rank()
             batch = paths[first : first + args.batch_size]
-            outcomes = images.predict(network, batch, args.image_size, args.batch_size, args.device, dtype)
+            with memory_for(args):
+                outcomes = list(images.predict(network, batch, args.image_size, args.batch_size, args.device, dtype))
             described = [describe_outcome(path, outcome, args.topk, labels) for path, outcome in outcomes]
             for readable, lines in chain.from_iterable(ranks.gather(described) or []):
-                print(lines, file=sys.stdout if readable else sys.stderr)
+                (say if readable else complain)(lines)
                 status |= not readable
     return int(status)
+
+
+@contextmanager
+def memory_for(args: argparse.Namespace) -> Iterator[None]:
+    """Raises UsageError where the network's inputs and activations do not fit the memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch raises RuntimeError on the CPU, and OutOfMemoryError, which is one, on a GPU.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        given = f"--batch-size {args.batch_size}, --image-size {args.image_size}"
+        raise UsageError(
+            f"out of memory with {given}: {str(error).splitlines()[0] if str(error) else 'refused'}"
+        ) from None
 
 
 def describe_outcome(
@@ -82,12 +175,16 @@ def describe_outcome(
 ) -> tuple[bool, str]:
     """Whether there are probabilities for an image, and the lines to print: its likeliest classes, or why not."""
     if isinstance(outcome, Exception):
-        return False, printable(f"{path}: {type(outcome).__name__}: {outcome}")
+        return False, _about(path, f"{type(outcome).__name__}: {outcome}")
     lines = []
     for rank, (probability, index) in enumerate(zip(*outcome.topk(min(topk, len(outcome)))), 1):
-        columns = [path, rank, int(index), f"{probability:.6f}"] + ([labels[index]] if labels else [])
-        lines.append("\t".join(map(printable, columns)))
+        columns = [printable(path, NAME_LIMIT), str(rank), str(int(index)), f"{probability:.6f}"]
+        lines.append("\t".join(columns + ([printable(labels[index], LABEL_LIMIT)] if labels else [])))
     return True, "\n".join(lines)
+
+
+def _about(path: Path, reason: str) -> str:
+    return f"{printable(path, NAME_LIMIT)}: {printable(reason, MESSAGE_LIMIT)}"
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -96,26 +193,25 @@ def draw(args: argparse.Namespace) -> int:
         from .weights import draw_weights  # here, for Pillow is optional
     except ImportError as error:
         raise UsageError(f"weights needs Pillow (pip install pillow): {error}") from None
+    model = read_checkpoint("CHECKPOINT", args.checkpoint, "gelu", args.ema)  # whichever: it has no weights
     try:
-        model = load_checkpoint(args.checkpoint, activation="gelu")  # whichever: it has no weights
-    except (OSError, ValueError) as error:
-        raise UsageError(f"argument CHECKPOINT: {error}") from None
-    try:
-        paths = draw_weights(model, args.output)
+        for path in draw_weights(model, args.output):
+            say(printable(path, NAME_LIMIT))
+    except ValueError as error:
+        raise UsageError(f"argument CHECKPOINT: {args.checkpoint}: {error}") from None
     except OSError as error:
-        raise UsageError(f"argument -o/--output: {error}") from None
-    print(*map(printable, paths), sep="\n")
+        raise UsageError(f"argument -o/--output: {args.output}: {error}") from None
     return 0
 
 
 def info(args: argparse.Namespace) -> int:
     """Prints what was built and what is in use."""
     if args.json:
-        print(json.dumps(build_info(), indent=2))
+        say(json.dumps(build_info(), indent=2))
         return 0
     for name, value in build_info().items():
         text = " ".join(value) if isinstance(value, list) else value
-        print(f"{name.replace('_', ' '):15} {text or 'none'}")
+        say(f"{name.replace('_', ' '):15} {printable(text or 'none')}")
     return 0
 
 
@@ -135,26 +231,36 @@ def explain_launch(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     for name, value in explanation._asdict().items():
         if value not in (None, ""):
-            print(f"{name.replace('_', ' '):15} {' x '.join(map(str, value)) if isinstance(value, tuple) else value}")
+            say(f"{name.replace('_', ' '):15} {' x '.join(map(str, value)) if isinstance(value, tuple) else value}")
     return 0
 
 
 def positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
+    if not _is_positive(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _is_positive(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MAX_DIGITS and int(text) > 0
 
 
 def kernel_sizes(text: str) -> tuple[int, int]:
     """Rows and columns, of one word: with two, no one could tell where the sizes that follow begin."""
     sizes = text.split("x")
-    if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if len(sizes) > 2 or not all(map(_is_positive, sizes)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a kernel size, such as 9, or 9x7 for 9 rows and 7 columns")
     return int(sizes[0]), int(sizes[-1])
 
 
+def file_path(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("'' is not the name of a file or folder")
+    return Path(text)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="convmixer-fast", description="ConvMixer inference on fused operators")
+    parser = Parser(prog="convmixer-fast", description="ConvMixer inference on fused operators")
     parser.add_argument("--version", action="version", version=f"convmixer_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -171,10 +277,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "With `torchrun --nproc-per-node N -m convmixer_fast classify ...` N processes share the images.",
     )
     argument = command.add_argument
-    argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file, or folder of them")
-    argument("--checkpoint", metavar="F", type=Path, required=True, help="the model's weights")
+    argument("images", metavar="IMAGE", nargs="+", type=file_path, help="image file, or folder of them")
+    argument("--checkpoint", metavar="F", type=file_path, required=True, help="the model's weights")
     argument("--activation", choices=("gelu", "relu"), help="needed where the checkpoint's name does not tell")
-    argument("--labels", metavar="F", type=Path, help="the classes' names, one a line")
+    argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="whether to take the averaged weights, where there are"
+    )
+    argument("--labels", metavar="F", type=file_path, help="the classes' names, one a line")
     argument("--topk", metavar="K", type=positive, default=5, help="lines an image at most (%(default)s)")
     argument("--image-size", metavar="S", type=positive, default=224, help="side of the input (%(default)s pixels)")
     argument("--batch-size", metavar="N", type=positive, default=16, help="images a pass (%(default)s)")
@@ -184,8 +293,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     command = commands.add_parser("weights", help="draw a checkpoint's filters", description=draw.__doc__)
     argument = command.add_argument
-    argument("checkpoint", metavar="CHECKPOINT", type=Path, help="the model's weights")
-    argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the pictures")
+    argument("checkpoint", metavar="CHECKPOINT", type=file_path, help="the model's weights")
+    argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="whether to take the averaged weights, where there are"
+    )
+    argument("-o", "--output", metavar="DIR", type=file_path, required=True, help="folder for the pictures")
     command.set_defaults(run=draw, parser=command)
 
     command = commands.add_parser(
@@ -206,19 +318,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status, or raises SystemExit(2) where the arguments do not fit."""
+    if sys.stderr is None:  # closed by who started us; print() would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        complain("convmixer-fast: error: stdout is closed")
+        return 1
     try:
         try:
-            args = parse(argv)
-            try:
-                status: int = args.run(args)
-                return status
-            except UsageError as error:
-                parser: argparse.ArgumentParser = args.parser
-                parser.error(str(error))
+            with _warnings_on_a_line():
+                return run(argv)
         finally:  # also of --help, which leaves by SystemExit
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with _writing_results():
+                sys.stdout.flush()
+    except OutputError as error:
+        with suppress(OSError):  # Python would try once more to write the rest, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error.__cause__, BrokenPipeError):  # whoever reads, such as head, has had enough
+            complain(f"convmixer-fast: error: stdout cannot be written: {error.__cause__}")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def run(argv: list[str] | None) -> int:
+    args = parse(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except UsageError as error:
+        parser: argparse.ArgumentParser = args.parser
+        parser.error(str(error))
