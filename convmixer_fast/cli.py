@@ -104,7 +104,7 @@ def read_checkpoint(argument: str, path: Path, activation: str | None, ema: bool
         except (OSError, ValueError) as error:
             raise UsageError(f"argument {argument}: {error}") from None
     for warning in caught:
-        complain(_about(path, str(warning.message)))
+        complain(_about(path, str(warning.message).removeprefix(f"{printable(path)} ")))
     return model
 
 

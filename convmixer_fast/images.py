@@ -1,5 +1,6 @@
 """Image files as the input of a ConvMixer: found, read whatever their kind, prepared as timm does, classified."""
 
+import ctypes
 import math
 import os
 import threading
@@ -66,11 +67,15 @@ class Memory:
         try:
             yield
         finally:
+            if n_bytes > self.capacity // 32 and _malloc_trim:
+                _malloc_trim(0)
             with self._changed:
                 self._free += n_bytes
                 self._changed.notify_all()
 
 
+# glibc keeps what a thread has freed for that thread, which adds up to an image of each one.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _memory = Memory(MEMORY)
 
 
