@@ -121,8 +121,6 @@ def opened(path: Path) -> Iterator[Image.Image]:
         except UnidentifiedImageError:  # it names the Python object of the file
             raise UnidentifiedImageError(f"not an image, or of another kind than {', '.join(DECODERS)}") from None
         with image:
-            if 0 in image.size:
-                raise ValueError(f"{image.width} x {image.height} pixels are no image")
             if _decoding_bytes(image) > MEMORY:
                 most = MEMORY // FORMATS[str(image.format)]
                 raise ValueError(
@@ -213,19 +211,18 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     """Without recursion, which os.walk has before Python 3.12 and which ends at some depth."""
-    pending = [folder]
+    pending = [os.fspath(folder)]
     while pending:
-        folder = pending.pop()
+        path = pending.pop()
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(path) as entries:
                 for entry in entries:
-                    path = folder / entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        pending.append(path)
-                    elif path.suffix.lower() in EXTENSIONS and not os.path.isdir(path):
-                        yield path
+                        pending.append(entry.path)
+                    elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not os.path.isdir(entry.path):
+                        yield Path(entry.path)
         except OSError:
-            yield folder
+            yield Path(path)
 
 
 def predict(
