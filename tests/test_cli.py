@@ -1,11 +1,13 @@
 """The command line: what it prints, how it prepares images, and what it says when something does not fit."""
 
 import copy
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -252,6 +254,8 @@ def test_awkward_names_stay_in_their_column(capsys, tmp_path, checkpoint):
         (b"".join(b"%d\n" % line for line in range(8)), "has 8 lines, the model 7 classes"),
         (b"", "has 1 lines, the model 7 classes"),
         (b"\xff\xfe\n" * 7, "argument --labels: .* 'utf-8' codec can't decode"),
+        ("kind\n".encode("utf-16-le") * 7, "argument --labels: .*null characters, expected text in UTF-8"),
+        (b"x" * (cli.MAX_LABELS_BYTES + 1), f"argument --labels: .*more than {cli.MAX_LABELS_BYTES} bytes"),
         (None, "argument --labels: .*No such file"),
     ],
 )
@@ -261,6 +265,28 @@ def test_labels_that_do_not_fit(capsys, tmp_path, checkpoint, content, message):
         path.write_bytes(content)
     error = refused(capsys, "classify", "x.png", "--checkpoint", checkpoint, "--labels", path, *SMALL)
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "."])
+def test_labels_that_are_no_file(capsys, checkpoint, path):
+    """The first never ends."""
+    error = refused(capsys, "classify", "x.png", "--checkpoint", checkpoint, "--labels", path, *SMALL)
+    assert re.search(r"argument --labels: \S+: .*([Ii]s a directory|is a character device)", error), error
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_labels_of_other_systems(capsys, tmp_path, checkpoint, line_end):
+    """With a mark of byte order, and any line ends; what would move the cursor is escaped, and length bounded."""
+    names = ["é", "tab\t", "\x1b[2J", "\u2028", "x" * 3000, "", "last"]
+    (tmp_path / "labels").write_bytes(b"\xef\xbb\xbf" + "".join(name + line_end for name in names).encode())
+    photo(32, 32).save(tmp_path / "x.png")
+    options = ["--checkpoint", checkpoint, "--labels", tmp_path / "labels", "--topk", 7]
+    status, rows, _ = classify(capsys, tmp_path / "x.png", *options, *SMALL)
+    shown = ["é", r"tab\t", r"\x1b[2J", r"\u2028", None, "", "last"]
+    assert status == 0 and len(rows) == 7
+    for row in rows:
+        name = shown[int(row[2])]
+        assert row[4] == name if name is not None else "x ... x" in row[4] and len(row[4]) <= 1000
 
 
 def test_arguments_that_do_not_fit(capsys, tmp_path, model, checkpoint):
@@ -276,7 +302,12 @@ def test_arguments_that_do_not_fit(capsys, tmp_path, model, checkpoint):
         ({"--checkpoint": grey}, "argument --checkpoint: the model takes 1 channels, expected 3 (RGB)"),
         ({"--image-size": 3}, "argument --image-size: 3 is less than a patch, 4"),
         ({"--image-size": "-1"}, "argument --image-size: '-1' is not a positive whole number"),
+        ({"--image-size": images.MAX_SIZE + 1}, f"argument --image-size: {images.MAX_SIZE + 1}, accepted: at most"),
         ({"--topk": 0}, "argument --topk: '0' is not a positive whole number"),
+        ({"--topk": "9" * 5000}, "99' is not a positive whole number"),
+        ({"--checkpoint": ""}, "argument --checkpoint: '' is not the name of a file or folder"),
+        ({"--labels": ""}, "argument --labels: '' is not the name of a file or folder"),
+        ({"x.png": ""}, "argument IMAGE: '' is not the name of a file or folder"),
         ({"--batch-size": "many"}, "argument --batch-size: 'many' is not a positive whole number"),
         ({"--activation": "tanh"}, "argument --activation: invalid choice: 'tanh'"),
         ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
@@ -289,6 +320,172 @@ def test_arguments_that_do_not_fit(capsys, tmp_path, model, checkpoint):
         assert message in error, error
     assert "the following arguments are required: IMAGE, --checkpoint" in refused(capsys, "classify")
     assert "the following arguments are required: command" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["classify", "x.png", "--checkpoint", "{}"],
+        ["classify", "x.png", "--checkpoint", "c.pt", "--topk", "{}"],
+        ["classify", "x.png", "--checkpoint", "c.pt", "--dtype", "{}"],
+        ["classify", "x.png", "--checkpoint", "c.pt", "--{}"],
+        ["weights", "{}", "-o", "folder"],
+        ["explain", "1", "2", "3", "{}", "--kernel-size", "3"],
+        ["explain", "1", "2", "3", "4", "--kernel-size", "{}"],
+        ["{}"],
+    ],
+)
+def test_what_messages_quote_is_escaped_and_bounded(capsys, arguments):
+    for quoted in ("\x1b]0;title\x07\x1b[2J\nfake line\u202e", "y" * 100_000):
+        error = refused(capsys, *(argument.format(quoted) for argument in arguments))
+        last = error.splitlines()[-1]
+        assert " error: " in last and len(last) < 2100
+        assert all(character.isprintable() or character == "\n" for character in error)
+
+
+def test_names_that_begin_with_a_dash(capsys, tmp_path, monkeypatch, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    photo(32, 32).save(tmp_path / "-x.png")
+    for arguments in (["--", "-x.png"], ["./-x.png"]):
+        status, rows, _ = classify(capsys, "--checkpoint", checkpoint, "--topk", 1, *SMALL, *arguments)
+        assert (status, [row[0] for row in rows]) == (0, ["-x.png"])
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(capsys, tmp_path, model, checkpoint):
+    good, loop, fifo = tmp_path / "good.png", tmp_path / "loop.png", tmp_path / "fifo.png"
+    photo(32, 32).save(good)
+    loop.symlink_to("loop.png")
+    os.mkfifo(fifo)
+    escapes = tmp_path / "\x1b[2J\nfake.png"
+    escapes.touch()
+    long = "x" * 300 + ".png"
+    status, rows, errors = classify(capsys, long, tmp_path, "/dev/null", "--checkpoint", checkpoint, *SMALL)
+    assert status == 1
+    assert_rows(rows, good, expected(model, photo(32, 32)))
+    named = [rf"{long}: OSError: .*too long", rf"{tmp_path}/\\x1b\[2J\\nfake.png: ValueError: the file is empty"]
+    named += [rf"{fifo}: OSError: .* is a FIFO", rf"{loop}: OSError: ", "/dev/null: OSError: .* is a character device"]
+    assert len(errors.splitlines()) == len(named)
+    for line, pattern in zip(errors.splitlines(), named):
+        assert re.match(pattern, line), line
+
+
+def test_reasons_are_bounded(capsys, tmp_path, monkeypatch, checkpoint):
+    def failing(path, size):
+        return ValueError("long\n" * 100_000)
+
+    monkeypatch.setattr(images, "load_input", failing)
+    status, _, errors = classify(capsys, "x.png", "--checkpoint", checkpoint, *SMALL)
+    assert status == 1 and len(errors.splitlines()) == 1 and len(errors) < 3000
+
+
+def test_large_images_are_read_without_a_warning(capsys, tmp_path, monkeypatch, model, checkpoint):
+    """Pillow would write a line of its source code, and not the image's name, between ours."""
+    photo(40, 50).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    shown, filters = warnings.showwarning, list(warnings.filters)
+    status, rows, errors = classify(capsys, tmp_path / "x.png", "--checkpoint", checkpoint, *SMALL)
+    assert (status, errors) == (0, "")
+    assert_rows(rows, tmp_path / "x.png", expected(model, photo(40, 50)))
+    assert shown is warnings.showwarning and filters == list(warnings.filters)
+
+
+@pytest.mark.parametrize("option, ema", [([], None), (["--ema"], True), (["--no-ema"], False)])
+def test_averaged_weights(capsys, tmp_path, monkeypatch, model, checkpoint, option, ema):
+    """The option reaches load_checkpoint, whose warning is a line that begins with the file's name."""
+    photo(32, 32).save(tmp_path / "x.png")
+    asked = []
+
+    def load(path, activation=None, *, ema=None):
+        asked.append(ema)
+        warnings.warn(f"{path} has averaged weights\n\x1b[2J", stacklevel=2)
+        return model
+
+    monkeypatch.setattr(cli, "load_checkpoint", load)
+    for command in (["classify", tmp_path / "x.png", "--checkpoint", checkpoint, *SMALL], ["weights", checkpoint]):
+        command += ["-o", tmp_path / "pictures"] if command[0] == "weights" else []
+        assert cli.main([*map(str, command), *option]) == 0
+        assert capsys.readouterr().err == rf"{checkpoint}: has averaged weights\n\x1b[2J" + "\n"
+    assert asked == [ema, ema]
+
+
+def test_other_warnings_are_a_line(capsys, tmp_path, monkeypatch, checkpoint):
+    find = images.find_images
+
+    def warning(paths):
+        warnings.warn("be\nware", FutureWarning, stacklevel=1)
+        return find(paths)
+
+    monkeypatch.setattr(images, "find_images", warning)
+    photo(32, 32).save(tmp_path / "x.png")
+    status, _, errors = classify(capsys, tmp_path / "x.png", "--checkpoint", checkpoint, *SMALL)
+    assert (status, errors) == (0, "FutureWarning: be\\nware\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_terminals_that_lack_characters(tmp_path, monkeypatch, checkpoint, encoding):
+    """What the encoding has not is escaped, names of files on both streams and of classes."""
+    output, errors = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", errors)
+    photo(32, 32).save(tmp_path / "图.png")
+    (tmp_path / "é.png").touch()
+    (tmp_path / "labels").write_text("猫\n" * 7)
+    options = ["--checkpoint", checkpoint, "--labels", str(tmp_path / "labels"), "--topk", "1", *SMALL]
+    assert cli.main(["classify", str(tmp_path), *options]) == 1
+    printed, complained = (
+        stream.buffer.getvalue().decode(encoding) for stream in (output, errors) if not stream.flush()
+    )
+    picture, cat = ("图", "猫") if encoding == "utf-8" else (r"\u56fe", r"\u732b")
+    assert printed.startswith(f"{tmp_path}/{picture}.png\t1\t") and printed.endswith(f"\t{cat}\n")
+    empty = r"\xe9" if encoding == "ascii" else "é"
+    assert complained.startswith(f"{tmp_path}/{empty}.png: ValueError")
+
+
+def test_streams_that_are_closed_or_full(capsys, tmp_path, monkeypatch, checkpoint):
+    """A message where there is a place for one, a status in any case, and never a traceback; errors that cannot be
+    said are not mixed with results."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", None)
+        assert cli.main(["info"]) == 1
+        assert capsys.readouterr().err == "convmixer-fast: error: stdout is closed\n"
+
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert cli.main(["info"]) == 1
+        message = "convmixer-fast: error: stdout cannot be written: [Errno 28] No space left on device\n"
+        assert capsys.readouterr().err == message
+
+    photo(32, 32).save(tmp_path / "a.png")
+    for closed in (lambda: None, lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", closed())
+            arguments = ["missing.png", tmp_path / "a.png", "--checkpoint", checkpoint, *SMALL]
+            status, rows, _ = classify(capsys, *arguments)
+            assert status == 1 and {row[0] for row in rows} == {str(tmp_path / "a.png")}
+            if hasattr(sys.stderr, "detach"):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+                sys.stderr.close()
+
+
+def test_memory_that_is_not_there(capsys, tmp_path, monkeypatch, checkpoint):
+    """Said with the arguments to change; another error of the network is not taken for it."""
+    photo(32, 32).save(tmp_path / "x.png")
+    arguments = ["classify", tmp_path / "x.png", "--checkpoint", checkpoint, *SMALL]
+    for error in (
+        MemoryError(),
+        RuntimeError("can't allocate memory:\nlong"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
+
+        def predict(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(images, "predict", predict)
+        assert "error: out of memory with --batch-size 16, --image-size 32: " in refused(capsys, *arguments)
+    error = RuntimeError("a fault")
+    monkeypatch.setattr(images, "predict", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main([*map(str, arguments)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")

@@ -298,29 +298,28 @@ def test_finds_to_the_bottom_and_ends(tmp_path, monkeypatch):
     (tmp_path / "a.png/b.png").touch()
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked/c.png").touch()
-    home = os.getcwd()
-    try:  # deeper than Python recurses
-        os.chdir(tmp_path)
-        for _ in range(1100):
-            os.mkdir("d")
-            os.chdir("d")
-        Path("z.png").touch()
-    finally:
-        os.chdir(home)
+    depth = 1100  # deeper than Python recurses
+    monkeypatch.chdir(tmp_path)
+    for _ in range(depth):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("z.png").touch()
     scandir = os.scandir
 
     def refusing(folder):
-        if Path(folder).name == "locked":
+        if os.path.basename(folder) == "locked":
             raise PermissionError(13, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(os, "scandir", refusing)
-    deep = tmp_path.joinpath(*["d"] * 1100, "z.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refusing)
+        found = images.find_images([tmp_path])
+    Path("z.png").unlink()
+    for _ in range(depth):  # shutil.rmtree, which pytest would use, recurses as well
+        os.chdir("..")
+        os.rmdir("d")
     expected = [tmp_path / name for name in ("a.png/b.png", "dangling.png", "fifo.png", "locked")]
-    assert images.find_images([tmp_path]) == sorted([*expected, deep])
-    monkeypatch.undo()
-
-    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # shutil.rmtree, which pytest would use, recurses as well
+    assert found == sorted([*expected, tmp_path.joinpath(*["d"] * depth, "z.png")])
 
 
 def test_a_name_that_is_no_folder_stays(tmp_path):

@@ -88,3 +88,54 @@ def test_a_folder_that_cannot_be(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["weights", str(tmp_path / "model.pt"), "-o", str(tmp_path / "model.pt")])
     assert "argument -o/--output: " in capsys.readouterr().err
+
+
+def saved(model, path):
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "key, where", [("stem.0.weight", "the patch embedding"), ("blocks.1.0.fn.0.weight", "layer 2")]
+)
+def test_weights_that_are_not_finite(tmp_path, capsys, value, key, where):
+    """No picture is drawn, rather than one of meaningless colours."""
+    model = ConvMixer(4, 2, 3, 2, n_classes=2)
+    model.state_dict()[key].view(-1)[5] = value
+    with pytest.raises(SystemExit):
+        cli.main(["weights", saved(model, tmp_path / "model.pt"), "-o", str(tmp_path / "pictures")])
+    assert f"{where} has weights that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_pictures_are_bounded(tmp_path, capsys, monkeypatch):
+    """By their pixels, before a colour is computed."""
+    path, folder = saved(ConvMixer(6, 1, 9, 7, n_classes=2), tmp_path / "model.pt"), str(tmp_path / "pictures")
+    assert cli.main(["weights", path, "-o", folder]) == 0
+    with Image.open(tmp_path / "pictures/layer_1.png") as picture:
+        most = picture.width * picture.height  # its margins and caption included
+    capsys.readouterr()
+    monkeypatch.setattr(weights, "MAX_PIXELS", most // 2)
+    with pytest.raises(SystemExit):
+        cli.main(["weights", path, "-o", folder])
+    error = capsys.readouterr().err
+    assert f"{path}: the patch embedding has 6 filters of 7 x 7, a picture of " in error
+    assert f"pixels, accepted: at most {most // 2}" in error
+
+
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
+    """Is named, and leaves no half of a picture; an older one stays."""
+    path, folder = saved(ConvMixer(4, 1, 3, 2, n_classes=2), tmp_path / "model.pt"), tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "patch_embedding.png").write_bytes(b"old")
+
+    def save(image, file, *_):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(SystemExit):
+        cli.main(["weights", path, "-o", str(folder)])
+    assert f"argument -o/--output: {folder}: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert [(file.name, file.read_bytes()) for file in folder.iterdir()] == [("patch_embedding.png", b"old")]
