@@ -66,12 +66,8 @@ def _writing_results() -> Iterator[None]:
 
 @contextmanager
 def _warnings_on_a_line() -> Iterator[None]:
-    """Warnings are printed without the line of source code, those of Pillow not at all.
-
-    Pillow's are about metadata that it passes over, and about sizes for which images.py has a limit.
-    """
+    """Warnings are printed without the line of source code."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.showwarning = lambda message, category, *_: complain(
             printable(f"{category.__name__}: {message}", MESSAGE_LIMIT)
         )
@@ -140,7 +136,7 @@ def classify(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels, model.n_classes) if args.labels else None
     dtype = getattr(torch, args.dtype)
     status = 0
-    with ranks.joined(args.device):
+    with ranks.joined(args.device), images.quiet_decoders():
         network = optimize(model, dtype=dtype).to(args.device)
         paths = ranks.of_first(paths)  # a folder may change while the ranks look into it
         for start in range(0, len(paths), args.batch_size * ranks.count()):

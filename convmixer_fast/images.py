@@ -1,12 +1,14 @@
 """Image files as the input of a ConvMixer: found, read whatever their kind, prepared as timm does, classified."""
 
 import ctypes
+import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import repeat
 from pathlib import Path
 
@@ -189,6 +191,37 @@ def load_input(path: Path, size: int) -> Tensor | Exception:
         # What it refers to, its traceback's frames above all, would keep the image in memory.
         error.__cause__ = error.__context__ = error.__traceback__ = None
         return error
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Keeps from stderr what Pillow and its libtiff write there, which does not say of which file it is.
+
+    What makes a file unreadable is in its exception, too; the rest is about metadata that is passed over, and about
+    sizes for which there is a limit here.
+    """
+    silent = logging.NullHandler()
+    logging.getLogger("PIL").addHandler(silent)
+    handlers = [(setter, setter(None)) for setter in _error_handler_setters()]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        for setter, handler in handlers:
+            setter(handler)
+        logging.getLogger("PIL").removeHandler(silent)
+
+
+def _error_handler_setters() -> list[Callable[[int | None], int | None]]:
+    """TIFFSetErrorHandler of each libtiff in this process: it takes a function's address, and returns the last one."""
+    paths: set[str] = set()
+    with suppress(OSError), open("/proc/self/maps", errors="surrogateescape") as maps:  # elsewhere than on Linux: none
+        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "libtiff" in line}
+    setters = [ctypes.CDLL(path).TIFFSetErrorHandler for path in sorted(paths)]
+    for setter in setters:
+        setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+    return list(setters)
 
 
 def find_images(paths: list[Path]) -> list[Path]:

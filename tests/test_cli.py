@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -387,6 +388,35 @@ def test_large_images_are_read_without_a_warning(capsys, tmp_path, monkeypatch, 
     assert (status, errors) == (0, "")
     assert_rows(rows, tmp_path / "x.png", expected(model, photo(40, 50)))
     assert shown is warnings.showwarning and filters == list(warnings.filters)
+
+
+def test_decoders_write_no_lines_of_their_own(capfd, tmp_path, monkeypatch, checkpoint):
+    """libtiff in C, and Pillow by its logger, say what is wrong with a file, but not with which."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own, which keep the logger from stderr
+    fax, samples = tmp_path / "fax.tif", tmp_path / "samples.tif"
+    photo(40, 50, "1").save(fax, compression="group4")
+    with Image.open(fax) as image:
+        start = image.tag_v2[273][0]
+    content = bytearray(fax.read_bytes())
+    content[start : start + 30] = bytes(30)
+    fax.write_bytes(content)
+    photo(40, 50).save(samples)
+    content = bytearray(samples.read_bytes())
+    place = content.index(b"\x15\x01\x03\x00\x01\x00\x00\x00") + 8  # of the samples per pixel, tag 277
+    content[place : place + 2] = b"\x00\x40"
+    samples.write_bytes(content)
+
+    def read_both():
+        images.load_input(fax, SIZE)
+        images.load_input(samples, SIZE)
+        return capfd.readouterr().err
+
+    by_themselves = read_both()
+    assert "Fax4Decode" in by_themselves and "More samples per pixel" in by_themselves
+    cli.main(["classify", *map(str, (fax, samples, "--checkpoint", checkpoint, *SMALL))])
+    errors = capfd.readouterr().err.splitlines()
+    assert errors and all(line.startswith(f"{tmp_path}/") for line in errors), errors
+    assert read_both() == by_themselves  # whoever else uses libtiff has it as before
 
 
 @pytest.mark.parametrize("option, ema", [([], None), (["--ema"], True), (["--no-ema"], False)])
