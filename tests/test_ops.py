@@ -88,6 +88,21 @@ def test_memory_layouts(device, layout, case):
 
 
 @device
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 7), (9, 9)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("width", [2, 17, 130])
+def test_small_kernels_whatever_the_layout(device, kernel, width):
+    """On a CPU channels_last maps of such kernels are read in place, others packed, with the same sums: channels about
+    multiples of vectors and of blocks, one row and several, maps narrower than the kernel and wider than a band."""
+    for channels in (8, 15, 16, 17, 33, 257):
+        case = cases.Case(2, channels, 1 if width == 17 else 5, width, *kernel)
+        for dtype in (torch.float32, torch.bfloat16):
+            plain = check_fused(case, dtype, "contiguous", device, prologue=False)
+            for layout in ("channels_last", "channels_last_slice"):
+                ours = check_fused(case, dtype, layout, device, prologue=False)
+                assert device == "cuda" or torch.equal(ours, plain), "the same order of sums in every layout"
+
+
+@device
 @dtype
 @case
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
@@ -152,10 +167,11 @@ def test_same_bits_every_time(device):
         assert torch.equal(first, cf.fused_depthwise(x, weight, *vectors))
 
 
-def test_same_bits_for_any_number_of_threads():
+@pytest.mark.parametrize("case, layout", [(PAPER, "contiguous"), (cases.Case(2, 280, 9, 30, 3, 3), "channels_last")])
+def test_same_bits_for_any_number_of_threads(case, layout):
     threads = torch.get_num_threads()
-    x, weight = cases.make_input(PAPER, torch.float32), cases.make_weight(PAPER, torch.float32)
-    vectors = cases.make_vectors(PAPER, torch.float32, 3)
+    x, weight = cases.make_input(case, torch.float32, layout), cases.make_weight(case, torch.float32)
+    vectors = cases.make_vectors(case, torch.float32, 3)
     try:
         results = []
         for count in (1, 2, 7):

@@ -7,12 +7,14 @@
 // A vector holds neighbouring channels of one pixel, whatever the layout of x: only `load_pixels` and `store_pixels`
 // know strides. A task is (image, block of channels, band of rows, band of columns). It slides down its band: `pack`
 // turns the next input rows into zero-padded rows of vectors in a ring, `convolve` sums the taps, `emit` applies the
-// epilogue and stores.
+// epilogue and stores. Small kernels on channels_last maps, where packing would take longer than the sums, find in the
+// ring where the pixels lie instead, and read them there.
 #pragma once
 #include <math.h>
 #include <string.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #if defined(CMF_F16C)
 #include <immintrin.h>
@@ -30,6 +32,9 @@ namespace {
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Of n things in as few shares as there can be of at most `most` each, all about as large. (A division takes as long as
+// dozens of multiply-adds; most n need none.)
+constexpr int64_t equal_share(int64_t n, int64_t most) { return n <= most ? n : ceil_div(n, ceil_div(n, most)); }
 
 // ---------------------------------------------------------------------------------------------------- vectors
 
@@ -56,6 +61,7 @@ CMF_INLINE To bit_cast(const From& from) {
 template <class T>
 struct Native {
   using Real = T;
+  static constexpr DType kDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
   T value;
   static CMF_INLINE Vec<T> load(const Native* from) {
     Vec<T> v;
@@ -79,6 +85,7 @@ CMF_INLINE void store_bits16(void* to, Bits v) {
 
 struct BFloat16 {
   using Real = float;
+  static constexpr DType kDType = DType::kBFloat16;
   uint16_t value;
   static CMF_INLINE Bits narrow(Vec<float> v) {  // in the upper halves
     const Bits bits = bit_cast<Bits>(v);
@@ -92,6 +99,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Real = float;
+  static constexpr DType kDType = DType::kFloat16;
   uint16_t value;
 #if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
   static CMF_INLINE Bits16 narrow(Vec<float> v) {  // (the forms without a mask make GCC 12 warn)
@@ -372,7 +380,25 @@ constexpr int kMaxColumns = 16, kMaxTaps = 9;
 constexpr int kMaxColumns = 8, kMaxTaps = 5;
 #endif
 constexpr int kUsualTaps = kMaxTaps / 2 + 1;  // 3, 5 and so on, and all others together
+constexpr int64_t kFewTaps = 4;               // up to so many, the sums start from the bias
 constexpr int64_t kTapsAtOnce = 45;  // are summed before they are added to the rest: more accurate than one long sum
+
+// The longest rows of taps for which pixels are read in place, rather than packed: where it is faster (measured on
+// Emerald Rapids). 16-bit values are widened anew for each row of taps, while packing does it once.
+#if defined(CMF_F16C)
+constexpr int kLongestOfFloat16 = 5;
+#else
+constexpr int kLongestOfFloat16 = 0;  // there it takes a dozen instructions
+#endif
+constexpr int longest_in_place(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 0;
+    case DType::kFloat32: return kMaxTaps;
+    case DType::kFloat16: return kLongestOfFloat16;
+    case DType::kBFloat16: return 5;
+  }
+  __builtin_unreachable();
+}
 
 // Cache lines for a strip to prefetch: `count` of them, `step` bytes apart.
 struct Lines {
@@ -398,55 +424,58 @@ struct CompensatedSum {
   CMF_INLINE V value() const { return lost == lost ? sum + lost : sum; }
 };
 
-// What a strip of neighbouring outputs of one row and one channel vector reads.
-// Input: a vector for each pixel.
-template <class Real, class Input = Vec<Real>>
+// What a strip of neighbouring outputs of one row reads: those of one channel vector, or of several.
+// Input: a vector for each pixel; or where in memory its channels lie, as const S*, the Weights then being vectors.
+template <class Real, class Input = Vec<Real>, class Weight = Input>
 struct Strip {
   const Input* first;       // the input under the first tap of the first output
   const Input* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
   const Input* ring_end;
   int64_t pitch;  // from row to row
-  const Input* weight;
+  const Weight* weight;
   int64_t weight_pitch;
   int64_t tap_rows, taps;
-  Vec<Real> start;    // of the sums
-  Lines read, write;  // that are needed soon
+  Vec<Real> start;             // of the sums
+  Lines read, write;           // that are needed soon
+  int64_t vectors = 1;         // of channels; more than one of inputs in memory only
+  int64_t vector_weights = 0;  // from one vector's weights to the next one's
+  int64_t vector_bytes = 0;    // of memory, for prefetching
+  int64_t last_channel = 0;    // where the last vector begins: it may overlap the one before
 };
+
+template <class Input>
+CMF_INLINE const Input& fetch(const Input& input, int64_t) {
+  return input;
+}
+template <class S>
+CMF_INLINE Vec<typename S::Real> fetch(const S* const& pixel, int64_t channel) {
+  return S::load(pixel + channel);
+}
 
 template <class V>
 CMF_INLINE V multiply_add(V sum, V a, V b) {
   return sum + a * b;
 }
 
-// sum[c] += input[c + t] * weight[t]: an input vector is loaded once for all its taps.
-template <int kTaps, class Input, class V, int kColumns>
-CMF_INLINE void add_taps(const Input* input, const Input* weight, V (&sum)[kColumns]) {
-  Input w[kTaps];
-#pragma GCC unroll 16
-  for (int t = 0; t < kTaps; ++t) w[t] = weight[t];
-#pragma GCC unroll 32
-  for (int i = 0; i < kColumns + kTaps - 1; ++i) {
-    const Input in = input[i];
-#pragma GCC unroll 16
-    for (int t = 0; t < kTaps; ++t)
-      if (i >= t && i - t < kColumns) sum[i - t] = multiply_add(sum[i - t], in, w[t]);
-  }
-}
-
-template <class Input, class V, int kColumns, int... kGroup>
-CMF_INLINE void add_tap_group(int64_t taps, const Input* input, const Input* weight, V (&sum)[kColumns],
-                              std::integer_sequence<int, kGroup...>) {
-  (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(input, weight, sum), true)) || ...);
-}
-
 // Where a strip is among its tap rows. The lines it prefetches are spread over them: a burst of misses would fill the
 // queues and stall.
-template <class Real, class Input>
+template <class Real, class Input, class Weight>
 struct TapRows {
-  const Strip<Real, Input>& strip;
+  const Strip<Real, Input, Weight>& strip;
   const Input* input = strip.first;
-  const Input* weight = strip.weight;
+  const Weight* weight = strip.weight;
+  int64_t channel = 0, first_byte = 0;  // of the channel vector
   int64_t passed = 0;
+
+  CMF_INLINE void start_vector(int64_t v) {
+    input = strip.first;
+    weight = strip.weight + v * strip.vector_weights;
+    channel = min(v * kLanes<Real>, strip.last_channel);
+    first_byte = v * strip.vector_bytes;
+    passed = 0;
+  }
+
+  CMF_INLINE auto load(const Input* from) const { return fetch(*from, channel); }
 
   CMF_INLINE void next() {
     input += strip.pitch;
@@ -460,145 +489,220 @@ struct TapRows {
  private:
   template <int kWrite>
   CMF_INLINE void prefetch(const Lines& lines) const {
+    if (first_byte % 64) return;  // the line is that of the vector before
     for (int64_t l = passed; l < lines.count; l += strip.tap_rows)
-      __builtin_prefetch(lines.first + l * lines.step, kWrite, 2);
+      __builtin_prefetch(lines.first + first_byte + l * lines.step, kWrite, 2);
   }
 };
 
+// sum[c] += input[c + t] * weight[t] for kTaps taps of a row, from `tap` on: an input is loaded once for all of them.
+template <int kTaps, class Real, class Input, class Weight, int kColumns>
+CMF_INLINE void add_taps(const TapRows<Real, Input, Weight>& at, int64_t tap, Vec<Real> (&sum)[kColumns]) {
+  Weight w[kTaps];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTaps; ++t) w[t] = at.weight[tap + t];
+#pragma GCC unroll 32
+  for (int i = 0; i < kColumns + kTaps - 1; ++i) {
+    const auto in = at.load(at.input + tap + i);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t)
+      if (i >= t && i - t < kColumns) sum[i - t] = multiply_add(sum[i - t], in, w[t]);
+  }
+}
+
+template <class Real, class Input, class Weight, int kColumns, int... kGroup>
+CMF_INLINE void add_tap_group(int64_t taps, const TapRows<Real, Input, Weight>& at, int64_t tap,
+                              Vec<Real> (&sum)[kColumns], std::integer_sequence<int, kGroup...>) {
+  (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(at, tap, sum), true)) || ...);
+}
+
 // sum[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Where a row ends, fewer and fewer taps have sums to
 // go to, and where one begins, few have: the one's end and the next one's beginning are done together, tap by tap.
-template <int kTaps, class Real, class Input, int kColumns>
-CMF_INLINE void add_rows(TapRows<Real, Input>& at, int64_t rows, Vec<Real> (&sum)[kColumns]) {
+template <int kTaps, class Real, class Input, class Weight, int kColumns>
+CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Real> (&sum)[kColumns]) {
   static_assert(kColumns >= kTaps - 1, "else a sum would get the next row's products before this one's");
-  const auto add = [&](int i, Input in, const Input& weight, int t)
+  const auto add = [&](int i, const auto& in, const Weight& weight, int t)
                        CMF_INLINE_LAMBDA { sum[i - t] = multiply_add(sum[i - t], in, weight); };
-  Input w[kTaps];
+  Weight w[kTaps];
 #pragma GCC unroll 16
   for (int i = 0; i < kTaps - 1; ++i) {
+    const auto in = at.load(at.input + i);
     w[i] = at.weight[i];
 #pragma GCC unroll 16
-    for (int t = 0; t <= i; ++t) add(i, at.input[i], w[t], t);
+    for (int t = 0; t <= i; ++t) add(i, in, w[t], t);
   }
   w[kTaps - 1] = at.weight[kTaps - 1];
   for (;;) {
 #pragma GCC unroll 16
-    for (int i = kTaps - 1; i < kColumns; ++i)
+    for (int i = kTaps - 1; i < kColumns; ++i) {
+      const auto in = at.load(at.input + i);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTaps; ++t) add(i, at.input[i], w[t], t);
+      for (int t = 0; t < kTaps; ++t) add(i, in, w[t], t);
+    }
     const Input* end = at.input + kColumns;
     at.next();
     if (--rows == 0) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kTaps - 1; ++i)
+      for (int i = 0; i < kTaps - 1; ++i) {
+        const auto last = at.load(end + i);
 #pragma GCC unroll 16
-        for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, end[i], w[t], t);
+        for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, last, w[t], t);
+      }
       return;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kTaps - 1; ++i) {
+      const auto last = at.load(end + i), in = at.load(at.input + i);
 #pragma GCC unroll 16
-      for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, end[i], w[t], t);
+      for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, last, w[t], t);
       w[i] = at.weight[i];
 #pragma GCC unroll 16
-      for (int t = 0; t <= i; ++t) add(i, at.input[i], w[t], t);
+      for (int t = 0; t <= i; ++t) add(i, in, w[t], t);
     }
     w[kTaps - 1] = at.weight[kTaps - 1];
   }
 }
 
-// kTaps: of a row of the kernel, if they are the usual 3, 5, 7 or 9; 0 stands for any other number.
-template <class Real, class Input, int kColumns, int kTaps>
-void convolve_strip(const Strip<Real, Input>& strip, Vec<Real>* out) {
-  const int64_t taps = kTaps > 0 ? kTaps : strip.taps, group = ceil_div(taps, ceil_div(taps, kMaxTaps));
+// Channel vector by channel vector. kTaps: of a row of the kernel, if they are the usual 3, 5, 7 or 9; 0 stands for any
+// other number.
+template <class Real, class Input, class Weight, int kColumns, int kTaps>
+void convolve_strip(const Strip<Real, Input, Weight>& strip, Vec<Real>* out) {
+  const int64_t taps = kTaps > 0 ? kTaps : strip.taps, group = equal_share(taps, kMaxTaps);
   // Rows are summed together, or, if they are long, piece by piece.
   const bool is_long = taps > kTapsAtOnce / 2;
   const int64_t piece = is_long ? group * max(1, kTapsAtOnce / 2 / group) : taps;
-  const int64_t rows_at_once = is_long ? 1 : ceil_div(strip.tap_rows, ceil_div(strip.tap_rows * taps, kTapsAtOnce));
-  TapRows<Real, Input> at{strip};
-  bool is_first = true;
-  for (int64_t left = strip.tap_rows, tap = 0; left > 0;) {
-    const int64_t rows = min(rows_at_once, left), end = min(taps, tap + piece);
-    Vec<Real> sum[kColumns];
+  const int64_t sums = ceil_div(strip.tap_rows * taps, kTapsAtOnce);
+  const int64_t rows_at_once = is_long ? 1 : sums == 1 ? strip.tap_rows : ceil_div(strip.tap_rows, sums);
+  TapRows<Real, Input, Weight> at{strip};
+  for (int64_t v = 0; v < strip.vectors; ++v, out += kColumns) {
+    at.start_vector(v);
+    bool is_first = true;
+    for (int64_t left = strip.tap_rows, tap = 0; left > 0;) {
+      const int64_t rows = min(rows_at_once, left), end = min(taps, tap + piece);
+      Vec<Real> sum[kColumns];
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) sum[c] = is_first ? strip.start : Vec<Real>{};
-    if constexpr (kTaps > 0 && kColumns >= kTaps - 1) {
-      add_rows<kTaps>(at, rows, sum);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t t = tap; t < end; t += group)
-          add_tap_group(min(group, end - t), at.input + t, at.weight + t, sum,
-                        std::make_integer_sequence<int, kMaxTaps>());
-        if (end == taps) at.next();
+      for (int c = 0; c < kColumns; ++c) sum[c] = is_first ? strip.start : Vec<Real>{};
+      if constexpr (kTaps > 0 && kColumns >= kTaps - 1) {
+        add_rows<kTaps>(at, rows, sum);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t t = tap; t < end; t += group)
+            add_tap_group(min(group, end - t), at, t, sum, std::make_integer_sequence<int, kMaxTaps>());
+          if (end == taps) at.next();
+        }
       }
-    }
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) out[c] = is_first ? sum[c] : out[c] + sum[c];
-    is_first = false;
-    tap = end < taps ? end : 0;
-    if (tap == 0) left -= rows;
+      for (int c = 0; c < kColumns; ++c) out[c] = is_first ? sum[c] : out[c] + sum[c];
+      is_first = false;
+      tap = end < taps ? end : 0;
+      if (tap == 0) left -= rows;
+    }
   }
 }
 
-// The outputs of a row, in strips of nearly the same length.
-template <class Real, class Input, int... kIndex>
-void convolve_row(Strip<Real, Input> strip, int64_t columns, Vec<Real>* out, std::integer_sequence<int, kIndex...>) {
-  static constexpr void (*kConvolve[])(const Strip<Real, Input>&, Vec<Real>*) = {
-      convolve_strip<Real, Input, kIndex / kUsualTaps + 1, (kIndex % kUsualTaps ? kIndex % kUsualTaps * 2 + 1 : 0)>...};
-  const bool usual = strip.taps % 2 == 1 && strip.taps <= kMaxTaps;
-  for (int64_t strips = ceil_div(columns, kMaxColumns); strips > 0; --strips) {
-    const int64_t length = ceil_div(columns, strips);
-    kConvolve[(length - 1) * kUsualTaps + (usual ? strip.taps / 2 : 0)](strip, out);
+// The taps of a row, as kinds: 1, 2 and so on for 3, 5 and so on, kMaxTaps at most; 0 for any other number.
+template <int kFirstKind, int kKinds, class Real, class Input, class Weight, int... kIndex>
+CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out,
+                               std::integer_sequence<int, kIndex...>) {
+  static constexpr auto taps_of = [](int kind) { return kind > 0 ? 2 * kind + 1 : 0; };
+  static constexpr void (*kConvolve[])(const Strip<Real, Input, Weight>&, Vec<Real>*) = {
+      convolve_strip<Real, Input, Weight, kIndex / kKinds + 1, taps_of(kFirstKind + kIndex % kKinds)>...};
+  const int64_t kind = strip.taps % 2 == 1 && strip.taps <= kMaxTaps ? strip.taps / 2 : 0;
+  kConvolve[(columns - 1) * kKinds + kind - kFirstKind](strip, out);
+}
+
+// At most kMaxColumns outputs of each channel vector, one vector's after the other's.
+template <class Real, class Input, class Weight>
+CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out) {
+  convolve_strip<0, kUsualTaps>(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kUsualTaps>());
+}
+template <class Real, class S>
+CMF_INLINE void convolve_strip(const Strip<Real, const S*, Vec<Real>>& strip, int64_t columns, Vec<Real>* out) {
+  constexpr int kKinds = longest_in_place(S::kDType) / 2;
+  convolve_strip<1, kKinds>(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kKinds>());
+}
+
+// f(first, length) for strips of nearly the same length, at most kMaxColumns.
+template <class F>
+CMF_INLINE void for_strips(int64_t columns, F f) {
+  for (int64_t first = 0, length; first < columns; first += length) {
+    length = equal_share(columns - first, kMaxColumns);
+    f(first, length);
+  }
+}
+
+// The outputs of a row, strip by strip; moves `strip` along.
+template <class Real, class Input, class Weight>
+void convolve_row(Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out) {
+  for_strips(columns, [&](int64_t first, int64_t length) {
+    convolve_strip(strip, length, out + first);
     strip.first += length;
     strip.ring_begin += length;
     strip.ring_end += length;
     strip.read.first += length * strip.read.column;
     strip.write.first += length * strip.write.column;
-    out += length;
-    columns -= length;
-  }
-}
-
-template <class Real, class Input>
-void convolve_row(const Strip<Real, Input>& strip, int64_t columns, Vec<Real>* out) {
-  convolve_row(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kUsualTaps>());
+  });
 }
 
 // How a depthwise convolution is cut into tasks, and a task into steps. Depends on nothing but the parameters.
 template <class Real>
 struct Plan {
   static constexpr int64_t kChannels = 64;             // of a block, at most: 256 bytes of float32 at a time
+  static constexpr int64_t kChannelsInPlace = 256;     // the same, of pixels read in place: sums that fit the L1 cache
   static constexpr int64_t kScratchBytes = 512 << 10;  // of the ring: half of a usual L2 cache
-  static constexpr int64_t kPixels = 128;              // of a step, at least
+  static constexpr int64_t kPixels = 128;              // of a step, or of a band, at least
   static constexpr int64_t kTasks = 64;                // wanted, for the threads to share
   static constexpr int64_t kGroupPixels = 1024;        // of the images that use a block's weights one after another
 
+  bool in_place = false;            // whether pixels are read where they lie
   int64_t first_tap = 0, taps = 0;  // the kernel's columns that meet the map at all
+  bool few_taps = false;
   int64_t band_width = 0, width_bands = 0, pitch = 0;
   int64_t step_rows = 0, ring_rows = 0;
   int64_t vectors = 0, blocks = 0;
+  int64_t block_channels = 0;  // of every block but the last, which has the rest
   int64_t band_height = 0, height_bands = 0;
   int64_t images = 0;  // that run through a block before the next block's turn
   int64_t tasks = 0;
 
   explicit Plan(const DepthwiseParams& p) {
+    constexpr int64_t n = kLanes<Real>;
     if (p.batch == 0 || p.channels == 0 || p.height == 0 || p.width == 0) return;
     first_tap = max(0, p.pad_left - p.width + 1);
     taps = min(p.kernel_w, p.pad_left + p.width) - first_tap;
+    few_taps = min(p.kernel_h, p.height) * min(taps, p.width) <= kFewTaps;
+    in_place = !p.has_prologue && p.x_stride.c == 1 && p.y_stride.c == 1 && p.channels >= n && !few_taps &&
+               taps % 2 == 1 && taps > 1 && taps <= longest_in_place(p.dtype);
     width_bands = ceil_div(p.width, 128);
     band_width = ceil_div(p.width, width_bands);
     width_bands = ceil_div(p.width, band_width);
     pitch = band_width + taps - 1;
-    step_rows = min(p.height, ceil_div(kPixels, band_width));
+    const int64_t least_rows = min(p.height, ceil_div(kPixels, band_width));
+    step_rows = in_place ? 1 : least_rows;
     ring_rows = min(p.height, step_rows + p.kernel_h - 1);
-    const int64_t fitting = kScratchBytes / (ring_rows * pitch * CMF_VECTOR_BYTES);
-    vectors = max(1, min(kChannels / kLanes<Real>, min(fitting, ceil_div(p.channels, kLanes<Real>))));
-    blocks = ceil_div(p.channels, vectors * kLanes<Real>);
+    const int64_t fitting = max(1, kScratchBytes / (ring_rows * pitch * CMF_VECTOR_BYTES));
+    if (in_place) {  // channels that fill no vector join the last block, whose last vector overlaps the one before
+      vectors = equal_share(p.channels / n, min(kChannelsInPlace / n, fitting));
+      blocks = ceil_div(p.channels / n, vectors);
+      block_channels = vectors * n;
+      vectors += p.channels % n > 0;
+    } else {
+      vectors = min(kChannels / n, min(fitting, ceil_div(p.channels, n)));
+      blocks = ceil_div(p.channels, vectors * n);
+      block_channels = vectors * n;
+    }
     const int64_t wanted = ceil_div(kTasks, p.batch * blocks * width_bands);
-    band_height = max(min(p.height, step_rows), ceil_div(p.height, wanted));
+    band_height = max(least_rows, ceil_div(p.height, wanted));
     height_bands = ceil_div(p.height, band_height);
     images = min(p.batch, ceil_div(kGroupPixels, p.height * p.width));
     tasks = p.batch * blocks * height_bands * width_bands;
   }
+
+  // Vectors of memory.
+  int64_t ring() const {
+    return in_place ? ceil_div(ring_rows * pitch * sizeof(void*), CMF_VECTOR_BYTES) : vectors * ring_rows * pitch;
+  }
+  int64_t sums() const { return in_place ? vectors * kMaxColumns : step_rows * band_width; }
 };
 
 // f(row, column, n) for up to kGroup successive pixels (row, column), ..., row by row; `joined`: across rows' ends.
@@ -668,16 +772,17 @@ class Depthwise {
  public:
   Depthwise(const DepthwiseParams& p, Scratch& scratch) : p_(p), plan_(p) {
     const int64_t weights = plan_.vectors * p_.kernel_h * p_.kernel_w;
-    const int64_t tile = plan_.vectors * plan_.ring_rows * plan_.pitch;
-    const int64_t sums = plan_.step_rows * plan_.band_width;
-    const int64_t vectors = weights + tile + sums + plan_.vectors;
+    const int64_t vectors = weights + plan_.ring() + plan_.sums() + 2 * plan_.vectors;
     constexpr int64_t kPointwise = sizeof(Pointwise<Real>);
     void* memory = scratch.reserve(vectors * sizeof(V) + 2 * plan_.vectors * kPointwise);
     weight_ = static_cast<V*>(memory);
     tile_ = weight_ + weights;
-    sum_ = tile_ + tile;
-    start_ = sum_ + sums;
-    prologue_ = reinterpret_cast<Pointwise<Real>*>(start_ + plan_.vectors);
+    places_ = reinterpret_cast<const S**>(tile_);
+    sum_ = tile_ + plan_.ring();
+    start_ = sum_ + plan_.sums();
+    zeros_ = start_ + plan_.vectors;
+    for (int64_t v = 0; v < plan_.vectors; ++v) zeros_[v] = V{};
+    prologue_ = reinterpret_cast<Pointwise<Real>*>(zeros_ + plan_.vectors);
     epilogue_ = prologue_ + plan_.vectors;
   }
 
@@ -700,17 +805,22 @@ class Depthwise {
   }
 
  private:
-  int64_t channels_of(int64_t vector) const { return max(0, min(kLanes, channels_ - vector * kLanes)); }
+  // The first channel of a block's vector.
+  int64_t offset_of(int64_t vector) const {
+    return plan_.in_place ? min(vector * kLanes, channels_ - kLanes) : vector * kLanes;
+  }
+  int64_t channels_of(int64_t vector) const { return max(0, min(kLanes, channels_ - offset_of(vector))); }
   V* tile_row(int64_t vector, int64_t row) const {
     return tile_ + (vector * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch;
   }
+  const S** places_of(int64_t row) const { return places_ + row % plan_.ring_rows * plan_.pitch; }
 
   void load_block(int64_t block) {
-    channel_ = block * plan_.vectors * kLanes;
-    channels_ = min(plan_.vectors * kLanes, p_.channels - channel_);
+    channel_ = block * plan_.block_channels;
+    channels_ = block + 1 == plan_.blocks ? p_.channels - channel_ : plan_.block_channels;
     const int64_t taps = p_.kernel_h * p_.kernel_w;
     for (int64_t v = 0; v * kLanes < channels_; ++v) {
-      const int64_t channel = channel_ + v * kLanes;
+      const int64_t channel = channel_ + offset_of(v);
       const S* weight = static_cast<const S*>(p_.weight) + channel * taps;
       for (int64_t t = 0; t < taps; t += kLanes)
         load_pixels(weight + t, taps, 1, channels_of(v), min(kLanes, taps - t), weight_ + v * taps + t);
@@ -718,9 +828,8 @@ class Depthwise {
       prologue_[v] = load_pointwise<S>(p_.prologue, p_.dtype, channel, channels_of(v));
       epilogue_[v] = load_pointwise<S>(p_.epilogue, p_.dtype, channel, channels_of(v));
       // Few taps: the sums start from the bias, which saves a rounding. Many: it would enlarge every partial sum.
-      const bool few = min(p_.kernel_h, p_.height) * min(plan_.taps, p_.width) <= 4;
-      start_[v] = few ? epilogue_[v].bias : V{};
-      if (few) epilogue_[v].bias = V{};
+      start_[v] = plan_.few_taps ? epilogue_[v].bias : V{};
+      if (plan_.few_taps) epilogue_[v].bias = V{};
     }
   }
 
@@ -733,6 +842,13 @@ class Depthwise {
     for (int64_t h = h_begin; h < h_end; h += plan_.step_rows) {
       const int64_t rows = min(plan_.step_rows, h_end - h);
       const int64_t needed = min(p_.height, h + rows - 1 + p_.kernel_h - p_.pad_top);
+      if constexpr (longest_in_place(S::kDType) > 0) {
+        if (plan_.in_place) {
+          for (; packed < needed; ++packed) locate(packed);
+          run_row_in_place(h);
+          continue;
+        }
+      }
       pack(packed, needed);
       packed = max(packed, needed);
       for (int64_t v = 0; v * kLanes < channels_; ++v) {
@@ -743,6 +859,65 @@ class Depthwise {
         emit(v, h, rows);
       }
     }
+  }
+
+  // Where the pixels of a row lie; beside the map it is where there are zeros.
+  void locate(int64_t row) {
+    const S** to = places_of(row);
+    const int64_t first = max(0, -origin_), last = min(columns_ + plan_.taps - 1, p_.width - origin_);
+    const S* from = place_of(p_.x, p_.x_stride, row, origin_ + first);
+    const S* const zeros = reinterpret_cast<const S*>(zeros_);
+    for (int64_t i = 0; i < first; ++i) to[i] = zeros;
+    for (int64_t i = first; i < last; ++i) to[i] = from + (i - first) * p_.x_stride.w;
+    for (int64_t i = last; i < columns_ + plan_.taps - 1; ++i) to[i] = zeros;
+  }
+
+  template <class T>
+  auto place_of(T* tensor, const Strides& stride, int64_t h, int64_t w) const {
+    using Element = std::conditional_t<std::is_const_v<T>, const S, S>;
+    return static_cast<Element*>(tensor) + image_ * stride.n + channel_ * stride.c + h * stride.h + w * stride.w;
+  }
+
+  // Strip by strip, each with all channels of the block: what lies together is read and written together.
+  void run_row_in_place(int64_t h) const {
+    const int64_t top = h - p_.pad_top, first = max(0, top), last = min(p_.height, top + p_.kernel_h);
+    Strip<Real, const S*, V> strip = {};
+    strip.pitch = plan_.pitch;
+    strip.weight = weight_ + (first - top) * p_.kernel_w + plan_.first_tap;
+    strip.weight_pitch = p_.kernel_w;
+    strip.tap_rows = last - first;
+    strip.taps = plan_.taps;
+    strip.vectors = ceil_div(channels_, kLanes);
+    strip.vector_weights = p_.kernel_h * p_.kernel_w;
+    strip.vector_bytes = kLanes * sizeof(S);
+    strip.last_channel = channels_ - kLanes;
+    for_strips(columns_, [&](int64_t column, int64_t length) {
+      strip.first = places_of(first) + column;
+      strip.ring_begin = places_ + column;
+      strip.ring_end = strip.ring_begin + plan_.ring_rows * plan_.pitch;
+      strip.read = pixel_lines(p_.x, p_.x_stride, top + p_.kernel_h, column, length);
+      strip.write = pixel_lines(p_.y, p_.y_stride, h + 1, column, length);
+      convolve_strip(strip, length, sum_);
+      const S* const* z = places_of(h) + w_begin_ - origin_ + column;
+      for (int64_t v = 0; v < strip.vectors; ++v) emit_in_place(v, sum_ + v * length, length, z, h, w_begin_ + column);
+    });
+  }
+
+  // Those of the first channel vector of a strip's pixels; of the map's rows only.
+  Lines pixel_lines(const void* tensor, const Strides& stride, int64_t h, int64_t column, int64_t columns) const {
+    const char* first = reinterpret_cast<const char*>(place_of(tensor, stride, h, w_begin_ + column));
+    return {first, stride.w * int64_t(sizeof(S)), h < p_.height ? columns : 0, 0};
+  }
+
+  // The epilogue and the residual of one channel vector's strip, to memory; z: where the strip's inputs lie.
+  void emit_in_place(int64_t v, const V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
+    const Pointwise<Real> after = epilogue_[v];  // a copy, which no store can change
+    const int64_t channel = offset_of(v), step = p_.y_stride.w;
+    S* to = place_of(p_.y, p_.y_stride, h, w) + channel;
+    const bool adds = p_.residual;
+    after.apply(sums, columns, [=](int64_t i, V sum) CMF_INLINE_LAMBDA {
+      S::store(to + i * step, adds ? sum + S::load(z[i] + channel) : sum);
+    });
   }
 
   void pack(int64_t begin, int64_t end) {
@@ -809,7 +984,8 @@ class Depthwise {
 
   const DepthwiseParams& p_;
   const Plan<Real> plan_;
-  V *weight_, *tile_, *sum_, *start_;
+  V *weight_, *tile_, *sum_, *start_, *zeros_;
+  const S** places_;  // the ring, of pixels read in place
   Pointwise<Real>* prologue_;
   Pointwise<Real>* epilogue_;
   int64_t channel_, channels_;  // of the block
