@@ -87,19 +87,21 @@ def test_memory_layouts(device, layout, case):
         assert ours.stride() == torch.nn.functional.conv2d(x, x.new_ones(case.c, 1, 1, 1), groups=case.c).stride()
 
 
-@device
+@dtype
+@activation
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 7), (9, 9)], ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize("width", [2, 17, 130])
-def test_small_kernels_whatever_the_layout(device, kernel, width):
-    """On a CPU channels_last maps of such kernels are read in place, others packed, with the same sums: channels about
-    multiples of vectors and of blocks, one row and several, maps narrower than the kernel and wider than a band."""
-    for channels in (8, 15, 16, 17, 33, 257):
-        case = cases.Case(2, channels, 1 if width == 17 else 5, width, *kernel)
-        for dtype in (torch.float32, torch.bfloat16):
-            plain = check_fused(case, dtype, "contiguous", device, prologue=False)
-            for layout in ("channels_last", "channels_last_slice"):
-                ours = check_fused(case, dtype, layout, device, prologue=False)
-                assert device == "cuda" or torch.equal(ours, plain), "the same order of sums in every layout"
+def test_small_kernels_on_a_cpu_read_pixels_in_place(dtype, activation, kernel):
+    """In channels_last, where others are packed, with the same sums: channels about multiples of vectors and of blocks,
+    one row and several, maps narrower than the kernel and wider than a band."""
+    for channels in (4, 8, 15, 16, 17, 33, 257):
+        for height, width in ((5, 2), (1, 17), (4, 130)):
+            case = cases.Case(2, channels, height, width, *kernel)
+            weight, vectors = cases.make_weight(case, dtype), cases.make_vectors(case, dtype, 3)
+            for residual in (True, False):
+                packed = cf.fused_depthwise(cases.make_input(case, dtype), weight, *vectors, activation, residual)
+                for layout in ("channels_last", "channels_last_slice"):
+                    x = cases.make_input(case, dtype, layout)
+                    assert torch.equal(cf.fused_depthwise(x, weight, *vectors, activation, residual), packed)
 
 
 @device
