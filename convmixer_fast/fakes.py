@@ -13,7 +13,7 @@ from torch import Tensor
 _library = torch.library.Library("convmixer_fast", "FRAGMENT")
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_LARGEST_KERNEL = 2**31 - 1  # rows or columns
+_LARGEST_KERNEL = 2**24  # rows or columns
 _PROLOGUE = ("prologue[0] (bias)", "prologue[1] (scale)", "prologue[2] (shift)")
 
 
@@ -54,15 +54,16 @@ def _check_weight(weight: Tensor, x: Tensor, x_name: str = "x") -> None:
 
     def message() -> str:
         return (
-            f"weight must be (C, 1, kh, kw) with C = {x.shape[1]} channels as {x_name} and kh, kw >= 1, "
-            f"got {_listed(weight.shape)}"
+            f"weight must be (C, 1, kh, kw) with C = {x.shape[1]} channels as {x_name} and kh, kw from 1 to "
+            f"{_LARGEST_KERNEL}, got {_listed(weight.shape)}"
         )
 
     _require(weight.dim() == 4, message)
     _require(weight.shape[0] == x.shape[1], message)
     _require(weight.shape[1] == 1, message)
-    _require(weight.shape[2] >= 1, message)
-    _require(weight.shape[3] >= 1, message)
+    for size in weight.shape[2:]:
+        _require(size >= 1, message)
+        _require(size <= _LARGEST_KERNEL, message)
 
 
 def _check_vector(name: str, vector: Tensor, x: Tensor, dtype: torch.dtype) -> None:
@@ -173,12 +174,13 @@ def _(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> tuple[
     _check_map("gy", gy)
     for size, expected in zip(gy.shape, x.shape):
         _require(size == expected, lambda: f"gy must have x's shape {_listed(x.shape)}, got {_listed(gy.shape)}")
+
+    def message() -> str:
+        return f"kernel_h and kernel_w must be from 1 to {_LARGEST_KERNEL}, got {kernel_h} and {kernel_w}"
+
     for size in (kernel_h, kernel_w):
-        for fits in (size >= 1, size <= _LARGEST_KERNEL):
-            _require(
-                fits,
-                lambda: f"kernel_h and kernel_w must be from 1 to {_LARGEST_KERNEL}, got {kernel_h} and {kernel_w}",
-            )
+        _require(size >= 1, message)
+        _require(size <= _LARGEST_KERNEL, message)
     channels = x.shape[1]
     return x.new_empty((channels, 1, kernel_h, kernel_w)), x.new_empty((channels if bias else 0,))
 

@@ -169,6 +169,10 @@ inline Tensor empty_output(const Tensor& x) {
                                {or_one(c) * or_one(h) * or_one(w), or_one(h) * or_one(w), or_one(w), 1});
 }
 
+constexpr int64_t kLargestKernel = 1 << 24;  // rows or columns, which every plan can count with in 32 bits
+
+inline bool is_kernel_size(int64_t size) { return 1 <= size && size <= kLargestKernel; }
+
 inline void check_map(const char* argument, const Tensor& x) {
   check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
 }
@@ -194,10 +198,10 @@ inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* 
   check_beside("weight", weight, x, x_name);
   check(weight.scalar_type() == x.scalar_type(), "weight must have ", x_name, "'s dtype ", name_of(x.scalar_type()),
         ", got ", name_of(weight.scalar_type()));
-  check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(2) >= 1 &&
-            weight.size(3) >= 1,
-        "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as ", x_name, " and kh, kw >= 1, got ",
-        ShapeOf{weight});
+  check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && is_kernel_size(weight.size(2)) &&
+            is_kernel_size(weight.size(3)),
+        "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as ", x_name, " and kh, kw from 1 to ",
+        kLargestKernel, ", got ", ShapeOf{weight});
   return contiguous<4>("weight", weight);
 }
 
@@ -333,8 +337,6 @@ Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
   return gx;
 }
 
-constexpr int64_t kLargestKernel = 0x7fffffff;  // rows or columns, whose product then fits 64 bits
-
 // The gradients of depthwise_conv2d's weight and, if `bias`, of its bias (else of no elements).
 template <class Backend>
 std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor& gy, int64_t kernel_h, int64_t kernel_w,
@@ -348,9 +350,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor&
   bool same_shape = true;
   for (int64_t d = 0; d < 4; d++) same_shape = same_shape && gy.size(d) == x.size(d);
   check(same_shape, "gy must have x's shape ", ShapeOf{x}, ", got ", ShapeOf{gy});
-  const auto is_side = [](int64_t size) { return 1 <= size && size <= kLargestKernel; };
-  check(is_side(kernel_h) && is_side(kernel_w), "kernel_h and kernel_w must be from 1 to ", kLargestKernel, ", got ",
-        kernel_h, " and ", kernel_w);
+  check(is_kernel_size(kernel_h) && is_kernel_size(kernel_w), "kernel_h and kernel_w must be from 1 to ",
+        kLargestKernel, ", got ", kernel_h, " and ", kernel_w);
   const int64_t channels = x.size(1);
   Tensor gweight = empty_strided_like<4>(x, {channels, 1, kernel_h, kernel_w},
                                          {kernel_h * kernel_w, kernel_h * kernel_w, kernel_w, 1});
