@@ -200,6 +200,7 @@ def test_onnx_of_a_step_into_given_memory(tmp_path):
 
 def test_onnx_of_a_script():
     """Whose graph the older exporter does not trace."""
+    onnx = pytest.importorskip("onnx")
 
     class Step(nn.Module):
         def forward(self, x, weight):
@@ -210,11 +211,13 @@ def test_onnx_of_a_script():
         torch.onnx.export(
             torch.jit.script(Step()), (torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 2)), file, dynamo=False
         )
-    exported = pytest.importorskip("onnx").load_from_string(file.getvalue())
+    exported = onnx.load_from_string(file.getvalue())
     assert depthwise_nodes(exported) == [(2, (3, 2), (1, 0, 1, 1))]
 
 
 def test_onnx_of_a_weight_of_any_size_names_it(tmp_path):
+    pytest.importorskip("onnx")
+
     class Convolve(nn.Module):
         def forward(self, x, weight):
             return convmixer_fast.depthwise_conv2d(x, weight)
@@ -229,6 +232,7 @@ def test_onnx_of_a_weight_of_any_size_names_it(tmp_path):
 @pytest.mark.parametrize("first, second", [("convmixer_fast", "torch.onnx"), ("torch.onnx", "convmixer_fast")])
 def test_imports_in_either_order(first, second):
     """The package leaves torch.onnx alone, which takes longer to import than it does."""
+    pytest.importorskip("onnx")
     code = f"""
 import io, sys, torch
 import {first}
