@@ -116,6 +116,8 @@ def _check_calls(model: nn.Module) -> None:
             raise ValueError(f"{what} is in training mode, accepted: eval mode, model.eval()")
         if "_orig_mod" in module._modules:
             raise ValueError(f"{what} was made by torch.compile, accepted: the module that it was given, ._orig_mod")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{what} was made by torch.jit, accepted: the module that it was given")
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             raise ValueError(f"{what} has the forward hook {_name(hook)}, accepted: none; remove it first")
         for method in _methods(type(module)):
@@ -404,8 +406,8 @@ class _Leaves:
 
 
 def _forward_name(module: nn.Module) -> str:
-    forward = type(module).forward
-    return f"{forward.__module__}.{forward.__qualname__}"
+    forward = type(module).forward  # a function, but for scripted modules
+    return f"{forward.__module__}.{getattr(forward, '__qualname__', '')}"
 
 
 def _is_chain(module: nn.Module) -> bool:

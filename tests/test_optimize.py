@@ -304,7 +304,7 @@ def test_scripts(tmp_path, kind, dtype):
     within = torch.jit.script(nn.Sequential(nn.Identity(), copy.deepcopy(optimized)))
     torch.jit.save(scripted, tmp_path / "scripted.pt")
     loaded = torch.jit.load(tmp_path / "scripted.pt")
-    for shape in ((32, 3, 11, 10), (2, 3, 8, 20)):
+    for shape in ((32, 3, 11, 10), (16, 3, 8, 20)):
         x = images(dtype, shape=shape)
         with torch.no_grad():
             eager = model(x)
@@ -633,6 +633,14 @@ OTHER_NETWORKS = {
     "torch.compile of all": (
         lambda: torch.compile(build("plain"), backend="eager"),
         "model is OptimizedModule, accepted: convmixer_fast.ConvMixer, timm's ConvMixer, nn.Sequential; pass model.",
+    ),
+    "torch.jit": (
+        lambda: replaced("1", torch.jit.script)(build("plain")),
+        "model.1 (RecursiveScriptModule) was made by torch.jit, accepted: the module that it was given",
+    ),
+    "torch.jit of all": (
+        lambda: torch.jit.script(build("plain")),
+        "model is RecursiveScriptModule, accepted: convmixer_fast.ConvMixer",
     ),
     "DataParallel": (lambda: nn.DataParallel(build("plain")), "nn.Sequential; pass model.module"),
     "meta": (lambda: build("plain").to("meta"), "model.0.weight is on meta, accepted: cpu or cuda"),
