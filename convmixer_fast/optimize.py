@@ -406,8 +406,8 @@ class _Leaves:
 
 
 def _forward_name(module: nn.Module) -> str:
-    forward = type(module).forward  # a function, but for scripted modules
-    return f"{forward.__module__}.{getattr(forward, '__qualname__', '')}"
+    forward = getattr(type(module), "forward", None)  # classes of torch.jit have none
+    return f"{forward.__module__}.{forward.__qualname__}" if isinstance(forward, FunctionType) else ""
 
 
 def _is_chain(module: nn.Module) -> bool:
