@@ -744,9 +744,3 @@ def test_what_is_the_same_network(what):
     with torch.no_grad():
         expected = model.forward(x)
     torch.testing.assert_close(optimize(model)(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_inside_autocast(model):
-    with torch.autocast("cpu", torch.bfloat16):
-        optimized = optimize(model)
-    assert torch.equal(optimized(images()), optimize(model)(images()))
