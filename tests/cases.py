@@ -1,5 +1,6 @@
 """Hostile inputs, once: shapes, kernel sizes and memory layouts that every implementation must get right."""
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 def slow(*values):
     """These values of a parameter, for `make test-all` alone."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def fuzz_run(cases):
+    """How many cases a test of `-m fuzz` tries, and from which seed on: CMF_FUZZ_CASES and CMF_FUZZ_SEED, or these."""
+    return tuple(int(os.environ.get(name, other)) for name, other in (("CMF_FUZZ_CASES", cases), ("CMF_FUZZ_SEED", 1)))
 
 
 class Case(NamedTuple):

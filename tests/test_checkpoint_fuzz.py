@@ -7,7 +7,6 @@ SECONDS: a file that takes longer is a finding."""
 import collections
 import io
 import json
-import os
 import random
 import signal
 import zipfile
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 import safetensors.torch
 import torch
+from cases import fuzz_run
 from networks import plain_convmixer, randomize
 from test_checkpoint import View, limited_memory
 
@@ -298,10 +298,7 @@ def test_some_changes(tmp_path):
 @pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
 def test_fuzz(tmp_path):
-    """CMF_FUZZ_CASES files from seed CMF_FUZZ_SEED."""
-    count, seed = (
-        int(os.environ.get(name, default)) for name, default in (("CMF_FUZZ_CASES", 30_000), ("CMF_FUZZ_SEED", 1))
-    )
+    count, seed = fuzz_run(10_000)
     outcomes = run(tmp_path / "gelu.pt", seed, count)
     print(f"{count} files of seed {seed}: {dict(outcomes)}")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import random
 
 import cases
@@ -329,10 +328,8 @@ def test_planted_bug(name):
 
 @pytest.mark.fuzz
 def test_fuzz():
-    """CMF_FUZZ_CASES random cases from seed CMF_FUZZ_SEED, on devices of three sizes."""
-    count, seed = (
-        int(os.environ.get(name, default)) for name, default in (("CMF_FUZZ_CASES", 2000), ("CMF_FUZZ_SEED", 1))
-    )
+    """On devices of three sizes."""
+    count, seed = cases.fuzz_run(2000)
     with contextlib.ExitStack() as stack:
         devices = [
             stack.enter_context(contextlib.closing(EmulatedOps(arch, sm_count=sms)))

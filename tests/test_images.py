@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import fuzz_run
 
 images = pytest.importorskip("convmixer_fast.images")
 from PIL import Image, UnidentifiedImageError, features  # noqa: E402
@@ -512,19 +513,16 @@ def test_damaged_files_are_read_or_named(capfd, tmp_path):
     assert outcomes["read"] > 40 and sum(outcomes.values()) - outcomes["read"] > 40, outcomes
 
 
-FUZZ_FILES = int(os.environ.get("CMF_FUZZ_FILES", 30_000))
-
-
 @pytest.mark.fuzz
 def test_many_damaged_files_are_read_or_named(tmp_path):
-    """In a process of its own, whose memory is watched: CMF_FUZZ_FILES of them, from the time of day as the seed."""
-    seed = int(os.environ.get("CMF_FUZZ_SEED", time.time()))
+    """In a process of its own, whose memory is watched."""
+    count, seed = fuzz_run(10_000)
     code = f"""
 import resource, sys
 from pathlib import Path
 from test_images import images, try_damaged
 with images.quiet_decoders():
-    outcomes, slowest = try_damaged(Path(sys.argv[1]), {FUZZ_FILES}, {seed})
+    outcomes, slowest = try_damaged(Path(sys.argv[1]), {count}, {seed})
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print("seed {seed}:", sum(outcomes.values()), "files,", dict(outcomes.most_common()))
 print(f"slowest {{slowest:.1f}} s, peak {{peak:.0f}} MiB")

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from cases import fuzz_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convmixer_fast as cf
@@ -238,8 +239,8 @@ def test_fakes_and_kernels_agree(name):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", NAMES)
 def test_fakes_and_kernels_agree_at_length(name):
-    count = 3000
-    print(f"{name}: {count} calls, {run(name, range(1000, 1000 + count))} of them computed")
+    count, seed = fuzz_run(3000)
+    print(f"{name}: {count} calls from seed {seed} on, {run(name, range(seed, seed + count))} of them computed")
 
 
 @pytest.mark.parametrize("inference", [False, True])
