@@ -97,8 +97,7 @@ def fused_depthwise(
     operands = (x, weight, bias, scale, shift, _activation(activation), residual, *vectors)
     if out is None:
         return _call(_ops.fused_depthwise.default, *operands)
-    _call(_ops.fused_depthwise.out, *operands, out=out)
-    return out
+    return _write(_ops.fused_depthwise.out, *operands, out=out)
 
 
 def activate_pool(
@@ -123,8 +122,7 @@ def activate_pool(
     arguments = (x, bias, scale, shift, _activation(activation))
     if out is None:
         return _call(_ops.activate_pool.default, *arguments)
-    _call(_ops.activate_pool.out, *arguments, out=out)
-    return out
+    return _write(_ops.activate_pool.out, *arguments, out=out)
 
 
 def _check_types(x: object, weight: object, bias: object) -> None:
@@ -156,6 +154,14 @@ def check_inference(**arguments: Tensor | tuple[Tensor, ...] | None) -> None:
                     f"{name} requires a gradient, which this operator does not give: "
                     "call it under torch.no_grad() or torch.inference_mode(), or detach the tensor"
                 )
+
+
+def _write(op: torch._ops.OpOverload, *arguments: Any, out: Tensor) -> Tensor:
+    """out, once the operator has written it."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError("out cannot be exported to ONNX with dynamo=False, which drops the write: leave it None")
+    _call(op, *arguments, out=out)
+    return out
 
 
 def _call(op: torch._ops.OpOverload, *arguments: Any, **out: Tensor) -> Any:

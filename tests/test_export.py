@@ -164,6 +164,15 @@ def test_onnx_opsets(opset, dynamo, tmp_path):
     assert_runs_as_torch(tmp_path / "model.onnx", model, x)
 
 
+def test_onnx_without_a_write_that_the_exporter_would_drop(tmp_path):
+    x, vector = torch.randn(1, 3, 5, 6), torch.randn(3)
+    arguments = x, torch.randn(3, 1, 3, 3), vector, vector, vector
+    with pytest.raises(RuntimeError, match="out cannot be exported to ONNX with dynamo=False"):
+        torch.onnx.export(IntoOut(), arguments, tmp_path / "model.onnx", dynamo=False)
+    traced = torch.jit.trace(IntoOut(), arguments)
+    assert torch.equal(traced(*arguments), IntoOut()(*arguments))
+
+
 @pytest.mark.parametrize("dynamo", EXPORTERS)
 def test_onnx_in_float64(dynamo, tmp_path):
     """In which ONNX Runtime has no convolution. onnx's evaluator has, but no exact Erf: so the activation is ReLU."""

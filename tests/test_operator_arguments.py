@@ -90,7 +90,8 @@ class Draw:
     def spoilt(self, tensor, arguments):
         kind = self.random.choice(["dtype", "device", "dim", "size", "layout", "alias"])
         if kind == "dtype":
-            return tensor.to(self.random.choice(DTYPES + OTHER_DTYPES))
+            real = tensor.real if tensor.is_complex() else tensor
+            return real.to(self.random.choice(DTYPES + OTHER_DTYPES))
         if kind == "device":
             return tensor.to("meta")
         if kind == "dim":
