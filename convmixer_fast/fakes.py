@@ -6,6 +6,7 @@ Where sizes are symbols, a check becomes a condition of the traced program.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,6 +193,7 @@ def _check_fused(
     scale: Tensor,
     shift: Tensor,
     activation: int,
+    residual: bool,
     *prologue: Tensor | None,
 ) -> dict[str, Tensor]:
     """The tensors that the kernel reads, by name."""
@@ -208,33 +210,14 @@ def _check_fused(
 
 
 @torch.library.register_fake("convmixer_fast::fused_depthwise", lib=_library)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: int,
-    residual: bool,
-    *prologue: Tensor | None,
-) -> Tensor:
-    _check_fused(x, weight, bias, scale, shift, activation, *prologue)
-    return _like(x)
+def _(*arguments: Any) -> Tensor:
+    return _like(_check_fused(*arguments)["x"])
 
 
 @torch.library.register_fake("convmixer_fast::fused_depthwise.out", lib=_library)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: int,
-    residual: bool,
-    *prologue: Tensor | None,
-    out: Tensor,
-) -> None:
-    _check_output(out, x.shape, _check_fused(x, weight, bias, scale, shift, activation, *prologue))
+def _(*arguments: Any, out: Tensor) -> None:
+    inputs = _check_fused(*arguments)
+    _check_output(out, inputs["x"].shape, inputs)
 
 
 def _check_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int) -> dict[str, Tensor]:
@@ -248,13 +231,13 @@ def _check_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activatio
 
 
 @torch.library.register_fake("convmixer_fast::activate_pool", lib=_library)
-def _(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int) -> Tensor:
-    _check_pool(x, bias, scale, shift, activation)
+def _(*arguments: Any) -> Tensor:
+    x = _check_pool(*arguments)["x"]
     return x.new_empty(x.shape[:2])
 
 
 @torch.library.register_fake("convmixer_fast::activate_pool.out", lib=_library)
-def _(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int, *, out: Tensor) -> None:
-    inputs = _check_pool(x, bias, scale, shift, activation)
-    _check_output(out, x.shape[:2], inputs)
+def _(*arguments: Any, out: Tensor) -> None:
+    inputs = _check_pool(*arguments)
+    _check_output(out, inputs["x"].shape[:2], inputs)
     _require(out.is_contiguous(), lambda: f"out must be contiguous, got strides {_listed(out.stride())}")

@@ -136,9 +136,7 @@ void check_shape(const char* argument, const Tensor& tensor, std::initializer_li
   bool fits = tensor.scalar_type() == type && tensor.is_contiguous() && tensor.dim() == int64_t(shape.size());
   int64_t d = 0;
   for (int64_t size : shape) fits = fits && tensor.size(d++) == size;
-  std::ostringstream wanted;
-  for (int64_t size : shape) wanted << (wanted.tellp() == 0 ? "(" : ", ") << size;
-  check(fits, argument, " must be contiguous, ", name_of(type), ' ', wanted.str(), "), got ",
+  check(fits, argument, " must be contiguous, ", name_of(type), ' ', Listed{shape.begin(), shape.size()}, ", got ",
         tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
 }
 

@@ -34,22 +34,33 @@ void check(bool condition, const Parts&... message) {
   throw std::runtime_error(text.str());
 }
 
+template <class Value>
+std::ostream& print_list(std::ostream& out, int64_t count, Value value) {
+  out << '(';
+  for (int64_t i = 0; i < count; i++) out << (i ? ", " : "") << value(i);
+  return out << ')';
+}
+
+struct Listed {  // prints as (2, 3)
+  const int64_t* values;
+  size_t count;
+};
+inline std::ostream& operator<<(std::ostream& out, Listed list) {
+  return print_list(out, list.count, [&](int64_t i) { return list.values[i]; });
+}
+
 struct ShapeOf {  // prints as (2, 3)
   const Tensor& tensor;
 };
 inline std::ostream& operator<<(std::ostream& out, ShapeOf shape) {
-  out << '(';
-  for (int64_t d = 0; d < shape.tensor.dim(); d++) out << (d ? ", " : "") << shape.tensor.size(d);
-  return out << ')';
+  return print_list(out, shape.tensor.dim(), [&](int64_t d) { return shape.tensor.size(d); });
 }
 
 struct StridesOf {  // prints as (3, 1)
   const Tensor& tensor;
 };
 inline std::ostream& operator<<(std::ostream& out, StridesOf strides) {
-  out << '(';
-  for (int64_t d = 0; d < strides.tensor.dim(); d++) out << (d ? ", " : "") << strides.tensor.stride(d);
-  return out << ')';
+  return print_list(out, strides.tensor.dim(), [&](int64_t d) { return strides.tensor.stride(d); });
 }
 
 inline const char* name_of(ScalarType type) {
@@ -129,11 +140,8 @@ Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   const AtenTensorHandle handle = allocate(x, kDims, sizes.data(), strides.data(), dtype);
-  if (!handle) {
-    std::ostringstream shape;
-    for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
-    check(false, kAllocationFailed, what, ", ", shape.str(), ") of ", name_of(x.scalar_type()));
-  }
+  check(handle != nullptr, kAllocationFailed, what, ", ", Listed{sizes.data(), kDims}, " of ",
+        name_of(x.scalar_type()));
   return Tensor(handle);
 }
 
@@ -278,9 +286,7 @@ void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std
         name_of(out.scalar_type()));
   bool fits = out.dim() == static_cast<int64_t>(kDims);
   for (size_t d = 0; d < kDims && fits; d++) fits = out.size(d) == sizes[d];
-  std::ostringstream shape;
-  for (int64_t size : sizes) shape << (shape.tellp() == 0 ? "(" : ", ") << size;
-  check(fits, "out must be ", shape.str(), "), got ", ShapeOf{out});
+  check(fits, "out must be ", Listed{sizes.data(), kDims}, ", got ", ShapeOf{out});
   check(is_injective(out), "out must have memory of its own for each element, got strides ", StridesOf{out});
   for (const Input& input : inputs) {
     check(!share_memory(out, input.tensor), "out must not share memory with ", input.name);
