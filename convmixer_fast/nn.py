@@ -28,7 +28,7 @@ if importlib.util.find_spec("torch.nn.utils._expanded_weights"):  # private: a l
     _WEIGHTS += (ExpandedWeight,)
 
 # The least side of a kernel that replace_depthwise replaces unless told otherwise, by the weight's device, where it is
-# not 1. On a CPU, PyTorch's 3x3 was measured to be faster on channels_last maps.
+# not 1. On a CPU, PyTorch's 3x3 was measured to be faster on large channels_last maps (docs/worklog.md).
 _LEAST_KERNEL_SIZE = {"cpu": 4}
 
 _UNLIKE_CONV2D: dict[type[nn.Module], str] = {
@@ -196,7 +196,7 @@ def replace_depthwise(
     Args:
         model: any module, changed in place.
         min_kernel_size: the least that the larger side of a kernel must have. None: 4 while the weights are on a CPU,
-            where PyTorch's 3x3 is faster on channels_last maps, else 1, which takes all.
+            where PyTorch's 3x3 is faster on large channels_last maps, else 1, which takes all.
         filter: called with the path and the module of each that qualifies, replaces it if it returns True.
 
     Returns:
