@@ -86,7 +86,7 @@ def _check_file(path: Path) -> None:
     machine, table, entry_size, entries = struct.unpack_from("<18xH20xQ10xHH", header)
     if machine != _ELF_MACHINES.get(os.uname().machine, machine):
         raise OSError(f"it is for another processor (ELF machine {machine}) than this one, {os.uname().machine}")
-    end = table + entry_size * entries  # of the table of sections, the last in the file
+    end = table + entry_size * entries  # the table of sections ends the file
     if size < end:
         raise OSError(f"the file is truncated: {size} bytes of {end}")
 

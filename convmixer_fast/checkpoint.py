@@ -19,7 +19,7 @@ from .model import ACTIVATIONS, ALIASES, VARIANTS, ConvMixer, check_activation
 from .stored import read_content
 
 MAX_DEPTH = 1024  # layers, which are built one by one; the paper's deepest model has 32
-_MAX_NESTING = 4  # of the dicts and lists in which weights are looked for
+_MAX_NESTING = 4  # levels of dicts and lists in which weights are looked for
 _MAX_PREFIX = 200  # characters
 _MAX_FOUND = 16
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

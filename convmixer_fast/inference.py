@@ -48,7 +48,7 @@ class OptimizedConvMixer(nn.Module):
     vectors: Tensor
     head_weight: Tensor | None
     head_bias: Tensor | None
-    pool: str = "avg"  # of a module that was pickled before there were others
+    pool: str = "avg"  # what a module has that was pickled before there were others
     flatten: bool = True
 
     def __init__(

@@ -11,7 +11,7 @@ from .files import replacing
 from .model import ConvMixer
 
 WIDTH, LARGEST_FILTER = 2000, 240  # pixels at most: of a picture, unless its filters are many; of a filter's side
-MAX_PIXELS = 1 << 25  # of a picture, each at least a weight: colours take up to 60 bytes a weight while computed
+MAX_PIXELS = 1 << 25  # a picture's, each at least a weight: colours take up to 60 bytes per weight while computed
 GAP, MARGIN, FONT_SIZE = 3, 16, 20
 GREY = 80  # between filters, since white is a weight of 0
 SIGNS = "blue negative, red positive"

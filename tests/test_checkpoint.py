@@ -595,7 +595,7 @@ def unicode(text):
         (b"\x80\x02X\xff\xff\xff\xffk.", "damaged"),  # a text of 4 gigabytes
         (b"\x80\x02j\xff\xff\xff\x7f.", "damaged"),  # gets what was not put
         (b"\x80\x02Nr\xff\xff\xff\x7f.", "but NoneType"),  # puts into the two billionth place
-        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R.", "damaged"),  # of a terabyte
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R.", "damaged"),  # it would have a terabyte
         (b"\x80\x02ctorch\nTensor\n\x8a\x06\0\0\0\0\0\x01\x85R.", "damaged"),
         (b"\x80\x02cnumpy\nndarray\n\x8a\x06\0\0\0\0\0\x01\x85R.", "but Ignored"),
         (b"\x80\x02c\x1b[2J\nx\n)R.", r"GLOBAL \\x1b\[2J\.x was not"),

@@ -21,7 +21,7 @@ from test_checkpoint import View, limited_memory
 
 from convmixer_fast import ConvMixer, load_checkpoint
 
-SECONDS = 60  # of the clock; one file takes about a hundredth of a second, more on a busy machine
+SECONDS = 60  # by the clock; one file takes about a hundredth of a second, more on a busy machine
 SIZES = dict(dim=3, depth=2, kernel_size=3, patch_size=2, n_classes=2, in_channels=1)
 
 

@@ -404,7 +404,7 @@ def test_decoders_write_no_lines_of_their_own(capfd, tmp_path, monkeypatch, chec
     deflated.write_bytes(content)
     photo(40, 50).save(samples)
     content = bytearray(samples.read_bytes())
-    place = content.index(b"\x15\x01\x03\x00\x01\x00\x00\x00") + 8  # of the samples per pixel, tag 277
+    place = content.index(b"\x15\x01\x03\x00\x01\x00\x00\x00") + 8  # where the samples per pixel are, tag 277
     content[place : place + 2] = b"\x00\x40"
     samples.write_bytes(content)
 

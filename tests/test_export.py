@@ -22,7 +22,7 @@ from convmixer_fast import ConvMixer, DepthwiseConv2d, decompositions, export, o
 from convmixer_fast.ops import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMS = ["aoti", "program", "decomposed", "torchscript", "onnx"]  # of docs/deployment.md
+FORMS = ["aoti", "program", "decomposed", "torchscript", "onnx"]  # those on docs/deployment.md
 EXPORTERS = [False, pytest.param(True, marks=pytest.mark.slow)]  # dynamo=
 _ops = torch.ops.convmixer_fast
 

@@ -16,7 +16,7 @@ from convmixer_fast import ConvMixer, replace_depthwise, restore_depthwise
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
-CHANGES = {  # of attributes, after which PyTorch's kernels compute the convolution
+CHANGES = {  # new attributes, with which PyTorch's kernels compute the convolution
     "dilated": dict(dilation=(2, 2), padding=(6, 6)),
     "circular": dict(padding_mode="circular"),
     "unpadded": dict(padding=(0, 0)),

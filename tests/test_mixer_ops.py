@@ -364,7 +364,7 @@ def no_scratch_forward(batch):
     start_threads()
     x, weight = images(int(batch), 16, 8, 8), images(16, 1, 255, 255)
     y = fails_and_recovers(lambda: convmixer_fast.depthwise_conv2d(x, weight), 512 << 10)
-    reach = weight[:, :, 120:135, 120:135]  # of the map; the other taps only meet padding
+    reach = weight[:, :, 120:135, 120:135]  # these taps reach the map; the others only meet padding
     reference = F.conv2d(x.double(), reach.double(), padding=7, groups=16)
     torch.testing.assert_close(y.double(), reference, rtol=1e-4, atol=1e-4)
 

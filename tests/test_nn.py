@@ -110,7 +110,7 @@ def pair_of_convolutions(kernel_size=5, **options):
     return theirs, ours
 
 
-CHANGES = {  # of the attributes, and whether they are ours still
+CHANGES = {  # new attributes, and whether they are ours still
     "dilated": (dict(dilation=(2, 2), padding=(4, 4)), False),
     "dilated, as a number": (dict(dilation=2, padding=4), False),
     "strided": (dict(stride=(2, 2)), False),

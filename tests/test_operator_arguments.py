@@ -142,7 +142,7 @@ def check(name, arguments):
     """The verdicts agree; what is computed is right. Returns whether it was computed."""
     copies = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     real = call(name, arguments)
-    with FakeTensorMode() as mode:  # of tensors that share memory it makes such that share it
+    with FakeTensorMode() as mode:  # it makes of tensors that share memory such that share it
         fakes = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         fake = call(name, fakes)
     described = f"{name}({', '.join(f'{k}={describe(v)}' for k, v in arguments.items())})"

@@ -32,8 +32,8 @@ namespace {
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// Of n things in as few shares as there can be of at most `most` each, all about as large. (A division takes as long as
-// dozens of multiply-adds; most n need none.)
+// The size of a share where n things are cut into as few as there can be of at most `most` each, all about as large. A
+// division takes as long as dozens of multiply-adds; most n need none.
 constexpr int64_t equal_share(int64_t n, int64_t most) { return n <= most ? n : ceil_div(n, ceil_div(n, most)); }
 
 // ---------------------------------------------------------------------------------------------------- vectors
@@ -435,11 +435,11 @@ struct Strip {
   const Weight* weight;
   int64_t weight_pitch;
   int64_t tap_rows, taps;
-  Vec<Real> start;             // of the sums
+  Vec<Real> start;             // what the sums start from
   Lines read, write;           // that are needed soon
-  int64_t vectors = 1;         // of channels; more than one of inputs in memory only
+  int64_t vectors = 1;         // channel vectors; more than one for inputs in memory only
   int64_t vector_weights = 0;  // from one vector's weights to the next one's
-  int64_t vector_bytes = 0;    // of memory, for prefetching
+  int64_t vector_bytes = 0;    // in memory, for prefetching
   int64_t last_channel = 0;    // where the last vector begins: it may overlap the one before
 };
 
@@ -464,7 +464,7 @@ struct TapRows {
   const Strip<Real, Input, Weight>& strip;
   const Input* input = strip.first;
   const Weight* weight = strip.weight;
-  int64_t channel = 0, first_byte = 0;  // of the channel vector
+  int64_t channel = 0, first_byte = 0;  // where the channel vector begins
   int64_t passed = 0;
 
   CMF_INLINE void start_vector(int64_t v) {
@@ -650,7 +650,7 @@ struct Plan {
   static constexpr int64_t kChannels = 64;             // of a block, at most: 256 bytes of float32 at a time
   static constexpr int64_t kChannelsInPlace = 256;     // the same, of pixels read in place: sums that fit the L1 cache
   static constexpr int64_t kScratchBytes = 512 << 10;  // of the ring: half of a usual L2 cache
-  static constexpr int64_t kPixels = 128;              // of a step, or of a band, at least
+  static constexpr int64_t kPixels = 128;              // at least so many in a step, or in a band
   static constexpr int64_t kTasks = 64;                // wanted, for the threads to share
   static constexpr int64_t kGroupPixels = 1024;        // of the images that use a block's weights one after another
 
@@ -660,7 +660,7 @@ struct Plan {
   int64_t band_width = 0, width_bands = 0, pitch = 0;
   int64_t step_rows = 0, ring_rows = 0;
   int64_t vectors = 0, blocks = 0;
-  int64_t block_channels = 0;  // of every block but the last, which has the rest
+  int64_t block_channels = 0;  // in every block but the last, which has the rest
   int64_t band_height = 0, height_bands = 0;
   int64_t images = 0;  // that run through a block before the next block's turn
   int64_t tasks = 0;
