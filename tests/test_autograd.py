@@ -474,7 +474,7 @@ def test_errors_of_dgrad(arguments, message):
         (dict(gy=torch.zeros(2, 5, 6)), "gy must be .N, C, H, W., got 3 dimensions"),
         (dict(gy=torch.zeros(2, 5, 6, 8)), r"gy must have x's shape \(2, 5, 6, 7\), got \(2, 5, 6, 8\)"),
         (dict(gy=torch.zeros(2, 5, 6, 7).half()), "gy must have x's dtype float32, got float16"),
-        (dict(kernel_w=0), "kernel_h and kernel_w must be at least 1, got 3 and 0"),
+        (dict(kernel_w=0), "kernel_h and kernel_w must be from 1 to 16777216, got 3 and 0"),
     ],
 )
 def test_errors_of_wgrad(change, message):
