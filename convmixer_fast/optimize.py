@@ -43,7 +43,8 @@ _REASONS = {
     Residual: "the fused step adds its input in the spatial half of every layer or of none, and nowhere else",
     nn.LayerNorm: "its mean and variance depend on the image, so it is no fixed scale and shift",
 }
-# In units of the largest value. Two orders of the same sums in float64 differ by 3e-16 of it in the paper's largest networks.
+# In units of the largest value, of which two orders of the same sums in float64 differ by 3e-16 in the paper's largest
+# networks.
 _TOLERANCE = 1e-6
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _Module = TypeVar("_Module", bound=nn.Module)
