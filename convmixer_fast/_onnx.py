@@ -13,7 +13,8 @@ from torch._C import TensorType, Value
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.onnx.symbolic_helper import parse_args
 
-from .export import ACTIVATION_NAMES, decompositions, pads
+from .export import ACTIVATION_NAMES, decompositions
+from .reference import same_padding
 
 # ----------------------------------------------------------------------------------- torch.onnx.export(dynamo=True)
 #
@@ -61,7 +62,7 @@ def _conv(g: Any, x: Value, weight: Value, sizes: list[int] | None, *bias: Value
     if sizes is None:
         raise onnx.errors.SymbolicValueError("weight has no known shape, accepted: a known one, not dynamic", weight)
     channels, _, kernel_h, kernel_w = sizes
-    left, right, top, bottom = pads(kernel_h, kernel_w)
+    left, right, top, bottom = same_padding(kernel_h, kernel_w)
     return g.op(
         "Conv",
         x,

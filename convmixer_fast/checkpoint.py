@@ -324,5 +324,5 @@ def _describe(value: object) -> str:
 
 
 def _shown(text: object, limit: int = 60) -> str:
-    """Text from the file for an error message, where an escaped character may take the place of ten."""
-    return printable(printable(text, limit), limit)
+    """Text from the file, for an error message."""
+    return printable(text, limit)

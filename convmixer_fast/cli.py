@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -259,6 +259,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="convmixer-fast", description="ConvMixer inference on fused operators")
     parser.add_argument("--version", action="version", version=f"convmixer_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    ema: dict[str, Any] = dict(
+        action=argparse.BooleanOptionalAction, help="whether to take the averaged weights, where there are"
+    )
 
     command = commands.add_parser("info", help="what was built and what is in use", description=info.__doc__)
     command.add_argument("--json", action="store_true", help="as a JSON object")
@@ -276,9 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argument("images", metavar="IMAGE", nargs="+", type=file_path, help="image file, or folder of them")
     argument("--checkpoint", metavar="F", type=file_path, required=True, help="the model's weights")
     argument("--activation", choices=("gelu", "relu"), help="needed where the checkpoint's name does not tell")
-    argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="whether to take the averaged weights, where there are"
-    )
+    argument("--ema", **ema)
     argument("--labels", metavar="F", type=file_path, help="the classes' names, one a line")
     argument("--topk", metavar="K", type=positive, default=5, help="lines an image at most (%(default)s)")
     argument("--image-size", metavar="S", type=positive, default=224, help="side of the input (%(default)s pixels)")
@@ -290,9 +291,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("weights", help="draw a checkpoint's filters", description=draw.__doc__)
     argument = command.add_argument
     argument("checkpoint", metavar="CHECKPOINT", type=file_path, help="the model's weights")
-    argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="whether to take the averaged weights, where there are"
-    )
+    argument("--ema", **ema)
     argument("-o", "--output", metavar="DIR", type=file_path, required=True, help="folder for the pictures")
     command.set_defaults(run=draw, parser=command)
 

@@ -43,22 +43,11 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     }
 
 
-def _fused_depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: int,
-    residual: bool,
-    prologue_bias: Tensor | None,
-    prologue_scale: Tensor | None,
-    prologue_shift: Tensor | None,
-) -> Tensor:
-    prologue = None
-    if prologue_bias is not None and prologue_scale is not None and prologue_shift is not None:
-        prologue = prologue_bias, prologue_scale, prologue_shift
-    return reference.fused_depthwise(x, weight, bias, scale, shift, ACTIVATION_NAMES[activation], residual, prologue)
+def _fused_depthwise(*arguments: Any) -> Tensor:
+    *operands, activation, residual, bias, scale, shift = arguments
+    prologue = None if bias is None else (bias, scale, shift)
+    run: Callable[..., Tensor] = reference.fused_depthwise
+    return run(*operands, ACTIVATION_NAMES[activation], residual, prologue)
 
 
 def _activate_pool(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: int) -> Tensor:
@@ -72,22 +61,16 @@ def _into_out(function: Callable[..., Tensor]) -> Callable[..., None]:
     return run
 
 
-def pads(kernel_h: int, kernel_w: int) -> tuple[int, int, int, int]:
-    """Left, right, top and bottom, as F.pad takes them."""
-    left, top = (kernel_w - 1) // 2, (kernel_h - 1) // 2
-    return left, kernel_w - 1 - left, top, kernel_h - 1 - top
-
-
 def _dgrad(gy: Tensor, weight: Tensor) -> Tensor:
     """The transposed convolution: one with the weight turned round, and the padding's front and back exchanged."""
-    left, right, top, bottom = pads(*weight.shape[2:])
+    left, right, top, bottom = reference.same_padding(*weight.shape[2:])
     padded = F.pad(gy, (right, left, bottom, top))
     return F.conv2d(padded, weight.flip(2, 3), groups=gy.shape[1])
 
 
 def _wgrad(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
-    padded = F.pad(x, pads(kernel_h, kernel_w))
+    padded = F.pad(x, reference.same_padding(kernel_h, kernel_w))
     weight = x.new_empty((channels, 1, kernel_h, kernel_w))  # its shape alone is used
     _, gweight, gbias = torch.ops.aten.convolution_backward.default(
         gy, padded, weight, [channels], [1, 1], [0, 0], [1, 1], False, [0, 0], channels, [False, True, bias]

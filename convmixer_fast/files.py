@@ -69,8 +69,13 @@ def printable(text: object, limit: int | None = None) -> str:
     Args:
         limit: characters at most, or None; of a longer text the middle is left out.
     """
-    written = str(text)
-    if limit is not None and len(written) > limit:
-        half = (limit - 5) // 2
-        written = f"{written[:half]} ... {written[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in written)
+    written = _shortened(str(text), limit)  # so that no long text is escaped
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in written)
+    return _shortened(escaped, limit)
+
+
+def _shortened(text: str, limit: int | None) -> str:
+    if limit is None or len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"

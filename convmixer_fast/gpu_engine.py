@@ -82,7 +82,7 @@ class Weights:
             residual=module.residual,
             pool=module.pool,
             flatten=module.flatten,
-            unit=None if module.pool == "avg" else unit_filters(module.patch[None, :, 0, 0]),
+            unit=None if module.pool == "avg" else unit_filters(len(module.patch), module.patch),
         )
 
     def tensors(self) -> Iterator[Tensor]:

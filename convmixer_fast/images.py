@@ -182,9 +182,10 @@ def load_input(path: Path, size: int) -> Tensor | Exception:
     Waits for its part of MEMORY: first for what reading the header may take, then for what the pixels do.
     """
     try:
-        with _memory.taken(4 * path.stat().st_size), opened(path) as image:
+        for_metadata = 4 * path.stat().st_size
+        with _memory.taken(for_metadata), opened(path) as image:
             width, height = _resized(image, size)
-            needed = 4 * path.stat().st_size + _decoding_bytes(image) + 4 * width * height + 24 * size * size
+            needed = for_metadata + _decoding_bytes(image) + 4 * width * height + 24 * size * size
         with _memory.taken(needed):
             return preprocess(read_image(path), size)
     except Exception as error:

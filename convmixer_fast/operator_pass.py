@@ -32,13 +32,13 @@ def last_product(
 
 def last_map(product: Tensor, after: Tensor, activation: int) -> Tensor:
     """The map that pooling gets, of the product's shape and dtype; product and after are of last_product."""
-    return _fused_depthwise(product, unit_filters(product), after, activation, False, None)
+    return _fused_depthwise(product, unit_filters(product.size(1), product), after, activation, False, None)
 
 
-def unit_filters(like: Tensor) -> Tensor:
-    """(C, 1, 1, 1) for like (N, C, H, W): of a depthwise convolution that changes nothing, so that only its epilogue is
-    left: bias, activation and BatchNorm in one pass over memory."""
-    return torch.ones([like.size(1), 1, 1, 1], dtype=like.dtype, device=like.device)
+def unit_filters(channels: int, like: Tensor) -> Tensor:
+    """(channels, 1, 1, 1), of the dtype and on the device of like: weights of a depthwise convolution that changes
+    nothing, so that only its epilogue is left: bias, activation and BatchNorm in one pass over memory."""
+    return torch.ones([channels, 1, 1, 1], dtype=like.dtype, device=like.device)
 
 
 def end(

@@ -19,10 +19,13 @@ def activate_and_normalize(v: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.conv2d with one filter a channel, stride 1 and "same" zero padding (even sizes: the extra row and column
     of padding at the bottom and right)."""
-    kernel_h, kernel_w = weight.shape[2:]
-    top, left = (kernel_h - 1) // 2, (kernel_w - 1) // 2
-    padded = F.pad(x, (left, kernel_w - 1 - left, top, kernel_h - 1 - top))
-    return F.conv2d(padded, weight, bias, groups=x.shape[1])
+    return F.conv2d(F.pad(x, same_padding(*weight.shape[2:])), weight, bias, groups=x.shape[1])
+
+
+def same_padding(kernel_h: int, kernel_w: int) -> tuple[int, int, int, int]:
+    """Zeros left, right, above and below, as F.pad takes them."""
+    left, top = (kernel_w - 1) // 2, (kernel_h - 1) // 2
+    return left, kernel_w - 1 - left, top, kernel_h - 1 - top
 
 
 def fused_depthwise(

@@ -82,3 +82,4 @@ def test_printable(text, shown):
 def test_printable_leaves_out_the_middle():
     assert printable("k" * 1000 + "end", 21) == "kkkkkkkk ... kkkkkend"
     assert printable("k" * 21, 21) == "k" * 21
+    assert printable("\x1b" * 1000, 25) == r"\x1b\x1b\x ... 1b\x1b\x1b"  # escaped, a character takes the place of four

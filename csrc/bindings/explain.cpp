@@ -29,7 +29,7 @@ struct Choice {
 // Whether the code that chooses can count with these values: all sizes at least 1, tensors and kernels that an int can
 // number the tiles of.
 bool fits(const DepthwiseQuery& query) {
-  constexpr int64_t kMostElements = int64_t(1) << 39, kMostTaps = 1 << 24;
+  constexpr int64_t kMostElements = int64_t(1) << 39;
   const auto countable = [&](std::initializer_list<int64_t> sizes) {
     int64_t elements = 1;
     for (int64_t size : sizes)
@@ -42,8 +42,9 @@ bool fits(const DepthwiseQuery& query) {
   bool strides_fit = true;
   for (const auto& strides : {query.x_stride, query.y_stride})
     for (int d = 0; d < 4; d++) strides_fit = strides_fit && within(strides[d], kMostElements);
-  return countable({n, c, h, w}) && countable({c, kernel_h, kernel_w}) && std::max(kernel_h, kernel_w) <= kMostTaps &&
-         strides_fit && within(int64_t(query.dtype), int64_t(DType::kBFloat16)) &&
+  return countable({n, c, h, w}) && countable({c, kernel_h, kernel_w}) &&
+         std::max(kernel_h, kernel_w) <= kLargestKernel && strides_fit &&
+         within(int64_t(query.dtype), int64_t(DType::kBFloat16)) &&
          within(int64_t(query.activation), int64_t(Activation::kRelu));
 }
 

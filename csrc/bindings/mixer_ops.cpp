@@ -140,10 +140,6 @@ void check_shape(const char* argument, const Tensor& tensor, std::initializer_li
         tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
 }
 
-void check_apart(const char* argument, const Tensor& tensor, const char* other_argument, const Tensor& other) {
-  check(!share_memory(tensor, other), argument, " must not share memory with ", other_argument);
-}
-
 Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& pointwise, const Tensor& vectors,
                   const Tensor& head_weight, const Tensor& head_bias) {
   const MixerSizes s = sizes_of(patch, depthwise, head_weight, 0);

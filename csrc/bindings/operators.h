@@ -177,8 +177,6 @@ inline Tensor empty_output(const Tensor& x) {
                                {or_one(c) * or_one(h) * or_one(w), or_one(h) * or_one(w), or_one(w), 1});
 }
 
-constexpr int64_t kLargestKernel = 1 << 24;  // rows or columns, which every plan can count with in 32 bits
-
 inline bool is_kernel_size(int64_t size) { return 1 <= size && size <= kLargestKernel; }
 
 inline void check_map(const char* argument, const Tensor& x) {
@@ -276,6 +274,10 @@ inline bool share_memory(const Tensor& one, const Tensor& other) {
   return begin(one) < end(other) && begin(other) < end(one);
 }
 
+inline void check_apart(const char* argument, const Tensor& tensor, const char* other_argument, const Tensor& other) {
+  check(!share_memory(tensor, other), argument, " must not share memory with ", other_argument);
+}
+
 // The caller's own output. Kernels read their inputs while others write it, so that they must not overlap; of strided
 // tensors the extents are compared. fakes.py has the same checks.
 template <size_t kDims>
@@ -288,9 +290,7 @@ void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std
   for (size_t d = 0; d < kDims && fits; d++) fits = out.size(d) == sizes[d];
   check(fits, "out must be ", Listed{sizes.data(), kDims}, ", got ", ShapeOf{out});
   check(is_injective(out), "out must have memory of its own for each element, got strides ", StridesOf{out});
-  for (const Input& input : inputs) {
-    check(!share_memory(out, input.tensor), "out must not share memory with ", input.name);
-  }
+  for (const Input& input : inputs) check_apart("out", out, input.name, input.tensor);
 }
 
 // Has autograd see that a tensor was written, by a write of none of its elements: its version counter is not part of
