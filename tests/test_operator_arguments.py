@@ -95,7 +95,7 @@ class Draw:
         if kind == "device":
             return tensor.to("meta")
         if kind == "dim":
-            return self.random.choice([lambda t: t[None], lambda t: t.flatten(), lambda t: t.sum()])(tensor)
+            return self.random.choice([lambda t: t[None], lambda t: t.flatten(), lambda t: t.new_zeros(())])(tensor)
         if kind == "size" and tensor.dim():
             shape = list(tensor.shape)
             d = self.random.randrange(len(shape))
