@@ -1,10 +1,13 @@
 """Large-kernel depthwise convolution, and ConvMixer inference on it, at the speed of the hardware."""
 
 from . import (
-    autograd,  # noqa: F401 (registers the gradients)
+    autocast,  # noqa: F401 (registers what the operators do under autocast)
+    autograd,  # noqa: F401 (registers their gradients)
     fakes,  # noqa: F401 (registers what they do without numbers)
+    flops,  # noqa: F401 (registers what FlopCounterMode counts)
     ops,
     reference,
+    vmap,  # noqa: F401 (registers their rules of vmap)
 )
 from ._library import build_info, library_paths
 from ._version import __version__

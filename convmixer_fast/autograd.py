@@ -1,4 +1,4 @@
-"""The gradients of depthwise_conv2d to any order, and how it goes through autocast, vmap and the count of FLOPs.
+"""The gradients of depthwise_conv2d to any order.
 
 The convolution is linear in x and in the weight. So its derivatives are three operators in turn, each the derivative of
 the others:
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from .ops import _call
 
 _ops = torch.ops.convmixer_fast
 _library = torch.library.Library("convmixer_fast", "FRAGMENT")
-_AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,9 +35,7 @@ def _wgrad(x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool) -> t
     return _call(_ops.depthwise_conv2d_wgrad.default, x, gy, kernel_h, kernel_w, bias)
 
 
-# -------------------------------------------------------------------------------------------------- derivatives
-#
-# torch.library.register_autograd would do, were it not for torch.func.grad, which it refuses, and for forward mode,
+# torch.library.register_autograd would do, but for torch.func.grad, which it refuses, and for forward mode,
 # where it silently gives zeros. So the kernels of the key Autograd are registered here. _SingleLevelFunction is the
 # base of autograd.Function that leaves the levels of torch.func to the dispatcher, as torch's own operators do.
 
@@ -180,88 +176,3 @@ def _register(name: str, function: Any) -> None:
 _register("depthwise_conv2d", _Conv)
 _register("depthwise_conv2d_dgrad", _Dgrad)
 _register("depthwise_conv2d_wgrad", _Wgrad)
-
-
-# ----------------------------------------------------------------------------------------------------- autocast
-
-
-def _register_autocast(device_type: str) -> None:
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        """As torch.conv2d's: float64 and what is on another device stay as they are."""
-        if tensor is None or tensor.device.type != device_type or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device_type)) if tensor.is_floating_point() else tensor
-
-    def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST[device_type])):
-            return _ops.depthwise_conv2d.default(cast(x), cast(weight), cast(bias))
-
-    _library.impl("depthwise_conv2d", depthwise_conv2d, _AUTOCAST[device_type].name)
-
-
-for _device_type in _AUTOCAST:
-    _register_autocast(_device_type)
-
-
-# --------------------------------------------------------------------------------------------------------- vmap
-
-_Dims = tuple[int | None, ...]  # the vmapped dimension of each argument, None for one that has none
-
-
-def _fold(tensor: Tensor, batch_dim: int | None, size: int, dim: int) -> Tensor:
-    """The vmapped dimension, or copies of what has none, in front of dimension dim and joined with it."""
-    if batch_dim is None:
-        tensor = tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
-    else:
-        tensor = tensor.movedim(batch_dim, dim)
-    return tensor.flatten(dim, dim + 1)
-
-
-def _unfold(tensor: Tensor, size: int, dim: int) -> Tensor:
-    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
-
-
-@torch.library.register_vmap("convmixer_fast::depthwise_conv2d", lib=_library)
-def _(info: Any, in_dims: _Dims, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-    size, (x_dim, weight_dim, bias_dim) = info.batch_size, in_dims
-    if weight_dim is None and bias_dim is None:
-        return _unfold(_conv(_fold(x, x_dim, size, 0), weight, bias), size, 0), 0
-    weight = _fold(weight, weight_dim, size, 0)
-    bias = None if bias is None else _fold(bias, bias_dim, size, 0)
-    return _unfold(_conv(_fold(x, x_dim, size, 1), weight, bias), size, 1), 1
-
-
-@torch.library.register_vmap("convmixer_fast::depthwise_conv2d_dgrad", lib=_library)
-def _(info: Any, in_dims: _Dims, gy: Tensor, weight: Tensor) -> tuple[Tensor, int]:
-    size, (gy_dim, weight_dim) = info.batch_size, in_dims
-    if weight_dim is None:
-        return _unfold(_dgrad(_fold(gy, gy_dim, size, 0), weight), size, 0), 0
-    return _unfold(_dgrad(_fold(gy, gy_dim, size, 1), _fold(weight, weight_dim, size, 0)), size, 1), 1
-
-
-@torch.library.register_vmap("convmixer_fast::depthwise_conv2d_wgrad", lib=_library)
-def _(
-    info: Any, in_dims: _Dims, x: Tensor, gy: Tensor, kernel_h: int, kernel_w: int, bias: bool
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    size = info.batch_size
-    x, gy = (_fold(tensor, dim, size, 1) for tensor, dim in zip((x, gy), in_dims))
-    gweight, gbias = _wgrad(x, gy, kernel_h, kernel_w, bias)
-    return (_unfold(gweight, size, 0), _unfold(gbias, size, 0)), (0, 0)
-
-
-# -------------------------------------------------------------------------------------------------------- FLOPs
-
-
-def _flops(shape: torch.Size, kernel_h: int, kernel_w: int) -> int:
-    """2 an output and tap, those on the padding included, as torch.utils.flop_counter counts convolutions."""
-    return 2 * shape.numel() * kernel_h * kernel_w
-
-
-@register_flop_formula([_ops.depthwise_conv2d, _ops.depthwise_conv2d_dgrad, _ops.fused_depthwise])
-def _(x_shape: torch.Size, weight_shape: torch.Size, *_: object, **__: object) -> int:
-    return _flops(x_shape, weight_shape[2], weight_shape[3])
-
-
-@register_flop_formula(_ops.depthwise_conv2d_wgrad)
-def _(x_shape: torch.Size, gy_shape: torch.Size, kernel_h: int, kernel_w: int, *_: object, **__: object) -> int:
-    return _flops(x_shape, kernel_h, kernel_w)

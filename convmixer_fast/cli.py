@@ -186,7 +186,7 @@ def _about(path: Path, reason: str) -> str:
 def draw(args: argparse.Namespace) -> int:
     """Draws the patch embedding and the depthwise kernels of each layer as PNG files, and prints their paths."""
     try:
-        from .weights import draw_weights  # here, for Pillow is optional
+        from .draw_filters import draw_weights  # here, for Pillow is optional
     except ImportError as error:
         raise UsageError(f"weights needs Pillow (pip install pillow): {error}") from None
     model = read_checkpoint("CHECKPOINT", args.checkpoint, "gelu", args.ema)  # whichever: it has no weights

@@ -6,24 +6,24 @@ import torch
 
 from convmixer_fast import ConvMixer, cli
 
-weights = pytest.importorskip("convmixer_fast.weights")
+draw_filters = pytest.importorskip("convmixer_fast.draw_filters")
 from PIL import Image  # noqa: E402
 
 
 def filters_in(path, n, height, width):
     """The filters (n, height, width, 3) read back from a picture: its grid is framed in grey, row by row."""
     picture = np.asarray(Image.open(path)).astype(int)
-    grey = (picture == weights.GREY).all(2)
-    top, left = (int(np.argmax(grey.sum(axis) > weights.LARGEST_FILTER // 4)) for axis in (1, 0))
-    inside = picture[top + weights.GAP :, left + weights.GAP :]
-    side = int(np.argmax(grey[top + weights.GAP, left + weights.GAP :]))
+    grey = (picture == draw_filters.GREY).all(2)
+    top, left = (int(np.argmax(grey.sum(axis) > draw_filters.LARGEST_FILTER // 4)) for axis in (1, 0))
+    inside = picture[top + draw_filters.GAP :, left + draw_filters.GAP :]
+    side = int(np.argmax(grey[top + draw_filters.GAP, left + draw_filters.GAP :]))
     assert side % width == 0
     scale = side // width
-    columns = int(grey[top].sum() - weights.GAP) // (side + weights.GAP)
+    columns = int(grey[top].sum() - draw_filters.GAP) // (side + draw_filters.GAP)
     found = []
     for index in range(n):
-        y = index // columns * (height * scale + weights.GAP) + scale // 2
-        x = index % columns * (side + weights.GAP) + scale // 2
+        y = index // columns * (height * scale + draw_filters.GAP) + scale // 2
+        x = index % columns * (side + draw_filters.GAP) + scale // 2
         found.append(inside[y : y + height * scale : scale, x : x + width * scale : scale][:height, :width])
     return np.stack(found)
 
@@ -60,7 +60,7 @@ def test_every_kernel_is_drawn(tmp_path, capsys, dim, depth, kernel_size, patch_
 def test_patches_that_are_not_rgb(tmp_path):
     """One filter after the other, its channels side by side."""
     model = ConvMixer(3, 1, 3, 2, n_classes=2, in_channels=2)
-    paths = weights.draw_weights(model, tmp_path)
+    paths = draw_filters.draw_weights(model, tmp_path)
     colours = filters_in(paths[0], 6, 2, 2)
     expected = model.stem[0].weight.detach().flatten(0, 1).numpy()
     clear = np.abs(expected) > 0.1 * np.abs(expected).max((1, 2), keepdims=True)
@@ -69,10 +69,11 @@ def test_patches_that_are_not_rgb(tmp_path):
 
 def test_captions_fit(tmp_path):
     """Nothing is cut off at one channel, where the caption is wider than the kernels."""
-    for path in weights.draw_weights(ConvMixer(1, 1, 3, 2, n_classes=2), tmp_path):
+    for path in draw_filters.draw_weights(ConvMixer(1, 1, 3, 2, n_classes=2), tmp_path):
         picture = np.asarray(Image.open(path)).astype(int)
-        assert (picture[:, -weights.MARGIN // 2 :] == 255).all() and (picture[-weights.MARGIN // 2 :] == 255).all()
-        assert (picture[: 2 * weights.MARGIN] < 100).any()
+        margin = draw_filters.MARGIN
+        assert (picture[:, -margin // 2 :] == 255).all() and (picture[-margin // 2 :] == 255).all()
+        assert (picture[: 2 * margin] < 100).any()
 
 
 @pytest.mark.parametrize("name, message", [("no.pt", "argument CHECKPOINT: "), ("torn.pt", "torn.pt is damaged")])
@@ -116,7 +117,7 @@ def test_pictures_are_bounded(tmp_path, capsys, monkeypatch):
     with Image.open(tmp_path / "pictures/layer_1.png") as picture:
         most = picture.width * picture.height  # its margins and caption included
     capsys.readouterr()
-    monkeypatch.setattr(weights, "MAX_PIXELS", most // 2)
+    monkeypatch.setattr(draw_filters, "MAX_PIXELS", most // 2)
     with pytest.raises(SystemExit):
         cli.main(["weights", path, "-o", folder])
     error = capsys.readouterr().err
