@@ -161,9 +161,9 @@ def sources(*patterns: str) -> list[str]:
 # -g0: Python's own flags ask for debug data, which would be nine tenths of _C.so.
 cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall"]
 facts_source = "csrc/bindings/build_facts.cpp"
-x86_only = set(sources("csrc/cpu/*_avx*.cpp"))
+x86_only = set(sources("csrc/cpu/isa/*_avx*.cpp"))
 cpu_sources = sources(
-    "csrc/cpu/*.cpp", *(f"csrc/bindings/{name}.cpp" for name in ("library", "cpu_ops", "mixer_ops", "explain"))
+    "csrc/cpu/**/*.cpp", *(f"csrc/bindings/{name}.cpp" for name in ("library", "cpu_ops", "mixer_ops", "explain"))
 )
 cpu_sources.append(facts_source)
 if os.uname().machine != "x86_64":

@@ -6,8 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../csrc/cpu/kernels.h"
-#include "../csrc/cpu/mixer.h"
+#include "../csrc/cpu/dispatch.h"
 
 using namespace convmixer_fast;
 

@@ -1,7 +1,7 @@
 // SharedSteps without torch: every task once and after the step before it, however many threads come and whatever is
 // thrown; and no thread's CPU mask is set, not even for a moment. Prints what went wrong; the exit status is the number
 // of complaints.
-#include "../csrc/cpu/shared_steps.h"
+#include "../csrc/cpu/work_stealing.h"
 
 #include <dirent.h>
 #include <sched.h>

@@ -1,4 +1,4 @@
-#include "../cpu/kernels.h"
+#include "../cpu/dispatch.h"
 #include "operators.h"
 #include "parallel.h"
 

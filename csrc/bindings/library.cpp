@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/kernels.h"
+#include "../cpu/dispatch.h"
 
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/mixer.h"
-#include "../cpu/shared_steps.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/work_stealing.h"
 #include "operators.h"
 #include "parallel.h"
 

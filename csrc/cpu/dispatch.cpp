@@ -1,14 +1,9 @@
 // The choice among the instruction sets, once a process.
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-#include "mixer.h"
+#include "dispatch.h"
 
 namespace convmixer_fast::cpu {
 namespace {
@@ -55,20 +50,7 @@ const InstructionSet& chosen() {
   return set;
 }
 
-int64_t ask_l2_bytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return 1 << 20;
-}
-
 }  // namespace
-
-int64_t l2_bytes() {
-  static const int64_t bytes = ask_l2_bytes();
-  return bytes;
-}
 
 const Kernels& kernels() { return chosen().kernels(); }
 const char* instruction_set() { return chosen().name; }

@@ -1,6 +1,6 @@
-#include "isa_avx512_bf16.h"
+#include "avx512_bf16.h"
 
-#include "mixer_kernel.h"
+#include "../network/entry_points.h"
 
 namespace convmixer_fast::cpu {
 

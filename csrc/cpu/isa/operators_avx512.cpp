@@ -1,6 +1,6 @@
-#include "isa_avx512.h"
+#include "avx512.h"
 
-#include "entry_points.h"
+#include "../operators.h"
 
 namespace convmixer_fast::cpu {
 

@@ -1,6 +1,6 @@
-#include "isa_generic.h"
+#include "generic.h"
 
-#include "mixer_kernel.h"
+#include "../network/entry_points.h"
 
 namespace convmixer_fast::cpu {
 

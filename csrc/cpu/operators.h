@@ -1,8 +1,9 @@
-// The table of kernels of the instruction set that depthwise_<isa>.cpp includes this file for.
+// The table of the operators for the instruction set that isa/operators_<isa>.cpp includes this file for.
 #pragma once
-#include "depthwise_kernel.h"
-#include "depthwise_wgrad_kernel.h"
-#include "kernels.h"
+#include "depthwise/forward.h"
+#include "depthwise/wgrad.h"
+#include "dispatch.h"
+#include "pool.h"
 
 namespace convmixer_fast::cpu {
 namespace {

@@ -1,6 +1,6 @@
-#include "isa_avx2.h"
+#include "avx2.h"
 
-#include "mixer_kernel.h"
+#include "../network/entry_points.h"
 
 namespace convmixer_fast::cpu {
 

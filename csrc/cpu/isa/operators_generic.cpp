@@ -1,6 +1,6 @@
-#include "isa_generic.h"
+#include "generic.h"
 
-#include "entry_points.h"
+#include "../operators.h"
 
 namespace convmixer_fast::cpu {
 

@@ -1,73 +1,22 @@
-// The gradients of the weight and the bias, in the vectors of depthwise_kernel.h: neighbouring channels of one pixel.
+// The gradients of the weight and the bias, in vectors of: neighbouring channels of one pixel.
 //
 // A task is (part of the batch, block of channels). It slides down the maps of its images: the next rows of x are
 // packed into a ring, as zero-padded rows of vectors, and those of gy as plain ones; `accumulate` adds their products,
 // a row of taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
 // A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap of its channel into NaN.
 #pragma once
-#include "depthwise_kernel.h"
+#include <utility>
+
+#include "../compensated_sum.h"
+#include "../scratch.h"
+#include "plan.h"
+#include "ring.h"
 
 namespace convmixer_fast::cpu {
 namespace {
 
 // The innermost loop keeps two sums of each of kMaxTaps taps, these columns of gy and one vector of x in registers.
 constexpr int kWgradColumns = kMaxColumns / 2;
-
-template <class Real>
-struct WgradPlan {
-  static constexpr int64_t kColumns = 64;              // of a band, at most
-  static constexpr int64_t kPixels = 128;              // of a step, at least: 8 KiB of gy, which stay in the L1 cache
-  static constexpr int64_t kScratchBytes = 512 << 10;  // half of a usual L2 cache
-  static constexpr int64_t kChannels = 64;             // of a block, at most: 256 bytes of float32 at a time
-  static constexpr int64_t kTasks = 32;                // wanted, for the threads to share
-
-  int64_t first_tap = 0, taps = 0;  // the kernel's columns that meet the map at all
-  int64_t sums = 0;                 // of a channel: kernel_h x taps, and the bias
-  int64_t chain = 16;               // products are summed before they are added to the rest: about the root of all
-  int64_t band_width = 0, pitch = 0;
-  int64_t step_rows = 0, ring_rows = 0;
-  int64_t vectors = 0;  // of all channels
-  int64_t block = 0, blocks = 0;
-  int64_t part = 0, parts = 0;  // images
-  int64_t tasks = 0;
-  int64_t workspace = 0;  // bytes
-
-  explicit WgradPlan(const WgradParams& p) {
-    if (p.channels == 0) return;
-    vectors = ceil_div(p.channels, kLanes<Real>);
-    if (p.batch == 0 || p.height == 0 || p.width == 0) return;
-    first_tap = max(0, p.pad_left - p.width + 1);
-    taps = min(p.kernel_w, p.pad_left + p.width) - first_tap;
-    sums = p.kernel_h * taps + 1;
-    while (chain < 128 && chain * chain < p.batch * p.height * p.width) chain *= 2;
-    band_width = ceil_div(p.width, ceil_div(p.width, kColumns));
-    pitch = band_width + taps - 1;
-    step_rows = min(p.height, ceil_div(kPixels, band_width));
-    ring_rows = min(p.height, step_rows + p.kernel_h - 1);
-    const int64_t bytes = (ring_rows * pitch + step_rows * band_width + 2 * sums) * CMF_VECTOR_BYTES;
-    block = min(kChannels / kLanes<Real>, min(kScratchBytes / bytes, vectors / kTasks));
-    block = max(1, block);
-    blocks = ceil_div(vectors, block);
-    part = ceil_div(p.batch, ceil_div(kTasks, blocks));
-    parts = ceil_div(p.batch, part);
-    tasks = parts * blocks;
-    workspace = parts * vectors * sums * CMF_VECTOR_BYTES;
-  }
-};
-
-// Rows of a ring, from one of them on.
-template <class V>
-struct RingRows {
-  const V* row;
-  const V* begin;
-  const V* end;
-  int64_t pitch;
-
-  CMF_INLINE void next() {
-    row += pitch;
-    if (row >= end) row = begin;
-  }
-};
 
 // sum[t] += x[c + t] * gy[c]: a vector of x is loaded once for all its taps. The columns take turns in several sets of
 // sums: an addition waits for the one before it, and short sums are more accurate.

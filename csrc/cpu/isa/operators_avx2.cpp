@@ -1,6 +1,6 @@
-#include "isa_avx2.h"
+#include "avx2.h"
 
-#include "entry_points.h"
+#include "../operators.h"
 
 namespace convmixer_fast::cpu {
 

@@ -1,0 +1,103 @@
+// Vectors of the compiler's (GCC, Clang), and what plain arithmetic on them cannot say.
+//
+// The CPU kernels are one source for every instruction set. Each translation unit in isa/ has its target pragma, says
+// what it brings in macros of ours (GCC 12 sets none of its own for a pragma in C++) and includes the kernels once.
+// Everything has internal linkage and no function of the standard library is instantiated: nothing compiled for a wide
+// instruction set can be linked into the path of a narrower one.
+#pragma once
+#include <string.h>
+
+#include <cstdint>
+#include <utility>
+#if defined(CMF_F16C)
+#include <immintrin.h>
+#endif
+
+#define CMF_INLINE inline __attribute__((always_inline))
+#define CMF_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace convmixer_fast::cpu {
+namespace {
+
+template <class T, int64_t kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class Real>
+constexpr int kLanes = CMF_VECTOR_BYTES / sizeof(Real);
+template <class Real>
+using Vec = typename VectorOf<Real, CMF_VECTOR_BYTES>::type;
+using Bits = Vec<int32_t>;
+using Bits16 = VectorOf<uint16_t, CMF_VECTOR_BYTES / 2>::type;
+
+template <class To, class From>
+CMF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+CMF_INLINE Bits load_bits16(const void* from) {
+  Bits16 v;
+  memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Bits);
+}
+
+CMF_INLINE void store_bits16(void* to, Bits v) {
+  const Bits16 narrow = __builtin_convertvector(v, Bits16);
+  memcpy(to, &narrow, sizeof narrow);
+}
+
+template <class V>
+CMF_INLINE V multiply_add(V sum, V a, V b) {
+  return sum + a * b;
+}
+
+// The transpose of kLanes x kLanes values, in log2 kLanes exchanges of ever smaller blocks.
+template <int kBlock, class V, size_t... kLane>
+CMF_INLINE void exchange_blocks(V& a, V& b, std::index_sequence<kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  const V low = a, high = b;
+#if defined(__clang__)
+  a = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane - kBlock + n : kLane)...);
+  b = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane + n : kLane + kBlock)...);
+#else
+  using Index = decltype(a < b);
+  a = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane - kBlock + n : kLane)...});
+  b = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane + n : kLane + kBlock)...});
+#endif
+}
+
+template <int kBlock, class V, size_t n>
+CMF_INLINE void transpose(V (&v)[n]) {
+  if constexpr (kBlock > 0) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < n; ++i)
+      if (!(i & kBlock)) exchange_blocks<kBlock>(v[i], v[i + kBlock], std::make_index_sequence<n>());
+    transpose<kBlock / 2>(v);
+  }
+}
+
+// The lesser and the greater, or b where one is NaN: each an instruction, which GCC does not see in a ? b : c.
+CMF_INLINE Vec<float> lesser(Vec<float> a, Vec<float> b) {
+#if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(CMF_F16C)
+  return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+CMF_INLINE Vec<float> greater(Vec<float> a, Vec<float> b) {
+#if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(CMF_F16C)
+  return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+}  // namespace
+}  // namespace convmixer_fast::cpu
