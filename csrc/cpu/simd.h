@@ -9,7 +9,7 @@
 
 #include <cstdint>
 #include <utility>
-#if defined(CMF_F16C)
+#if CMF_HAS_AVX
 #include <immintrin.h>
 #endif
 
@@ -81,23 +81,68 @@ CMF_INLINE void transpose(V (&v)[n]) {
 
 // The lesser and the greater, or b where one is NaN: each an instruction, which GCC does not see in a ? b : c.
 CMF_INLINE Vec<float> lesser(Vec<float> a, Vec<float> b) {
-#if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
+#if CMF_HAS_AVX512
   return bit_cast<Vec<float>>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
-#elif defined(CMF_F16C)
+#elif CMF_HAS_AVX
   return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
 #else
   return a < b ? a : b;
 #endif
 }
 CMF_INLINE Vec<float> greater(Vec<float> a, Vec<float> b) {
-#if defined(CMF_F16C) && CMF_VECTOR_BYTES == 64
+#if CMF_HAS_AVX512
   return bit_cast<Vec<float>>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
-#elif defined(CMF_F16C)
+#elif CMF_HAS_AVX
   return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
 #else
   return a > b ? a : b;
 #endif
 }
+
+// To float16, to nearest even, and back. (The AVX-512 forms without a mask make GCC 12 warn.)
+CMF_INLINE Bits16 to_float16(Vec<float> v) {
+#if CMF_HAS_AVX512
+  return bit_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), 0));
+#elif CMF_HAS_F16C
+  return bit_cast<Bits16>(_mm256_cvtps_ph(bit_cast<__m256>(v), 0));
+#else
+  const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7fffffff;
+  const Bits normal = magnitude - (112 << 23) + (0xfff + (magnitude >> 13 & 1));  // rebias, to nearest even
+  // Adding 0.5 leaves the multiples of 2^-24, the spacing of float16's subnormals, in the last bits.
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (126 << 23);
+  const Bits special = 0x7c00 | ((magnitude > (255 << 23)) & (0x200 | (magnitude >> 13 & 0x3ff)));
+  const Bits finite = magnitude < (113 << 23) ? subnormal : normal >> 13;
+  const Bits half = magnitude < (143 << 23) ? finite : special;
+  return __builtin_convertvector(half | (bits >> 16 & 0x8000), Bits16);
+#endif
+}
+CMF_INLINE Vec<float> from_float16(Bits16 v) {
+#if CMF_HAS_AVX512
+  return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
+#elif CMF_HAS_F16C
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
+#else
+  const Bits bits = __builtin_convertvector(v, Bits), magnitude = (bits & 0x7fff) << 13;
+  const Bits finite = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);  // exact, subnormals too
+  const Bits special = magnitude | (255 << 23);
+  return bit_cast<Vec<float>>((magnitude < (31 << 23) ? finite : special) | (bits & 0x8000) << 16);
+#endif
+}
+
+#if CMF_HAS_BF16_DOT
+CMF_INLINE Bits16 to_bfloat16(Vec<float> v) { return bit_cast<Bits16>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
+
+// Two bfloat16 values in each lane.
+struct BFloat16Pairs {
+  __m512bh values;
+};
+
+CMF_INLINE BFloat16Pairs pairs_of(Bits bits) { return {bit_cast<__m512bh>(bits)}; }
+
+CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Pairs a, BFloat16Pairs b) {
+  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), a.values, b.values));
+}
+#endif
 
 }  // namespace
 }  // namespace convmixer_fast::cpu

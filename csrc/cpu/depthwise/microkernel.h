@@ -18,7 +18,7 @@ constexpr int64_t kTapsAtOnce = 45;  // are summed before they are added to the 
 
 // The longest rows of taps for which pixels are read in place, rather than packed: where it is faster (measured on
 // Emerald Rapids). 16-bit values are widened anew for each row of taps, while packing does it once.
-#if defined(CMF_F16C)
+#if CMF_HAS_F16C
 constexpr int kLongestOfFloat16 = 5;
 #else
 constexpr int kLongestOfFloat16 = 0;  // there it takes a dozen instructions

@@ -14,14 +14,14 @@ struct FloatOperand : Native<float> {
   using Groups = Vec<float>;
   static constexpr int kDepth = 1;
   // Rows of the left operand that AVX-512's multiplications broadcast themselves: more loads, but fewer instructions.
-  static constexpr int kRowsLoadedTwice = CMF_VECTOR_BYTES == 64 ? 8 : 0;
+  static constexpr int kRowsLoadedTwice = CMF_HAS_AVX512 ? 8 : 0;
   // Channels whose weights stay in the nearest cache while panels pass by. Strassen's results, of which each product
   // changes up to two, had better be read and written more rarely.
   static constexpr int64_t chunk(const Scheme& scheme) { return scheme.products > 1 ? 384 : 128; }
   // Channels to sum before they are added to the rest. Without FMA each product is rounded; Strassen's results are
   // differences of larger sums.
   static constexpr int64_t summed_at_once(const Scheme& scheme) {
-    return scheme.products > 1 ? 64 : CMF_VECTOR_BYTES > 16 ? 128 : 64;
+    return scheme.products > 1 ? 64 : CMF_HAS_FMA ? 128 : 64;
   }
   static CMF_INLINE Groups broadcast(Group group) { return group - Groups{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
@@ -32,25 +32,23 @@ struct FloatOperand : Native<float> {
   }
 };
 
-#if defined(CMF_BF16_DOT)
+#if CMF_HAS_BF16_DOT
 struct BFloat16Operand : BFloat16 {
   using Group = int32_t;
-  struct Groups {
-    __m512bh pairs;
-  };
+  using Groups = BFloat16Pairs;
   static constexpr int kDepth = 2;
   static constexpr int kRowsLoadedTwice = 0;
   static constexpr int64_t chunk(const Scheme&) { return 512; }
   static constexpr int64_t summed_at_once(const Scheme& scheme) { return chunk(scheme); }
-  static CMF_INLINE Groups broadcast(Group group) { return {bit_cast<__m512bh>(group + Bits{})}; }
+  static CMF_INLINE Groups broadcast(Group group) { return pairs_of(group + Bits{}); }
   static CMF_INLINE void store(BFloat16* to, Vec<float> v) {
-    const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
-    memcpy(to, &narrow, sizeof narrow);
+    const Bits16 bits = to_bfloat16(v);
+    memcpy(to, &bits, sizeof bits);
   }
   static CMF_INLINE BFloat16Operand from(float value) { return {uint16_t(bit_cast<uint32_t>(value) >> 16)}; }
   CMF_INLINE void add(float v) { value = from(bit_cast<float>(uint32_t(value) << 16) + v).value; }
   static CMF_INLINE Groups interleave(const BFloat16* first, const BFloat16* second) {
-    return {bit_cast<__m512bh>(load_bits16(second) << 16 | load_bits16(first))};
+    return pairs_of(load_bits16(second) << 16 | load_bits16(first));
   }
   template <class F>
   static CMF_INLINE void apply(const Pointwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
@@ -63,10 +61,6 @@ struct BFloat16Operand : BFloat16 {
     pointwise.apply_in_step(v, n, [&](auto& z) CMF_INLINE_LAMBDA { gelu(z, kShort); }, emit);
   }
 };
-
-CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Operand::Groups a, BFloat16Operand::Groups b) {
-  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), a.pairs, b.pairs));
-}
 #endif
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 // these are all that differs, and the kernels of the other types are those of AVX-512 without BF16.
 template <class F>
 CMF_INLINE auto with_mixer_types([[maybe_unused]] DType dtype, F f) {
-#if defined(CMF_BF16_DOT)
+#if CMF_HAS_BF16_DOT
   return f(BFloat16(), BFloat16Operand());
 #else
   switch (dtype) {
