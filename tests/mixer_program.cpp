@@ -57,7 +57,7 @@ double error_of(DType dtype, int64_t dim, double scale) {
   MixerSizes sizes{in, patch, patch, dim, depth, k, k, classes, dtype, Activation::kGelu, true};
   const MixerWeights weights{patches.stored.data(), depthwise.stored.data(), pointwise.stored.data(),
                              vectors.exact.data(),  head.stored.data(),      head_bias.stored.data()};
-  const cpu::MixerKernels& kernels = cpu::mixer_kernels(dtype);
+  const cpu::NetworkKernels& kernels = cpu::kernels().network(dtype);
   MixerParams params{};
   params.sizes = sizes;
   params.x = x.stored.data();
@@ -149,6 +149,6 @@ double error_of(DType dtype) {
 }  // namespace
 
 int main() {
-  printf("%s %.3g %.3g %.3g\n", cpu::instruction_set(), error_of(DType::kFloat32), error_of(DType::kFloat16),
+  printf("%s %.3g %.3g %.3g\n", cpu::kernels().name, error_of(DType::kFloat32), error_of(DType::kFloat16),
          error_of(DType::kBFloat16));
 }

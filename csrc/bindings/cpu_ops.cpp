@@ -7,12 +7,12 @@ namespace {
 
 struct Cpu {
   static void depthwise(const DepthwiseParams& params, const Tensor&) {
-    const cpu::Kernels& kernels = cpu::kernels();
+    const cpu::OperatorKernels& kernels = cpu::kernels().operators;
     parallel_for(kernels.depthwise_tasks(params),
                  [&](int64_t begin, int64_t end) { kernels.depthwise(params, begin, end); });
   }
   static void depthwise_wgrad(WgradParams& params, const Tensor& x) {
-    const cpu::Kernels& kernels = cpu::kernels();
+    const cpu::OperatorKernels& kernels = cpu::kernels().operators;
     const Tensor workspace = empty_workspace(x, kernels.depthwise_wgrad_workspace(params));
     params.workspace = workspace.mutable_data_ptr();
     parallel_for(kernels.depthwise_wgrad_tasks(params),
@@ -21,7 +21,7 @@ struct Cpu {
                  [&](int64_t begin, int64_t end) { kernels.depthwise_wgrad_sum(params, begin, end); });
   }
   static void activate_pool(const PoolParams& params, const Tensor&) {
-    const cpu::Kernels& kernels = cpu::kernels();
+    const cpu::OperatorKernels& kernels = cpu::kernels().operators;
     parallel_for(kernels.activate_pool_tasks(params),
                  [&](int64_t begin, int64_t end) { kernels.activate_pool(params, begin, end); });
   }

@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
 
 // For convmixer_fast._library, through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
-  return convmixer_fast::cpu::instruction_set();
+  return convmixer_fast::cpu::kernels().name;
 } catch (const std::runtime_error& error) {  // ctypes knows no exceptions
   static const std::string message = error.what();
   return message.c_str();

@@ -147,7 +147,7 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   check_shape("pointwise", pointwise, {s.depth, s.dim, s.dim}, type);
   check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Double);
   check_shape("head_bias", head_bias, {s.classes}, type);
-  const cpu::MixerKernels& kernels = cpu::mixer_kernels(s.dtype);
+  const cpu::NetworkKernels& kernels = cpu::kernels().network(s.dtype);
   Tensor packed = empty_bytes(patch, kernels.packed_bytes(s));
   const MixerWeights weights{patch.const_data_ptr(),       depthwise.const_data_ptr(),
                              pointwise.const_data_ptr(),   static_cast<const double*>(vectors.const_data_ptr()),
@@ -159,7 +159,7 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
 int64_t mixer_workspace_bytes(const Tensor& x, const Tensor& patch, const Tensor& depthwise,
                               const Tensor& head_weight) {
   const MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, 0));
-  return cpu::mixer_kernels(params.sizes.dtype).workspace_bytes(params) + kHugePage;
+  return cpu::kernels().network(params.sizes.dtype).workspace_bytes(params) + kHugePage;
 }
 
 // Zeros, beside the weights that mixer_pack has packed.
@@ -171,7 +171,7 @@ Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
   return workspace;
 }
 
-void run_steps(const cpu::MixerKernels& kernels, const MixerParams& params, double* seconds) {
+void run_steps(const cpu::NetworkKernels& kernels, const MixerParams& params, double* seconds) {
   std::vector<MixerStep> steps = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
   for (int64_t layer = 0; layer < params.sizes.depth; ++layer) {
     steps.push_back({MixerStep::kDepthwise, layer});
@@ -204,7 +204,7 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
              const Tensor& packed, const Tensor& workspace, int64_t activation, bool residual,
              const std::optional<Tensor>& seconds) {
   MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, activation));
-  const cpu::MixerKernels& kernels = cpu::mixer_kernels(params.sizes.dtype);
+  const cpu::NetworkKernels& kernels = cpu::kernels().network(params.sizes.dtype);
   params.sizes.residual = residual;
   const MixerSizes& s = params.sizes;
   check_bytes("packed", packed, kernels.packed_bytes(s));

@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set, and the choice among them.
+// The CPU kernels of one instruction set, and the choice among the instruction sets.
 #pragma once
 #include <cstdint>
 
@@ -6,8 +6,9 @@
 
 namespace convmixer_fast::cpu {
 
-// Work is cut into independent tasks; any split of [0, tasks) over any number of threads gives the same bits.
-struct Kernels {
+// The operators on tensors. Work is cut into independent tasks; any split of [0, tasks) over any number of threads
+// gives the same bits.
+struct OperatorKernels {
   int64_t (*depthwise_tasks)(const DepthwiseParams&);
   void (*depthwise)(const DepthwiseParams&, int64_t begin, int64_t end);
   // The gradients of weight and bias: partial sums to the workspace (bytes, aligned to 64), which are then added up.
@@ -20,9 +21,9 @@ struct Kernels {
   void (*activate_pool)(const PoolParams&, int64_t begin, int64_t end);
 };
 
-// The steps of a run are in order, each a number of independent tasks; any split of [0, tasks) over any number of
-// threads gives the same bits. The bytes are multiples of 64, and the memory must be aligned to 64.
-struct MixerKernels {
+// A whole ConvMixer. Its stages run in order, each a number of independent tasks; any split of [0, tasks) over any
+// number of threads gives the same bits. The sizes in bytes are multiples of 64, and the memory must be aligned to 64.
+struct NetworkKernels {
   int64_t (*packed_bytes)(const MixerSizes&);
   void (*pack)(const MixerSizes&, const MixerWeights&, void* packed);
   int64_t (*workspace_bytes)(const MixerParams&);
@@ -30,24 +31,30 @@ struct MixerKernels {
   void (*run)(const MixerParams&, MixerStep, int64_t begin, int64_t end);
 };
 
-const Kernels& generic_kernels();
-const MixerKernels& generic_mixer();
+// What an instruction set's translation units in isa/ define.
+extern const OperatorKernels kGenericOperators;
+extern const NetworkKernels kGenericNetwork;
 #if defined(__x86_64__)
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-const MixerKernels& avx2_mixer();
-const MixerKernels& avx512_mixer();
-const MixerKernels& avx512_bf16_mixer();  // for bfloat16 alone
+extern const OperatorKernels kAvx2Operators;
+extern const NetworkKernels kAvx2Network;
+extern const OperatorKernels kAvx512Operators;
+extern const NetworkKernels kAvx512Network;
+extern const NetworkKernels kAvx512Bf16Network;  // for bfloat16 alone
 #endif
 
-// The widest instruction set that this CPU has and gains by, or the one that the environment variable CMF_CPU_ISA
-// (generic, avx2, avx512, avx512_bf16) names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
-const Kernels& kernels();
+struct KernelTable {
+  const char* name;  // of the instruction set: generic, avx2, avx512 or avx512_bf16
+  const OperatorKernels& operators;
+  const NetworkKernels& float_network;  // for all types but bfloat16
+  const NetworkKernels& bfloat16_network;
 
-// The name of the instruction set that kernels() has chosen; throws as that does.
-const char* instruction_set();
+  const NetworkKernels& network(DType dtype) const {
+    return dtype == DType::kBFloat16 ? bfloat16_network : float_network;
+  }
+};
 
-// Those of the instruction set that kernels() has chosen, for networks of this type.
-const MixerKernels& mixer_kernels(DType dtype);
+// The kernels of the widest instruction set that this CPU has and gains by, or of the one that the environment variable
+// CMF_CPU_ISA names. Throws std::runtime_error if that name is unknown or the CPU lacks it.
+const KernelTable& kernels();
 
 }  // namespace convmixer_fast::cpu

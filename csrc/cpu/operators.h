@@ -1,4 +1,5 @@
-// The table of the operators for the instruction set that isa/operators_<isa>.cpp includes this file for.
+// The operators' entry points: each picks the kernel for the tensors' type. Every isa/operators_<isa>.cpp includes this
+// file and exports its table.
 #pragma once
 #include "depthwise/forward.h"
 #include "depthwise/wgrad.h"
@@ -59,9 +60,9 @@ void activate_pool(const PoolParams& p, int64_t begin, int64_t end) {
   with_storage(p.dtype, [&](auto storage) { pool<decltype(storage)>(p, begin, end); });
 }
 
-constexpr Kernels kKernels = {depthwise_tasks,       depthwise,           depthwise_wgrad_workspace,
-                              depthwise_wgrad_tasks, depthwise_wgrad,     depthwise_wgrad_sum_tasks,
-                              depthwise_wgrad_sum,   activate_pool_tasks, activate_pool};
+constexpr OperatorKernels kOperators = {depthwise_tasks,       depthwise,           depthwise_wgrad_workspace,
+                                        depthwise_wgrad_tasks, depthwise_wgrad,     depthwise_wgrad_sum_tasks,
+                                        depthwise_wgrad_sum,   activate_pool_tasks, activate_pool};
 
 }  // namespace
 }  // namespace convmixer_fast::cpu

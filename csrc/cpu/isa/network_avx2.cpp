@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const MixerKernels& avx2_mixer() { return kMixerKernels; }
+const NetworkKernels kAvx2Network = kNetwork;
 
 }  // namespace convmixer_fast::cpu

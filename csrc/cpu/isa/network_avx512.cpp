@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const MixerKernels& avx512_mixer() { return kMixerKernels; }
+const NetworkKernels kAvx512Network = kNetwork;
 
 }  // namespace convmixer_fast::cpu

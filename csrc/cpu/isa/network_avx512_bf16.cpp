@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const MixerKernels& avx512_bf16_mixer() { return kMixerKernels; }
+const NetworkKernels kAvx512Bf16Network = kNetwork;
 
 }  // namespace convmixer_fast::cpu

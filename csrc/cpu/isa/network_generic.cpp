@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const MixerKernels& generic_mixer() { return kMixerKernels; }
+const NetworkKernels kGenericNetwork = kNetwork;
 
 }  // namespace convmixer_fast::cpu

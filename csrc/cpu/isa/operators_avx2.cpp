@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const Kernels& avx2_kernels() { return kKernels; }
+const OperatorKernels kAvx2Operators = kOperators;
 
 }  // namespace convmixer_fast::cpu

@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const Kernels& avx512_kernels() { return kKernels; }
+const OperatorKernels kAvx512Operators = kOperators;
 
 }  // namespace convmixer_fast::cpu

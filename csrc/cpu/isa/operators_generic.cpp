@@ -4,6 +4,6 @@
 
 namespace convmixer_fast::cpu {
 
-const Kernels& generic_kernels() { return kKernels; }
+const OperatorKernels kGenericOperators = kOperators;
 
 }  // namespace convmixer_fast::cpu

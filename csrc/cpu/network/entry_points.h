@@ -1,4 +1,5 @@
-// The table of a network's steps for the instruction set that isa/network_<isa>.cpp includes this file for.
+// The network's entry points: each picks the kernel for the network's type. Every isa/network_<isa>.cpp includes this
+// file and exports its table.
 #pragma once
 #include "../dispatch.h"
 #include "pack.h"
@@ -51,7 +52,7 @@ void run_mixer(const MixerParams& p, MixerStep step, int64_t begin, int64_t end)
   });
 }
 
-constexpr MixerKernels kMixerKernels = {packed_bytes, pack, workspace_bytes, mixer_tasks, run_mixer};
+constexpr NetworkKernels kNetwork = {packed_bytes, pack, workspace_bytes, mixer_tasks, run_mixer};
 
 }  // namespace
 }  // namespace convmixer_fast::cpu
