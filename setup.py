@@ -187,7 +187,7 @@ if toolkit:
     extensions.append(
         CppExtension(
             "convmixer_fast._C_cuda",
-            [*sources("csrc/cuda/*.cu", "csrc/bindings/cuda_ops.cpp"), facts_source],
+            [*sources("csrc/cuda/**/*.cu", "csrc/bindings/cuda_ops.cpp"), facts_source],
             include_dirs=[str(toolkit / "include")],
             library_dirs=[str(libraries)],
             # The CUDA runtime is linked statically: any driver of its major version will do, whatever torch brings.

@@ -142,7 +142,8 @@ def compile_kernels(source: Path, target: str) -> tuple[Path, str]:
     nvcc = sass.find_tool("nvcc")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256("\0".join([version, target, source.name, *FLAGS]).encode())
-    for path in [source, CSRC / "params.h", *sorted((CSRC / "cuda").glob("*.*h"))]:
+    headers = [path for folder in ("common", "cuda") for path in sorted((CSRC / folder).rglob("*.*h"))]
+    for path in [source, CSRC / "params.h", *headers]:
         digest.update(path.read_bytes() + b"\0")
     cubin = CACHE / f"{source.stem}-{target}-{digest.hexdigest()[:16]}.cubin"
     log = cubin.with_suffix(".log")
@@ -190,7 +191,7 @@ def kernels_of(source: Path, target: str) -> list[Kernel]:
 
 def load_kernels(targets: list[str], pattern: str = "*") -> list[Kernel]:
     """All kernels of the sources whose names match the pattern."""
-    sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if fnmatch.fnmatch(path.stem, pattern)]
+    sources = [path for path in sorted((CSRC / "cuda").rglob("*.cu")) if fnmatch.fnmatch(path.stem, pattern)]
     jobs = list(itertools.product(sources, targets))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return [kernel for found in pool.map(lambda job: kernels_of(*job), jobs) for kernel in found]

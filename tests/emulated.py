@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC_FLAGS = ("-O3", "-std=c++17")  # as in setup.py
 COMPILED_FOR = {"sm_89": "sm_80"}  # the same PTX (SAME_PTX in setup.py)
-INCLUDE_DIRS = [CSRC, CSRC / "cuda"]
+INCLUDE_DIRS = [CSRC]
 CHECKS = {"memory", "race", "global"}  # all that ptxsim has
 SECONDS_A_LAUNCH = 120
 
@@ -81,10 +81,10 @@ class PoolParams(Structure):
 
 
 def sources(overlay: Path | None = None) -> list[Path]:
-    """Of a program with the kernels, their launchers, and C names for these; files of the overlay take the place of the
-    project's of the same names."""
-    replaced = {path.name: path for path in sorted(overlay.glob("*.cu"))} if overlay else {}
-    own = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in replaced]
+    """A program's sources: the kernels, their launchers, and C names for these; files of the overlay take the place of
+    the project's of the same paths."""
+    replaced = {path.relative_to(overlay): path for path in sorted(overlay.rglob("*.cu"))} if overlay else {}
+    own = [path for path in sorted((CSRC / "cuda").rglob("*.cu")) if path.relative_to(CSRC) not in replaced]
     # The linker takes an inline function from the first object that has it: from the overlay's.
     return [*replaced.values(), *own, Path(__file__).with_name("emulated_launchers.cpp")]
 
@@ -100,9 +100,9 @@ class EmulatedOps:
 
     Args:
         arch: of the emulated GPU, such as "sm_80".
-        overlay: a folder like csrc/cuda with files that take the place of the project's of the same names: sources, and
-            headers for these.
-        launcher: of csrc/cuda/launch.h: "depthwise", which chooses the kernel, or "depthwise_direct".
+        overlay: a folder like csrc with sources that take the place of the project's of the same paths, and with all
+            headers that these include.
+        launcher: of csrc/cuda/common/launch.h: "depthwise", which chooses the kernel, or "depthwise_direct".
         **device: further properties and options of the ptxsim.Device: sm_count, shared_per_block_optin, order
             ("forward", "reverse" or a seed), profile, execute (False: results are left as they were).
 

@@ -1,5 +1,5 @@
 // The launchers under C names, and the sizes of their parameters, for ctypes (emulated.py).
-#include "cuda/launch.h"
+#include "cuda/common/launch.h"
 
 using namespace convmixer_fast;
 

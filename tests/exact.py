@@ -110,20 +110,29 @@ def run_exact(ops, case):
 
 
 def plant(name, file, correct, planted):
-    """An overlay for EmulatedOps: csrc/cuda/<file> with a bug, and what includes it, of the kernels those in float16
-    without GELU. In a folder that stays, so that it is compiled once; everything else is the project's own."""
+    """An overlay for EmulatedOps: all headers, csrc/cuda/<file> with a bug, and the sources that include it, of the
+    kernels those in float16 without GELU. In a folder that stays, so that it is compiled once; everything else is the
+    project's own."""
     overlay = Path(cache_dir(), "planted", name)
     shutil.rmtree(overlay, ignore_errors=True)
-    overlay.mkdir(parents=True)
-    texts = {path.name: path.read_text() for path in (CSRC / "cuda").iterdir() if path.is_file()}
-    assert texts[file].count(correct) == 1, f"{file} has not {correct!r} once: plant the bug elsewhere"
-    texts[file] = texts[file].replace(correct, planted)
-    concerned = [file]
-    for header in concerned:  # which grows by the headers that include it
-        concerned += [other for other in texts if f'#include "{header}"' in texts[other] and other not in concerned]
-    for other in concerned:
-        if not re.search(r"_(bf16|f32|f64|gelu)(?=[_.])", other):
-            (overlay / other).write_text(texts[other])
+    sources = [path for path in (CSRC / "cuda").rglob("*.*") if path.suffix in (".cu", ".cuh", ".h")]
+    texts = {path: path.read_text() for path in [CSRC / "params.h", *(CSRC / "common").glob("*.h"), *sources]}
+    includes = {
+        path: {(path.parent / name).resolve() for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)}
+        for path, text in texts.items()
+    }
+    faulty = CSRC / "cuda" / file
+    assert texts[faulty].count(correct) == 1, f"{file} has not {correct!r} once: plant the bug elsewhere"
+    texts[faulty] = texts[faulty].replace(correct, planted)
+    concerned = [faulty]
+    for included in concerned:  # which grows by the files that include it
+        concerned += [path for path in texts if included in includes[path] and path not in concerned]
+    for path, text in texts.items():
+        is_wanted = path in concerned and not re.search(r"_(bf16|f32|f64|gelu)(?=[_.])", path.name)
+        if is_wanted or path.suffix != ".cu":
+            copy = overlay / path.relative_to(CSRC)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
     return overlay
 
 

@@ -209,11 +209,11 @@ def test_traffic(dtype, kernel_size, size, batch):
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-MMA, DIRECT, TILES = "depthwise_wgrad_mma.cuh", "depthwise_wgrad_direct.cuh", "depthwise_wgrad_tiles.h"
+MMA, DIRECT, SHARE = "wgrad/mma/kernel.cuh", "wgrad/direct/kernel.cuh", "wgrad/share.h"
 # What the suite must find: (file, correct text, text with the bug, what is reported).
 PLANTED = {
     "dgrad_taps_as_they_are": (
-        "depthwise_mma.cuh",
+        "depthwise/mma/kernel.cuh",
         "weight[params.flip_taps ? kernel - 1 - i : i]",
         "weight[i]",
         {"wrong result"},
@@ -255,9 +255,9 @@ PLANTED = {
         {"out-of-bounds", "wrong result"},
     ),
     "wgrad_partials_overlap": (
-        TILES,
+        SHARE,
         "return ((block + group) * channels + channel) * sums;",
-        "return (std::max(block, group) * channels + channel) * sums;",
+        "return ((block > group ? block : group) * channels + channel) * sums;",
         {"second write", "global race", "wrong result", "uninitialised read"},
     ),
     "wgrad_direct_missing_barrier": (

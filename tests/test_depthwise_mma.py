@@ -210,7 +210,7 @@ def test_channels_last_fits_small_shared_memory():
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-KERNEL, TILES = "depthwise_mma.cuh", "depthwise_tiles.h"
+KERNEL, TILES = "depthwise/mma/kernel.cuh", "depthwise/mma/plan.h"
 # What the suite must find: (file, correct text, text with the bug, what may be reported).
 PLANTED = {
     "mma_halo_row": (

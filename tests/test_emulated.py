@@ -120,7 +120,7 @@ def test_traffic(ops, dtype, layout):
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-KERNEL, TILES = "depthwise_direct.cuh", "depthwise_direct_tiles.h"
+KERNEL, TILES = "depthwise/direct/kernel.cuh", "depthwise/direct/plan.h"
 # What the suite must find: (file, correct text, text with the bug, what is reported).
 PLANTED = {
     "halo_one_row_short": (

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "../cuda/depthwise_direct_tiles.h"
-#include "../cuda/depthwise_tiles.h"
-#include "../cuda/depthwise_wgrad_tiles.h"
+#include "../cuda/depthwise/direct/plan.h"
+#include "../cuda/depthwise/mma/plan.h"
+#include "../cuda/wgrad/plan.h"
 
 namespace convmixer_fast {
 namespace {

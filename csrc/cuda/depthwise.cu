@@ -1,12 +1,20 @@
 // The choice between the tensor-core and the direct kernel.
-#include "depthwise_tiles.h"
-#include "elements.cuh"
-#include "launch.h"
+#include "common/dtypes.cuh"
+#include "common/launch.h"
+#include "depthwise/mma/plan.h"
 
 namespace convmixer_fast::cuda {
 
-template <class T, bool kGelu, bool kChannelsLast>  // depthwise_mma.cuh
+template <class T, bool kGelu, bool kChannelsLast>  // depthwise/mma/kernel.cuh
 cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream);
+
+template <class T>  // depthwise/direct/kernel.cuh
+cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream);
+
+cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream) {
+  const auto launch = [&](auto type) { return depthwise_direct<decltype(type)>(params, stream); };
+  return without_last_error(dispatch_dtype(params.dtype, launch));
+}
 
 template <class T, bool kGelu>
 static cudaError_t launch(const DepthwiseParams& params, const MmaTile& tile, cudaStream_t stream) {

@@ -1,8 +1,8 @@
 // The mean over a map of its prologue: what follows the last layer, in one pass.
 #include <algorithm>
 
-#include "activation.cuh"
-#include "launch.h"
+#include "common/activation.cuh"
+#include "common/launch.h"
 
 namespace convmixer_fast::cuda {
 namespace {

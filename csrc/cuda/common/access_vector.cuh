@@ -1,0 +1,71 @@
+// The pieces of memory that a thread moves by one load or store.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "dtypes.cuh"
+
+namespace convmixer_fast::cuda {
+
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
+// kCount 16-bit values that one access moves; in shared memory they are aligned to 8 bytes at least, or to their size.
+template <int kCount>
+struct alignas(2 * kCount) Piece {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4 || kCount == 8);
+  uint16_t values[kCount];
+};
+
+template <int kCount>
+__device__ __forceinline__ Piece<kCount> load_global(const void* from) {  // read-only for the whole launch
+  Piece<kCount> piece;
+  if constexpr (kCount == 8) reinterpret_cast<uint4&>(piece) = __ldg(static_cast<const uint4*>(from));
+  else if constexpr (kCount == 4) reinterpret_cast<uint2&>(piece) = __ldg(static_cast<const uint2*>(from));
+  else if constexpr (kCount == 2) reinterpret_cast<uint32_t&>(piece) = __ldg(static_cast<const uint32_t*>(from));
+  else piece.values[0] = __ldg(static_cast<const unsigned short*>(from));
+  return piece;
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_inputs(void* to, const Piece<kCount>& piece) {
+  if constexpr (kCount == 8) {  // the border left of the map is 8 bytes wide
+    const uint4& bits = reinterpret_cast<const uint4&>(piece);
+    static_cast<uint2*>(to)[0] = make_uint2(bits.x, bits.y);
+    static_cast<uint2*>(to)[1] = make_uint2(bits.z, bits.w);
+  } else {
+    *static_cast<Piece<kCount>*>(to) = piece;
+  }
+}
+
+// Calls f with the compile-time constant that equals `vector`: a power of two up to 8; of channels, 8 or 1.
+template <bool kChannels, class F>
+__device__ __forceinline__ void with_vector(int vector, const F& f) {
+  if constexpr (kChannels) {
+    if (vector == 8) f(Int<8>{});
+    else f(Int<1>{});
+  } else {
+    switch (vector) {
+      case 8: return f(Int<8>{});
+      case 4: return f(Int<4>{});
+      case 2: return f(Int<2>{});
+      default: return f(Int<1>{});
+    }
+  }
+}
+
+// kPitch values from shared memory, 16 bytes at a time.
+template <class T, int kPitch>
+__device__ __forceinline__ void load_window(arithmetic_t<T> (&window)[kPitch], const T* line) {
+  constexpr int kVector = 16 / sizeof(T);
+  static_assert(kPitch % kVector == 0, "whole vectors");
+#pragma unroll
+  for (int i = 0; i < kPitch; i += kVector) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(line + i);
+    const T* const values = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+    for (int j = 0; j < kVector; j++) window[i + j] = widen(values[j]);
+  }
+}
+
+}  // namespace convmixer_fast::cuda

@@ -1,0 +1,25 @@
+// Division by a value that is the same for the whole launch.
+#pragma once
+#include <cstdint>
+
+namespace convmixer_fast::cuda {
+
+// Divides integers below 2^16 by a value from 2 to 2^16, in one multiplication.
+struct Divisor {
+  int value;
+  uint32_t reciprocal;
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ int divide(int n) const { return __umulhi(n, reciprocal); }
+#endif
+};
+
+namespace tiles {
+
+inline Divisor divisor(int64_t value) {
+  return {static_cast<int>(value), static_cast<uint32_t>(((int64_t{1} << 32) + value - 1) / value)};
+}
+
+}  // namespace tiles
+
+}  // namespace convmixer_fast::cuda

@@ -1,5 +1,0 @@
-#include "depthwise_direct.cuh"
-
-namespace convmixer_fast::cuda {
-template cudaError_t depthwise_direct<float>(const DepthwiseParams&, cudaStream_t);
-}

@@ -1,5 +1,0 @@
-#include "depthwise_mma.cuh"
-
-namespace convmixer_fast::cuda {
-template cudaError_t depthwise_mma<__nv_bfloat16, false, true>(const DepthwiseParams&, const MmaTile&, cudaStream_t);
-}

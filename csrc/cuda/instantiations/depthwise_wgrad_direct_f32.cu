@@ -1,0 +1,5 @@
+#include "../wgrad/direct/kernel.cuh"
+
+namespace convmixer_fast::cuda {
+template cudaError_t depthwise_wgrad_direct<float>(const WgradParams&, const WgradPlan&, cudaStream_t);
+}
