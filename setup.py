@@ -163,7 +163,8 @@ cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_
 facts_source = "csrc/bindings/build_facts.cpp"
 x86_only = set(sources("csrc/cpu/isa/*_avx*.cpp"))
 cpu_sources = sources(
-    "csrc/cpu/**/*.cpp", *(f"csrc/bindings/{name}.cpp" for name in ("library", "cpu_ops", "mixer_ops", "explain"))
+    "csrc/cpu/**/*.cpp",
+    *(f"csrc/bindings/{name}.cpp" for name in ("schemas", "register_cpu", "network_cpu", "explain")),
 )
 cpu_sources.append(facts_source)
 if os.uname().machine != "x86_64":
@@ -187,7 +188,7 @@ if toolkit:
     extensions.append(
         CppExtension(
             "convmixer_fast._C_cuda",
-            [*sources("csrc/cuda/**/*.cu", "csrc/bindings/cuda_ops.cpp"), facts_source],
+            [*sources("csrc/cuda/**/*.cu", "csrc/bindings/register_cuda.cpp"), facts_source],
             include_dirs=[str(toolkit / "include")],
             library_dirs=[str(libraries)],
             # The CUDA runtime is linked statically: any driver of its major version will do, whatever torch brings.

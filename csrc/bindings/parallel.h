@@ -1,12 +1,16 @@
 // What the CPU kernels throw, from torch's threads to the caller: torch's C interface would keep nothing but that one
 // of them threw.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <atomic>
+#include <cstdint>
 #include <exception>
 #include <new>
 
 #include "../cpu/scratch.h"
-#include "operators.h"
+#include "allocation.h"
+#include "error_text.h"
 
 namespace convmixer_fast {
 

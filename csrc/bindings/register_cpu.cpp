@@ -1,4 +1,8 @@
 #include "../cpu/dispatch.h"
+
+#include <stdexcept>
+#include <string>
+
 #include "operators.h"
 #include "parallel.h"
 
@@ -31,3 +35,11 @@ struct Cpu {
 }  // namespace convmixer_fast
 
 CONVMIXER_FAST_IMPL(CPU, Cpu)
+
+// For convmixer_fast._library, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
+  return convmixer_fast::cpu::kernels().name;
+} catch (const std::runtime_error& error) {  // ctypes knows no exceptions
+  static const std::string message = error.what();
+  return message.c_str();
+}

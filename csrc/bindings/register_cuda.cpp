@@ -1,4 +1,4 @@
-#include "../cuda/launch.h"
+#include "../cuda/common/launch.h"
 
 #include <torch/csrc/stable/accelerator.h>
 

@@ -1,10 +1,5 @@
-// The operators' schemas, and the instruction set in use.
+// The operators' schemas.
 #include <torch/csrc/stable/library.h>
-
-#include <stdexcept>
-#include <string>
-
-#include "../cpu/dispatch.h"
 
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -27,12 +22,4 @@ STABLE_TORCH_LIBRARY(convmixer_fast, m) {
   m.def(
       "mixer(Tensor x, Tensor patch, Tensor depthwise, Tensor head_weight, Tensor packed, Tensor(a!) workspace, "
       "int activation, bool residual, Tensor(b!)? seconds) -> Tensor");
-}
-
-// For convmixer_fast._library, through ctypes.
-extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
-  return convmixer_fast::cpu::kernels().name;
-} catch (const std::runtime_error& error) {  // ctypes knows no exceptions
-  static const std::string message = error.what();
-  return message.c_str();
 }

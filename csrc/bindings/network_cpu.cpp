@@ -1,28 +1,27 @@
 // A whole ConvMixer on the CPU, from torch's side. convmixer_fast/cpu_engine.py calls these operators; so may anyone,
 // with anything.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <chrono>
+#include <cstdint>
 #include <cstring>
-#include <utility>
+#include <initializer_list>
+#include <optional>
 #include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/work_stealing.h"
-#include "operators.h"
+#include "allocation.h"
+#include "error_text.h"
+#include "huge_pages.h"
 #include "parallel.h"
+#include "tensor_checks.h"
 
 namespace convmixer_fast {
 namespace {
 
 constexpr uintptr_t kAlignment = 64;
-constexpr uintptr_t kHugePage = 2 << 20;
-
-constexpr uintptr_t round_up(uintptr_t value, uintptr_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Sizes whose memory would have this many bytes or more are refused: all that is counted then fits 64 bits.
 constexpr double kTooManyBytes = 0x1p62;
@@ -102,26 +101,6 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   check(patches < double(kTooManyTasks) && bound_of_workspace_bytes(params) < kTooManyBytes,
         "x must have fewer than 2^32 patches, which take fewer than 2^62 bytes, got ", ShapeOf{x});
   return params;
-}
-
-// So many bytes on like's device, on huge pages where the system has them: a layer's weights and activations are more
-// than the TLB covers with small ones.
-Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  Tensor tensor = empty_workspace(like, bytes);
-#if defined(__linux__)
-  const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = round_up(first, kHugePage), end = (first + bytes) / kHugePage * kHugePage;
-  if (begin < end) {  // refused, the pages stay small
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);  // small ones of an earlier owner
-  }
-#endif
-  return tensor;
-}
-
-// Where the steps' memory begins in a workspace, which has a huge page more than they need.
-void* aligned(const Tensor& workspace) {
-  return reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()), kHugePage));
 }
 
 void check_bytes(const char* argument, const Tensor& tensor, int64_t bytes) {

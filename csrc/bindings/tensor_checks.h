@@ -1,0 +1,129 @@
+// What the operators demand of their arguments: types, shapes, devices, and outputs apart from inputs.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "../params.h"
+#include "allocation.h"
+#include "error_text.h"
+
+namespace convmixer_fast {
+
+inline DType dtype_of(const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: break;
+  }
+  check(false, argument, " must be float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
+  __builtin_unreachable();
+}
+
+inline Activation activation_of(int64_t value) {
+  check(0 <= value && value <= 2, "activation must be 0 (none), 1 (gelu) or 2 (relu), got ", value);
+  return static_cast<Activation>(value);
+}
+
+inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+inline bool is_kernel_size(int64_t size) { return 1 <= size && size <= kLargestKernel; }
+
+inline void check_map(const char* argument, const Tensor& x) {
+  check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
+}
+
+inline void check_beside(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
+  check(tensor.device() == x.device(), argument, " must be on ", x_name, "'s device ", DeviceOf{x}, ", got ",
+        DeviceOf{tensor});
+}
+
+inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* x_name = "x") {
+  check_beside("weight", weight, x, x_name);
+  check(weight.scalar_type() == x.scalar_type(), "weight must have ", x_name, "'s dtype ", name_of(x.scalar_type()),
+        ", got ", name_of(weight.scalar_type()));
+  check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && is_kernel_size(weight.size(2)) &&
+            is_kernel_size(weight.size(3)),
+        "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as ", x_name, " and kh, kw from 1 to ",
+        kLargestKernel, ", got ", ShapeOf{weight});
+  return contiguous<4>("weight", weight);
+}
+
+inline Tensor checked_vector(const char* argument, const Tensor& vector, const Tensor& x, ScalarType type) {
+  check_beside(argument, vector, x);
+  check(vector.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()),
+        " x, got ", name_of(vector.scalar_type()));
+  check(vector.dim() == 1 && vector.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
+        " channels as x, got ", ShapeOf{vector});
+  return contiguous<1>(argument, vector);
+}
+
+// An argument by its name.
+struct Input {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// Whether no two elements may share memory: true only where each dimension strides over all that the nearer ones span.
+inline bool is_injective(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
+  for (int64_t d = 0; d < tensor.dim(); d++) {
+    if (tensor.size(d) == 0) return true;
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= span) return false;
+    span += (size - 1) * stride;
+  }
+  return true;
+}
+
+// Whether the memory from one's first element to the end of its last overlaps the other's.
+inline bool share_memory(const Tensor& one, const Tensor& other) {
+  if (one.numel() == 0 || other.numel() == 0) return false;
+  const auto begin = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  const auto end = [&](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); d++) last += (tensor.size(d) - 1) * tensor.stride(d);
+    return begin(tensor) + (last + 1) * tensor.element_size();
+  };
+  return begin(one) < end(other) && begin(other) < end(one);
+}
+
+inline void check_apart(const char* argument, const Tensor& tensor, const char* other_argument, const Tensor& other) {
+  check(!share_memory(tensor, other), argument, " must not share memory with ", other_argument);
+}
+
+// The caller's own output. Kernels read their inputs while others write it, so that they must not overlap; of strided
+// tensors the extents are compared. fakes.py has the same checks.
+template <size_t kDims>
+void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std::vector<Input>& inputs) {
+  const Tensor& x = inputs.front().tensor;
+  check_beside("out", out, x);
+  check(out.scalar_type() == x.scalar_type(), "out must have x's dtype ", name_of(x.scalar_type()), ", got ",
+        name_of(out.scalar_type()));
+  bool fits = out.dim() == static_cast<int64_t>(kDims);
+  for (size_t d = 0; d < kDims && fits; d++) fits = out.size(d) == sizes[d];
+  check(fits, "out must be ", Listed{sizes.data(), kDims}, ", got ", ShapeOf{out});
+  check(is_injective(out), "out must have memory of its own for each element, got strides ", StridesOf{out});
+  for (const Input& input : inputs) check_apart("out", out, input.name, input.tensor);
+}
+
+// Has autograd see that a tensor was written, by a write of none of its elements: its version counter is not part of
+// the stable ABI.
+inline void count_write(const Tensor& tensor) {
+  Tensor nothing = torch::stable::narrow(const_cast<Tensor&>(tensor), 0, 0, 0);
+  torch::stable::zero_(nothing);
+}
+
+}  // namespace convmixer_fast
