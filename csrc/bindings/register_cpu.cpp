@@ -21,8 +21,8 @@ struct Cpu {
     params.workspace = workspace.mutable_data_ptr();
     parallel_for(kernels.depthwise_wgrad_tasks(params),
                  [&](int64_t begin, int64_t end) { kernels.depthwise_wgrad(params, begin, end); });
-    parallel_for(kernels.depthwise_wgrad_sum_tasks(params),
-                 [&](int64_t begin, int64_t end) { kernels.depthwise_wgrad_sum(params, begin, end); });
+    parallel_for(kernels.depthwise_wgrad_reduce_tasks(params),
+                 [&](int64_t begin, int64_t end) { kernels.depthwise_wgrad_reduce(params, begin, end); });
   }
   static void activate_pool(const PoolParams& params, const Tensor&) {
     const cpu::OperatorKernels& kernels = cpu::kernels().operators;

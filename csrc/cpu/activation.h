@@ -1,4 +1,6 @@
-// The pointwise functions: activation(v + bias) * scale + shift.
+// The elementwise step: activation(v + bias) * scale + shift, one bias, scale and shift per channel.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <math.h>
 
@@ -10,10 +12,11 @@ namespace convmixer_fast::cpu {
 namespace {
 
 // gelu(x) = max(x, 0) - t Phi(-t), t = |x|: no cancellation. log2(2 Phi(-t)) is close to a parabola without a constant
-// and a polynomial here, as is 2^f.
+// and is a polynomial here, as is 2^f.
 template <int kLog2, int kExp2>
 struct GeluPolynomials {
-  float log2[kLog2], exp2[kExp2];  // 2^f is halved by the exponent
+  float log2[kLog2];  // from the highest power down
+  float exp2[kExp2];  // 2^f, which the exponent halves
 };
 // Together they are off by 1.1e-7 Phi(-t) for t < 0.75, by 1.9e-8 / t beyond.
 constexpr GeluPolynomials<10, 6> kGelu = {{4.190667317218388e-07f, -8.221937960584197e-06f, 6.719936871101976e-05f,
@@ -33,7 +36,7 @@ CMF_INLINE void evaluate(const float (&terms)[kTerms], const Vec<float> (&x)[kCo
     for (int c = 0; c < kCount; ++c) value[c] = value[c] * x[c] + terms[i];
 }
 
-// x = gelu(x), for kCount vectors in step: one by one, each would wait for the last term of its own polynomials.
+// x = gelu(x), for kCount vectors interleaved: one by one, each would wait for the last term of its own polynomials.
 template <int kCount, int kLog2, int kExp2>
 CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2>& polynomials) {
   constexpr float kRound = 0x1.8p23f - 1;  // added, it leaves the nearest integer, less 1, in the last bits
@@ -41,7 +44,7 @@ CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) {
     const Vec<float> magnitude = bit_cast<Vec<float>>(bit_cast<Bits>(x[c]) & 0x7fffffff);
-    t[c] = lesser(magnitude, 8 + Vec<float>{});  // t Phi(-t) is 3e-14 there
+    t[c] = vector_min(magnitude, 8 + Vec<float>{});  // t Phi(-t) is 3e-14 there
   }
   evaluate(polynomials.log2, t, log2);
 #pragma GCC unroll 8
@@ -53,7 +56,7 @@ CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) {
     phi[c] = bit_cast<Vec<float>>(bit_cast<Bits>(phi[c]) + (bit_cast<Bits>(exponent[c]) << 23));
-    x[c] = greater(Vec<float>{}, x[c]) - t[c] * phi[c];
+    x[c] = vector_max(Vec<float>{}, x[c]) - t[c] * phi[c];
   }
 }
 
@@ -68,64 +71,66 @@ CMF_INLINE void gelu(Vec<double> (&x)[kCount]) {
     for (int i = 0; i < kLanes<double>; ++i) x[c][i] *= 0.5 * erfc(x[c][i] * -M_SQRT1_2);
 }
 
-// PointwiseParams of one channel vector.
+// The elementwise step of one channel vector.
 template <class Real>
-struct Pointwise {
+struct Elementwise {
   Vec<Real> bias, scale, shift;
   Activation activation;
 
-  static constexpr int kInStep = CMF_VECTOR_REGISTERS == 32 ? 8 : 4;  // vectors, enough to hide the latency
+  static constexpr int kUnroll = CMF_VECTOR_REGISTERS == 32 ? 8 : 4;  // vectors, enough to hide GELU's latency
 
-  // emit(i, the result for v[i]), for each i in turn.
-  template <class F>
-  CMF_INLINE void apply(const Vec<Real>* v, int64_t n, F emit) const {
+  // Calls store(i, result) for v[i], for each i in turn.
+  template <class Store>
+  CMF_INLINE void apply(const Vec<Real>* v, int64_t count, Store store) const {
     switch (activation) {
-      case Activation::kGelu: apply_in_step(v, n, [](auto& z) CMF_INLINE_LAMBDA { gelu(z); }, emit); break;
+      case Activation::kGelu: apply_unrolled(v, count, [](auto& z) CMF_INLINE_LAMBDA { gelu(z); }, store); break;
       case Activation::kRelu:
-        for (int64_t i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < count; ++i) {
           const Vec<Real> biased = v[i] + bias;
-          emit(i, (biased < 0 ? Vec<Real>{} : biased) * scale + shift);
+          store(i, (biased < 0 ? Vec<Real>{} : biased) * scale + shift);
         }
         break;
       case Activation::kNone:
-        for (int64_t i = 0; i < n; ++i) emit(i, (v[i] + bias) * scale + shift);
+        for (int64_t i = 0; i < count; ++i) store(i, (v[i] + bias) * scale + shift);
     }
   }
 
-  CMF_INLINE void apply(Vec<Real>* v, int64_t n) const {
-    apply(v, n, [v](int64_t i, Vec<Real> result) { v[i] = result; });
+  CMF_INLINE void apply(Vec<Real>* v, int64_t count) const {
+    apply(v, count, [v](int64_t i, Vec<Real> result) { v[i] = result; });
   }
 
-  // The same, where `activate` changes an array of at most kInStep vectors; the last two are of about equal length.
-  template <class Activate, class F>
-  CMF_INLINE void apply_in_step(const Vec<Real>* v, int64_t n, Activate activate, F emit) const {
-    for (int64_t i = 0, count; i < n; i += count) {
-      const int64_t rest = n - i;
-      count = rest >= 2 * kInStep ? kInStep : rest > kInStep ? (rest + 1) / 2 : rest;
-      apply_to(v, i, count, activate, emit, std::make_integer_sequence<int, kInStep>());
+  // The same by an `activate` that changes an array of at most kUnroll vectors; the last two arrays are about equally
+  // long.
+  template <class Activate, class Store>
+  CMF_INLINE void apply_unrolled(const Vec<Real>* v, int64_t count, Activate activate, Store store) const {
+    for (int64_t i = 0, length; i < count; i += length) {
+      const int64_t rest = count - i;
+      length = rest >= 2 * kUnroll ? kUnroll : rest > kUnroll ? (rest + 1) / 2 : rest;
+      apply_to(v, i, length, activate, store, std::make_integer_sequence<int, kUnroll>());
     }
   }
 
  private:
-  template <class Activate, class F, int... kCount>
-  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, int64_t count, Activate activate, F& emit,
-                           std::integer_sequence<int, kCount...>) const {
-    (void)((count == kCount + 1 && (apply_to<kCount + 1>(v, i, activate, emit), true)) || ...);
+  template <class Activate, class Store, int... kLength>
+  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, int64_t length, Activate activate, Store& store,
+                           std::integer_sequence<int, kLength...>) const {
+    (void)((length == kLength + 1 && (apply_to<kLength + 1>(v, i, activate, store), true)) || ...);
   }
 
-  template <int kCount, class Activate, class F>
-  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, Activate activate, F& emit) const {
-    Vec<Real> z[kCount];
+  template <int kLength, class Activate, class Store>
+  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, Activate activate, Store& store) const {
+    Vec<Real> z[kLength];
 #pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) z[c] = v[i + c] + bias;
+    for (int c = 0; c < kLength; ++c) z[c] = v[i + c] + bias;
     activate(z);
 #pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) emit(i + c, z[c] * scale + shift);
+    for (int c = 0; c < kLength; ++c) store(i + c, z[c] * scale + shift);
   }
 };
 
+// A channel vector of parameters, which are stored as S or as its Real; `otherwise` if there are none.
 template <class S, class Real = typename S::Real>
-Vec<Real> load_vector(const void* from, bool is_storage, int64_t channel, int64_t channels, Real otherwise) {
+Vec<Real> load_parameter(const void* from, bool is_storage, int64_t channel, int64_t channels, Real otherwise) {
   Vec<Real> v = otherwise + Vec<Real>{};
   if (from && is_storage) {
     load_pixels(static_cast<const S*>(from) + channel, 1, 0, channels, 1, &v);
@@ -136,11 +141,11 @@ Vec<Real> load_vector(const void* from, bool is_storage, int64_t channel, int64_
 }
 
 template <class S, class Real = typename S::Real>
-Pointwise<Real> load_pointwise(const PointwiseParams& p, DType dtype, int64_t channel, int64_t channels) {
+Elementwise<Real> load_elementwise(const PointwiseParams& p, DType dtype, int64_t channel, int64_t channels) {
   const bool is_storage = p.vector_dtype == dtype;
-  return {load_vector<S>(p.bias, is_storage, channel, channels, Real(0)),
-          load_vector<S>(p.scale, is_storage, channel, channels, Real(1)),
-          load_vector<S>(p.shift, is_storage, channel, channels, Real(0)), p.activation};
+  return {load_parameter<S>(p.bias, is_storage, channel, channels, Real(0)),
+          load_parameter<S>(p.scale, is_storage, channel, channels, Real(1)),
+          load_parameter<S>(p.shift, is_storage, channel, channels, Real(0)), p.activation};
 }
 
 }  // namespace

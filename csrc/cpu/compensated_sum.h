@@ -1,4 +1,4 @@
-// Sums that keep what their additions round away.
+// Sums of which what each addition rounds away is kept, and added at the end.
 #pragma once
 #include "simd.h"
 
@@ -11,7 +11,8 @@ struct CompensatedSum {
   V lost = {};  // what the additions to `sum` rounded away; NaN once `sum` is infinite
 
   CMF_INLINE void add(V v) {
-    const V total = sum + v, kept = total - sum;
+    const V total = sum + v;
+    const V kept = total - sum;
     lost += (sum - (total - kept)) + (v - kept);
     sum = total;
   }

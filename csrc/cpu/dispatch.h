@@ -15,8 +15,8 @@ struct OperatorKernels {
   int64_t (*depthwise_wgrad_workspace)(const WgradParams&);
   int64_t (*depthwise_wgrad_tasks)(const WgradParams&);
   void (*depthwise_wgrad)(const WgradParams&, int64_t begin, int64_t end);
-  int64_t (*depthwise_wgrad_sum_tasks)(const WgradParams&);
-  void (*depthwise_wgrad_sum)(const WgradParams&, int64_t begin, int64_t end);
+  int64_t (*depthwise_wgrad_reduce_tasks)(const WgradParams&);
+  void (*depthwise_wgrad_reduce)(const WgradParams&, int64_t begin, int64_t end);
   int64_t (*activate_pool_tasks)(const PoolParams&);
   void (*activate_pool)(const PoolParams&, int64_t begin, int64_t end);
 };
@@ -43,7 +43,7 @@ extern const NetworkKernels kAvx512Bf16Network;  // for bfloat16 alone
 #endif
 
 struct KernelTable {
-  const char* name;  // of the instruction set: generic, avx2, avx512 or avx512_bf16
+  const char* name;  // the instruction set: generic, avx2, avx512 or avx512_bf16
   const OperatorKernels& operators;
   const NetworkKernels& float_network;  // for all types but bfloat16
   const NetworkKernels& bfloat16_network;

@@ -1,4 +1,5 @@
-// The types that tensors are stored in.
+// The types that tensors are stored in. A storage type names the Real that kernels compute in, turns memory into
+// vectors of it, and back (rounding to nearest even).
 #pragma once
 #include "../params.h"
 #include "simd.h"
@@ -6,7 +7,6 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-// A storage type names the Real it computes in, and turns memory into vectors and back (to nearest even).
 template <class T>
 struct Native {
   using Real = T;
@@ -25,7 +25,8 @@ struct BFloat16 {
   using Real = float;
   static constexpr DType kDType = DType::kBFloat16;
   uint16_t value;
-  static CMF_INLINE Bits narrow(Vec<float> v) {  // in the upper halves
+  // The rounded value in the upper half of each lane, zeros in the lower one.
+  static CMF_INLINE Bits narrow(Vec<float> v) {
     const Bits bits = bit_cast<Bits>(v);
     const Bits nearest = bits + (0x7fff + (bits >> 16 & 1));
     return (v == v ? nearest : bits | 0x400000) & int32_t(0xffff0000);

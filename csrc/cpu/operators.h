@@ -21,7 +21,7 @@ CMF_INLINE auto with_storage(DType dtype, F f) {
 }
 
 int64_t depthwise_tasks(const DepthwiseParams& p) {
-  return with_storage(p.dtype, [&](auto storage) { return Plan<typename decltype(storage)::Real>(p).tasks; });
+  return with_storage(p.dtype, [&](auto storage) { return ForwardPlan<typename decltype(storage)::Real>(p).tasks; });
 }
 
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end) {
@@ -44,12 +44,12 @@ void depthwise_wgrad(const WgradParams& p, int64_t begin, int64_t end) {
   with_storage(p.dtype, [&](auto storage) { DepthwiseWgrad<decltype(storage)>(p, scratch).run(begin, end); });
 }
 
-int64_t depthwise_wgrad_sum_tasks(const WgradParams& p) {
+int64_t depthwise_wgrad_reduce_tasks(const WgradParams& p) {
   return with_storage(p.dtype, [&](auto storage) { return WgradPlan<typename decltype(storage)::Real>(p).vectors; });
 }
 
-void depthwise_wgrad_sum(const WgradParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto storage) { sum_parts<decltype(storage)>(p, begin, end); });
+void depthwise_wgrad_reduce(const WgradParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, [&](auto storage) { reduce_partials<decltype(storage)>(p, begin, end); });
 }
 
 int64_t activate_pool_tasks(const PoolParams& p) {
@@ -60,9 +60,9 @@ void activate_pool(const PoolParams& p, int64_t begin, int64_t end) {
   with_storage(p.dtype, [&](auto storage) { pool<decltype(storage)>(p, begin, end); });
 }
 
-constexpr OperatorKernels kOperators = {depthwise_tasks,       depthwise,           depthwise_wgrad_workspace,
-                                        depthwise_wgrad_tasks, depthwise_wgrad,     depthwise_wgrad_sum_tasks,
-                                        depthwise_wgrad_sum,   activate_pool_tasks, activate_pool};
+constexpr OperatorKernels kOperators = {depthwise_tasks,        depthwise,           depthwise_wgrad_workspace,
+                                        depthwise_wgrad_tasks,  depthwise_wgrad,     depthwise_wgrad_reduce_tasks,
+                                        depthwise_wgrad_reduce, activate_pool_tasks, activate_pool};
 
 }  // namespace
 }  // namespace convmixer_fast::cpu

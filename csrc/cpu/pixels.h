@@ -1,5 +1,7 @@
-// Pixels between tensors of any strides and vectors. A vector holds neighbouring channels of one pixel, whatever the
-// layout of x: only `load_pixels` and `store_pixels` know strides.
+// Pixels between tensors of any strides and channel vectors. Whatever the layout of a tensor, a channel vector holds
+// neighbouring channels of one pixel; only `load_pixels` and `store_pixels` know strides.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "dtypes.h"
 #include "int_math.h"
@@ -11,71 +13,77 @@ namespace {
 template <class S, class Real = typename S::Real>
 void load_pixels(const S* x, int64_t channel_stride, int64_t pixel_stride, int64_t channels, int64_t pixels,
                  Vec<Real>* v) {
-  constexpr int n = kLanes<Real>;
-  if (channel_stride == 1 && channels == n) {
-    for (int64_t q = 0; q < pixels; ++q) v[q] = S::load(x + q * pixel_stride);
-  } else if (pixel_stride == 1 && pixels == n) {
-    Vec<Real> rows[n];
-    for (int64_t c = 0; c < n; ++c) rows[c] = c < channels ? S::load(x + c * channel_stride) : Vec<Real>{};
-    transpose<n / 2>(rows);
-    for (int64_t q = 0; q < n; ++q) v[q] = rows[q];
+  constexpr int kLanes = cpu::kLanes<Real>;
+  if (channel_stride == 1 && channels == kLanes) {
+    for (int64_t p = 0; p < pixels; ++p) v[p] = S::load(x + p * pixel_stride);
+  } else if (pixel_stride == 1 && pixels == kLanes) {
+    Vec<Real> rows[kLanes];
+    for (int64_t c = 0; c < kLanes; ++c) rows[c] = c < channels ? S::load(x + c * channel_stride) : Vec<Real>{};
+    transpose<kLanes / 2>(rows);
+    for (int64_t p = 0; p < kLanes; ++p) v[p] = rows[p];
   } else {
-    for (int64_t q = 0; q < pixels; ++q) {
-      S lanes[n] = {};
-      for (int64_t c = 0; c < channels; ++c) lanes[c] = x[q * pixel_stride + c * channel_stride];
-      v[q] = S::load(lanes);
+    for (int64_t p = 0; p < pixels; ++p) {
+      S lanes[kLanes] = {};
+      for (int64_t c = 0; c < channels; ++c) lanes[c] = x[p * pixel_stride + c * channel_stride];
+      v[p] = S::load(lanes);
     }
   }
 }
 
+// The inverse of load_pixels.
 template <class S, class Real = typename S::Real>
 void store_pixels(S* y, int64_t channel_stride, int64_t pixel_stride, int64_t channels, int64_t pixels,
                   const Vec<Real>* v) {
-  constexpr int n = kLanes<Real>;
-  if (channel_stride == 1 && channels == n) {
-    for (int64_t q = 0; q < pixels; ++q) S::store(y + q * pixel_stride, v[q]);
-  } else if (pixel_stride == 1 && pixels == n) {
-    Vec<Real> rows[n];
-    for (int64_t q = 0; q < n; ++q) rows[q] = v[q];
-    transpose<n / 2>(rows);
+  constexpr int kLanes = cpu::kLanes<Real>;
+  if (channel_stride == 1 && channels == kLanes) {
+    for (int64_t p = 0; p < pixels; ++p) S::store(y + p * pixel_stride, v[p]);
+  } else if (pixel_stride == 1 && pixels == kLanes) {
+    Vec<Real> rows[kLanes];
+    for (int64_t p = 0; p < kLanes; ++p) rows[p] = v[p];
+    transpose<kLanes / 2>(rows);
     for (int64_t c = 0; c < channels; ++c) S::store(y + c * channel_stride, rows[c]);
   } else {
-    for (int64_t q = 0; q < pixels; ++q) {
-      S lanes[n];
-      S::store(lanes, v[q]);
-      for (int64_t c = 0; c < channels; ++c) y[q * pixel_stride + c * channel_stride] = lanes[c];
+    for (int64_t p = 0; p < pixels; ++p) {
+      S lanes[kLanes];
+      S::store(lanes, v[p]);
+      for (int64_t c = 0; c < channels; ++c) y[p * pixel_stride + c * channel_stride] = lanes[c];
     }
   }
 }
 
-// f(row, column, n) for up to kGroup successive pixels (row, column), ..., row by row; `joined`: across rows' ends.
-template <int kGroup, class F>
-CMF_INLINE void for_pixel_groups(int64_t rows, int64_t columns, bool joined, F f) {
-  const int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
-  for (int64_t run = 0; run < runs; ++run)
-    for (int64_t i = 0; i < length; i += kGroup) f(run + i / columns, i % columns, min(kGroup, length - i));
+// Calls f(row, column, count) for runs of up to kMaxCount successive pixels that begin at (row, column), row by row. If
+// the rows are `joined`, a run may continue in the next row.
+template <int kMaxCount, class F>
+CMF_INLINE void for_pixel_runs(int64_t rows, int64_t columns, bool joined, F f) {
+  const int64_t lines = joined ? 1 : rows;
+  const int64_t length = joined ? rows * columns : columns;
+  for (int64_t line = 0; line < lines; ++line)
+    for (int64_t i = 0; i < length; i += kMaxCount) f(line + i / columns, i % columns, min(kMaxCount, length - i));
 }
 
-// The pixels of `rows` x `columns` from memory: those of channel vector v and of a row go, after
-// `change(v, pixels, n)`, to the vectors from `row_of(v, row)` on. `joined`: a row starts in memory where the one
-// before it ends.
+// Packs `rows` x `columns` pixels: those of channel vector v and of a row go, after `change(v, pixels, count)`, to the
+// vectors from `row_of(v, row)` on. `joined` says that each row starts in memory where the one before it ends.
 template <class S, class RowOf, class Change, class V = Vec<typename S::Real>>
 CMF_INLINE void pack_pixels(const S* x, const Strides& stride, int64_t channels, int64_t rows, int64_t columns,
                             bool joined, RowOf row_of, Change change) {
   constexpr int kLanes = cpu::kLanes<typename S::Real>;
-  for_pixel_groups<kLanes>(rows, columns, joined, [&](int64_t row, int64_t column, int64_t n) {
+  for_pixel_runs<kLanes>(rows, columns, joined, [&](int64_t row, int64_t column, int64_t count) {
     const S* from = x + row * stride.h + column * stride.w;
     for (int64_t v = 0; v * kLanes < channels; ++v) {
       V* to = row_of(v, row) + column;
       V buffer[kLanes];
-      V* z = column + n <= columns ? to : buffer;  // one row, or the end of one and the start of the next
-      load_pixels(from + v * kLanes * stride.c, stride.c, stride.w, min(kLanes, channels - v * kLanes), n, z);
-      change(v, z, n);
+      V* z = column + count <= columns ? to : buffer;  // the buffer if the run continues in the next row
+      load_pixels(from + v * kLanes * stride.c, stride.c, stride.w, min(kLanes, channels - v * kLanes), count, z);
+      change(v, z, count);
       if (z == buffer) {
-        int64_t r = row, c = column;
-        for (int64_t i = 0; i < n; ++i) {
+        int64_t r = row;
+        int64_t c = column;
+        for (int64_t i = 0; i < count; ++i) {
           *to++ = z[i];
-          if (++c == columns) c = 0, to = row_of(v, ++r);
+          if (++c == columns) {
+            c = 0;
+            to = row_of(v, ++r);
+          }
         }
       }
     }

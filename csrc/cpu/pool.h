@@ -1,4 +1,6 @@
-// The mean over each map, after the pointwise functions.
+// The mean over each map, after the elementwise step. A task is (image, channel vector).
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "activation.h"
 #include "compensated_sum.h"
@@ -13,22 +15,24 @@ int64_t pool_tasks(const PoolParams& p) {
 
 template <class S, class Real = typename S::Real>
 void pool(const PoolParams& p, int64_t begin, int64_t end) {
-  constexpr int n = kLanes<Real>;
+  constexpr int kLanes = cpu::kLanes<Real>;
   const Strides& stride = p.x_stride;
-  const int64_t blocks = ceil_div(p.channels, n);
+  const int64_t vectors = ceil_div(p.channels, kLanes);
   const bool joined = stride.h == p.width * stride.w;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t image = task / blocks, channel = task % blocks * n, channels = min(n, p.channels - channel);
+    const int64_t image = task / vectors;
+    const int64_t channel = task % vectors * kLanes;
+    const int64_t channels = min(kLanes, p.channels - channel);
     const S* x = static_cast<const S*>(p.x) + image * stride.n + channel * stride.c;
-    const Pointwise<Real> prologue = load_pointwise<S>(p.prologue, p.dtype, channel, channels);
+    const Elementwise<Real> prologue = load_elementwise<S>(p.prologue, p.dtype, channel, channels);
     CompensatedSum<Vec<Real>> sum;
     if (p.height * p.width > 0)
-      for_pixel_groups<n>(p.height, p.width, joined, [&](int64_t row, int64_t column, int64_t pixels) {
-        Vec<Real> z[n];
+      for_pixel_runs<kLanes>(p.height, p.width, joined, [&](int64_t row, int64_t column, int64_t pixels) {
+        Vec<Real> z[kLanes];
         load_pixels(x + row * stride.h + column * stride.w, stride.c, stride.w, channels, pixels, z);
         prologue.apply(z, pixels);
-        for (int64_t i = pixels; i < n; ++i) z[i] = Vec<Real>{};
-        for (int half = n / 2; half > 0; half /= 2)
+        for (int64_t i = pixels; i < kLanes; ++i) z[i] = Vec<Real>{};
+        for (int half = kLanes / 2; half > 0; half /= 2)
           for (int i = 0; i < half; ++i) z[i] += z[i + half];
         sum.add(z[0]);
       });

@@ -1,9 +1,12 @@
-// Vectors of the compiler's (GCC, Clang), and what plain arithmetic on them cannot say.
+// SIMD vectors. They are the compiler's own (GCC, Clang), so that kernels are plain arithmetic; every intrinsic, for
+// what plain arithmetic cannot say, is in this file.
 //
-// The CPU kernels are one source for every instruction set. Each translation unit in isa/ has its target pragma, says
-// what it brings in macros of ours (GCC 12 sets none of its own for a pragma in C++) and includes the kernels once.
-// Everything has internal linkage and no function of the standard library is instantiated: nothing compiled for a wide
-// instruction set can be linked into the path of a narrower one.
+// The CPU kernels are one source for every instruction set. Each translation unit in isa/ has its target pragma, states
+// in CMF_HAS_* what that brings (GCC 12 defines no macros of its own for a pragma in C++) and includes the kernels
+// once. Everything has internal linkage and no function of the standard library is instantiated: nothing that is
+// compiled for a wide instruction set can be linked into the path of a narrower one.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <string.h>
 
@@ -54,33 +57,35 @@ CMF_INLINE V multiply_add(V sum, V a, V b) {
   return sum + a * b;
 }
 
-// The transpose of kLanes x kLanes values, in log2 kLanes exchanges of ever smaller blocks.
+// Exchanges the blocks of kBlock lanes that a transpose of a 2 x 2 matrix of such blocks exchanges.
 template <int kBlock, class V, size_t... kLane>
 CMF_INLINE void exchange_blocks(V& a, V& b, std::index_sequence<kLane...>) {
-  constexpr int n = sizeof...(kLane);
-  const V low = a, high = b;
+  constexpr int kCount = sizeof...(kLane);
+  const V low = a;
+  const V high = b;
 #if defined(__clang__)
-  a = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane - kBlock + n : kLane)...);
-  b = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane + n : kLane + kBlock)...);
+  a = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane - kBlock + kCount : kLane)...);
+  b = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane + kCount : kLane + kBlock)...);
 #else
   using Index = decltype(a < b);
-  a = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane - kBlock + n : kLane)...});
-  b = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane + n : kLane + kBlock)...});
+  a = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane - kBlock + kCount : kLane)...});
+  b = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane + kCount : kLane + kBlock)...});
 #endif
 }
 
-template <int kBlock, class V, size_t n>
-CMF_INLINE void transpose(V (&v)[n]) {
+// Transposes a square matrix in log2 kCount passes, which exchange ever smaller blocks; the first kBlock is kCount / 2.
+template <int kBlock, class V, size_t kCount>
+CMF_INLINE void transpose(V (&v)[kCount]) {
   if constexpr (kBlock > 0) {
 #pragma GCC unroll 16
-    for (size_t i = 0; i < n; ++i)
-      if (!(i & kBlock)) exchange_blocks<kBlock>(v[i], v[i + kBlock], std::make_index_sequence<n>());
+    for (size_t i = 0; i < kCount; ++i)
+      if (!(i & kBlock)) exchange_blocks<kBlock>(v[i], v[i + kBlock], std::make_index_sequence<kCount>());
     transpose<kBlock / 2>(v);
   }
 }
 
-// The lesser and the greater, or b where one is NaN: each an instruction, which GCC does not see in a ? b : c.
-CMF_INLINE Vec<float> lesser(Vec<float> a, Vec<float> b) {
+// Minimum and maximum, or b if one is NaN: one instruction each, which GCC does not recognize in a ? b : c.
+CMF_INLINE Vec<float> vector_min(Vec<float> a, Vec<float> b) {
 #if CMF_HAS_AVX512
   return bit_cast<Vec<float>>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
 #elif CMF_HAS_AVX
@@ -89,7 +94,8 @@ CMF_INLINE Vec<float> lesser(Vec<float> a, Vec<float> b) {
   return a < b ? a : b;
 #endif
 }
-CMF_INLINE Vec<float> greater(Vec<float> a, Vec<float> b) {
+
+CMF_INLINE Vec<float> vector_max(Vec<float> a, Vec<float> b) {
 #if CMF_HAS_AVX512
   return bit_cast<Vec<float>>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
 #elif CMF_HAS_AVX
@@ -99,14 +105,15 @@ CMF_INLINE Vec<float> greater(Vec<float> a, Vec<float> b) {
 #endif
 }
 
-// To float16, to nearest even, and back. (The AVX-512 forms without a mask make GCC 12 warn.)
+// Rounds to nearest even. (The AVX-512 forms without a mask make GCC 12 warn, here and below.)
 CMF_INLINE Bits16 to_float16(Vec<float> v) {
 #if CMF_HAS_AVX512
   return bit_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), 0));
 #elif CMF_HAS_F16C
   return bit_cast<Bits16>(_mm256_cvtps_ph(bit_cast<__m256>(v), 0));
 #else
-  const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7fffffff;
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits magnitude = bits & 0x7fffffff;
   const Bits normal = magnitude - (112 << 23) + (0xfff + (magnitude >> 13 & 1));  // rebias, to nearest even
   // Adding 0.5 leaves the multiples of 2^-24, the spacing of float16's subnormals, in the last bits.
   const Bits subnormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (126 << 23);
@@ -116,13 +123,15 @@ CMF_INLINE Bits16 to_float16(Vec<float> v) {
   return __builtin_convertvector(half | (bits >> 16 & 0x8000), Bits16);
 #endif
 }
+
 CMF_INLINE Vec<float> from_float16(Bits16 v) {
 #if CMF_HAS_AVX512
   return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
 #elif CMF_HAS_F16C
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
 #else
-  const Bits bits = __builtin_convertvector(v, Bits), magnitude = (bits & 0x7fff) << 13;
+  const Bits bits = __builtin_convertvector(v, Bits);
+  const Bits magnitude = (bits & 0x7fff) << 13;
   const Bits finite = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);  // exact, subnormals too
   const Bits special = magnitude | (255 << 23);
   return bit_cast<Vec<float>>((magnitude < (31 << 23) ? finite : special) | (bits & 0x8000) << 16);
@@ -130,15 +139,17 @@ CMF_INLINE Vec<float> from_float16(Bits16 v) {
 }
 
 #if CMF_HAS_BF16_DOT
+// Rounds to nearest even.
 CMF_INLINE Bits16 to_bfloat16(Vec<float> v) { return bit_cast<Bits16>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
 
-// Two bfloat16 values in each lane.
+// Two bfloat16 values per lane.
 struct BFloat16Pairs {
   __m512bh values;
 };
 
 CMF_INLINE BFloat16Pairs pairs_of(Bits bits) { return {bit_cast<__m512bh>(bits)}; }
 
+// Adds both products of each lane.
 CMF_INLINE Vec<float> multiply_add(Vec<float> sum, BFloat16Pairs a, BFloat16Pairs b) {
   return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), a.values, b.values));
 }

@@ -1,9 +1,11 @@
 // The depthwise convolution.
 //
-// A task is (image, block of channels, band of rows, band of columns). It slides down its band: `pack`
-// turns the next input rows into zero-padded rows of vectors in a ring, `convolve` sums the taps, `emit` applies the
-// epilogue and stores. Small kernels on channels_last maps, where packing would take longer than the sums, find in the
-// ring where the pixels lie instead, and read them there.
+// A task is (image, block of channels, band of rows, band of columns). It slides down its band: `pack` turns the next
+// input rows into zero-padded rows of channel vectors in a ring buffer, `convolve` sums the taps, `store_rows` applies
+// the epilogue and stores. Small kernels on channels_last maps, for which packing would take longer than the sums, keep
+// in the ring buffer where the pixels lie instead, and read them in place.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <type_traits>
 
@@ -16,11 +18,11 @@ namespace convmixer_fast::cpu {
 namespace {
 
 template <class V>
-void reverse(V* v, int64_t n) {
-  for (int64_t i = 0; i < n / 2; ++i) {
+void reverse(V* v, int64_t count) {
+  for (int64_t i = 0; i < count / 2; ++i) {
     const V first = v[i];
-    v[i] = v[n - 1 - i];
-    v[n - 1 - i] = first;
+    v[i] = v[count - 1 - i];
+    v[count - 1 - i] = first;
   }
 }
 
@@ -33,30 +35,30 @@ class Depthwise {
  public:
   Depthwise(const DepthwiseParams& p, Scratch& scratch) : p_(p), plan_(p) {
     const int64_t weights = plan_.vectors * p_.kernel_h * p_.kernel_w;
-    const int64_t vectors = weights + plan_.ring() + plan_.sums() + 2 * plan_.vectors;
-    constexpr int64_t kPointwise = sizeof(Pointwise<Real>);
-    void* memory = scratch.reserve(vectors * sizeof(V) + 2 * plan_.vectors * kPointwise);
+    const int64_t vectors = weights + plan_.ring_size() + plan_.sums_size() + 2 * plan_.vectors;
+    constexpr int64_t kElementwise = sizeof(Elementwise<Real>);
+    void* memory = scratch.reserve(vectors * sizeof(V) + 2 * plan_.vectors * kElementwise);
     weight_ = static_cast<V*>(memory);
-    tile_ = weight_ + weights;
-    places_ = reinterpret_cast<const S**>(tile_);
-    sum_ = tile_ + plan_.ring();
-    start_ = sum_ + plan_.sums();
+    ring_ = weight_ + weights;
+    pixel_ring_ = reinterpret_cast<const S**>(ring_);
+    sums_ = ring_ + plan_.ring_size();
+    start_ = sums_ + plan_.sums_size();
     zeros_ = start_ + plan_.vectors;
     for (int64_t v = 0; v < plan_.vectors; ++v) zeros_[v] = V{};
-    prologue_ = reinterpret_cast<Pointwise<Real>*>(zeros_ + plan_.vectors);
+    prologue_ = reinterpret_cast<Elementwise<Real>*>(zeros_ + plan_.vectors);
     epilogue_ = prologue_ + plan_.vectors;
   }
 
   void run(int64_t begin, int64_t end) {
     int64_t loaded = -1;
     for (int64_t task = begin; task < end; ++task) {
-      // (group of images, block, image of the group, band of rows, band of columns), the last one fastest
+      // (set of images, block, image of the set, band of rows, band of columns), the last one fastest
       const int64_t bands = plan_.height_bands * plan_.width_bands;
-      const int64_t group = task / (plan_.images * plan_.blocks * bands) * plan_.images;
-      const int64_t images = min(plan_.images, p_.batch - group);
-      const int64_t rest = task - group * plan_.blocks * bands;
+      const int64_t first_image = task / (plan_.images * plan_.blocks * bands) * plan_.images;
+      const int64_t images = min(plan_.images, p_.batch - first_image);
+      const int64_t rest = task - first_image * plan_.blocks * bands;
       const int64_t block = rest / (images * bands);
-      image_ = group + rest / bands % images;
+      image_ = first_image + rest / bands % images;
       if (block != loaded) load_block(block);
       loaded = block;
       const int64_t h = rest / plan_.width_bands % plan_.height_bands * plan_.band_height;
@@ -71,10 +73,10 @@ class Depthwise {
     return plan_.in_place ? min(vector * kLanes, channels_ - kLanes) : vector * kLanes;
   }
   int64_t channels_of(int64_t vector) const { return max(0, min(kLanes, channels_ - offset_of(vector))); }
-  V* tile_row(int64_t vector, int64_t row) const {
-    return tile_ + (vector * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch;
+  V* ring_row(int64_t vector, int64_t row) const {
+    return ring_ + (vector * plan_.ring_rows + row % plan_.ring_rows) * plan_.pitch;
   }
-  const S** places_of(int64_t row) const { return places_ + row % plan_.ring_rows * plan_.pitch; }
+  const S** pixel_ring_row(int64_t row) const { return pixel_ring_ + row % plan_.ring_rows * plan_.pitch; }
 
   void load_block(int64_t block) {
     channel_ = block * plan_.block_channels;
@@ -86,8 +88,8 @@ class Depthwise {
       for (int64_t t = 0; t < taps; t += kLanes)
         load_pixels(weight + t, taps, 1, channels_of(v), min(kLanes, taps - t), weight_ + v * taps + t);
       if (p_.flip_taps) reverse(weight_ + v * taps, taps);
-      prologue_[v] = load_pointwise<S>(p_.prologue, p_.dtype, channel, channels_of(v));
-      epilogue_[v] = load_pointwise<S>(p_.epilogue, p_.dtype, channel, channels_of(v));
+      prologue_[v] = load_elementwise<S>(p_.prologue, p_.dtype, channel, channels_of(v));
+      epilogue_[v] = load_elementwise<S>(p_.epilogue, p_.dtype, channel, channels_of(v));
       // Few taps: the sums start from the bias, which saves a rounding. Many: it would enlarge every partial sum.
       start_[v] = plan_.few_taps ? epilogue_[v].bias : V{};
       if (plan_.few_taps) epilogue_[v].bias = V{};
@@ -114,34 +116,39 @@ class Depthwise {
       packed = max(packed, needed);
       for (int64_t v = 0; v * kLanes < channels_; ++v) {
         for (int64_t r = 0; r < rows; ++r) {
-          const Lines read = lines(p_.x, p_.x_stride, v, packed + r), write = lines(p_.y, p_.y_stride, v, h + r);
-          convolve(v, h + r, sum_ + r * columns_, read, write);
+          const PrefetchLines read = lines(p_.x, p_.x_stride, v, packed + r);
+          const PrefetchLines write = lines(p_.y, p_.y_stride, v, h + r);
+          convolve(v, h + r, sums_ + r * columns_, read, write);
         }
-        emit(v, h, rows);
+        store_rows(v, h, rows);
       }
     }
   }
 
-  // Where the pixels of a row lie; beside the map it is where there are zeros.
+  // Fills a row of the ring buffer with where the row's pixels lie; beside the map, with where there are zeros.
   void locate(int64_t row) {
-    const S** to = places_of(row);
-    const int64_t first = max(0, -origin_), last = min(columns_ + plan_.taps - 1, p_.width - origin_);
-    const S* from = place_of(p_.x, p_.x_stride, row, origin_ + first);
+    const S** to = pixel_ring_row(row);
+    const int64_t first = max(0, -origin_);
+    const int64_t last = min(columns_ + plan_.taps - 1, p_.width - origin_);
+    const S* from = address_of(p_.x, p_.x_stride, row, origin_ + first);
     const S* const zeros = reinterpret_cast<const S*>(zeros_);
     for (int64_t i = 0; i < first; ++i) to[i] = zeros;
     for (int64_t i = first; i < last; ++i) to[i] = from + (i - first) * p_.x_stride.w;
     for (int64_t i = last; i < columns_ + plan_.taps - 1; ++i) to[i] = zeros;
   }
 
+  // Where the block's first channel of a pixel lies.
   template <class T>
-  auto place_of(T* tensor, const Strides& stride, int64_t h, int64_t w) const {
+  auto address_of(T* tensor, const Strides& stride, int64_t h, int64_t w) const {
     using Element = std::conditional_t<std::is_const_v<T>, const S, S>;
     return static_cast<Element*>(tensor) + image_ * stride.n + channel_ * stride.c + h * stride.h + w * stride.w;
   }
 
   // Strip by strip, each with all channels of the block: what lies together is read and written together.
   void run_row_in_place(int64_t h) const {
-    const int64_t top = h - p_.pad_top, first = max(0, top), last = min(p_.height, top + p_.kernel_h);
+    const int64_t top = h - p_.pad_top;
+    const int64_t first = max(0, top);
+    const int64_t last = min(p_.height, top + p_.kernel_h);
     Strip<Real, const S*, V> strip = {};
     strip.pitch = plan_.pitch;
     strip.weight = weight_ + (first - top) * p_.kernel_w + plan_.first_tap;
@@ -153,30 +160,33 @@ class Depthwise {
     strip.vector_bytes = kLanes * sizeof(S);
     strip.last_channel = channels_ - kLanes;
     for_strips(columns_, [&](int64_t column, int64_t length) {
-      strip.first = places_of(first) + column;
-      strip.ring_begin = places_ + column;
+      strip.first = pixel_ring_row(first) + column;
+      strip.ring_begin = pixel_ring_ + column;
       strip.ring_end = strip.ring_begin + plan_.ring_rows * plan_.pitch;
       strip.read = pixel_lines(p_.x, p_.x_stride, top + p_.kernel_h, column, length);
       strip.write = pixel_lines(p_.y, p_.y_stride, h + 1, column, length);
-      convolve_strip(strip, length, sum_);
-      const S* const* z = places_of(h) + w_begin_ - origin_ + column;
-      for (int64_t v = 0; v < strip.vectors; ++v) emit_in_place(v, sum_ + v * length, length, z, h, w_begin_ + column);
+      convolve_strip(strip, length, sums_);
+      const S* const* z = pixel_ring_row(h) + w_begin_ - origin_ + column;
+      for (int64_t v = 0; v < strip.vectors; ++v) store_strip(v, sums_ + v * length, length, z, h, w_begin_ + column);
     });
   }
 
-  // Those of the first channel vector of a strip's pixels; of the map's rows only.
-  Lines pixel_lines(const void* tensor, const Strides& stride, int64_t h, int64_t column, int64_t columns) const {
-    const char* first = reinterpret_cast<const char*>(place_of(tensor, stride, h, w_begin_ + column));
+  // The lines of the first channel vector of a strip's pixels; none for rows that the map does not have.
+  PrefetchLines pixel_lines(const void* tensor, const Strides& stride, int64_t h, int64_t column,
+                            int64_t columns) const {
+    const char* first = reinterpret_cast<const char*>(address_of(tensor, stride, h, w_begin_ + column));
     return {first, stride.w * int64_t(sizeof(S)), h < p_.height ? columns : 0, 0};
   }
 
-  // The epilogue and the residual of one channel vector's strip, to memory; z: where the strip's inputs lie.
-  void emit_in_place(int64_t v, const V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
-    const Pointwise<Real> after = epilogue_[v];  // a copy, which no store can change
-    const int64_t channel = offset_of(v), step = p_.y_stride.w;
-    S* to = place_of(p_.y, p_.y_stride, h, w) + channel;
+  // Applies the epilogue and the residual to one channel vector's strip, and stores it; z: where the strip's inputs
+  // lie.
+  void store_strip(int64_t v, const V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
+    const Elementwise<Real> epilogue = epilogue_[v];  // a copy, which no store can change
+    const int64_t channel = offset_of(v);
+    const int64_t step = p_.y_stride.w;
+    S* to = address_of(p_.y, p_.y_stride, h, w) + channel;
     const bool adds = p_.residual;
-    after.apply(sums, columns, [=](int64_t i, V sum) CMF_INLINE_LAMBDA {
+    epilogue.apply(sums, columns, [=](int64_t i, V sum) CMF_INLINE_LAMBDA {
       S::store(to + i * step, adds ? sum + S::load(z[i] + channel) : sum);
     });
   }
@@ -186,16 +196,16 @@ class Depthwise {
     const RingColumns columns{origin_, columns_ + plan_.taps - 1, plan_.pitch};
     pack_ring(
         x, p_.x_stride, p_.width, channels_, begin, end, columns,
-        [&](int64_t v, int64_t row) { return tile_row(v, row); },
-        [&](int64_t v, V* z, int64_t n) {
+        [&](int64_t v, int64_t row) { return ring_row(v, row); },
+        [&](int64_t v, V* z, int64_t count) {
           if (!p_.has_prologue) return;
-          prologue_[v].apply(z, n);
-          for (int64_t i = 0; i < n; ++i) z[i] = S::round(z[i]);
+          prologue_[v].apply(z, count);
+          for (int64_t i = 0; i < count; ++i) z[i] = S::round(z[i]);
         });
   }
 
-  // Those of a row that one channel vector's strip will touch; of the map's rows only.
-  Lines lines(const void* tensor, const Strides& stride, int64_t v, int64_t h) const {
+  // The lines of a row that one channel vector's strip will touch; none for rows that the map does not have.
+  PrefetchLines lines(const void* tensor, const Strides& stride, int64_t v, int64_t h) const {
     const int64_t offset = image_ * stride.n + (channel_ + v * kLanes) * stride.c + h * stride.h + w_begin_ * stride.w;
     const char* first = reinterpret_cast<const char*>(static_cast<const S*>(tensor) + offset);
     constexpr int64_t kSize = sizeof(S);
@@ -204,12 +214,14 @@ class Depthwise {
     return {first, stride.c * kSize, kLanes, stride.w * kSize};
   }
 
-  // The sums of row h; tap rows outside the map are left out.
-  void convolve(int64_t v, int64_t h, V* out, const Lines& read, const Lines& write) const {
-    const int64_t top = h - p_.pad_top, first = max(0, top), last = min(p_.height, top + p_.kernel_h);
+  // The sums of row h, without the tap rows outside the map.
+  void convolve(int64_t v, int64_t h, V* out, const PrefetchLines& read, const PrefetchLines& write) const {
+    const int64_t top = h - p_.pad_top;
+    const int64_t first = max(0, top);
+    const int64_t last = min(p_.height, top + p_.kernel_h);
     Strip<Real> strip;
-    strip.first = tile_row(v, first);
-    strip.ring_begin = tile_row(v, 0);
+    strip.first = ring_row(v, first);
+    strip.ring_begin = ring_row(v, 0);
     strip.ring_end = strip.ring_begin + plan_.ring_rows * plan_.pitch;
     strip.pitch = plan_.pitch;
     strip.weight = weight_ + (v * p_.kernel_h + first - top) * p_.kernel_w + plan_.first_tap;
@@ -222,37 +234,47 @@ class Depthwise {
     convolve_row(strip, columns_, out);
   }
 
-  // The epilogue and the residual of rows [h, h + rows), to memory.
-  void emit(int64_t v, int64_t h, int64_t rows) const {
+  // Applies the epilogue and the residual to rows [h, h + rows), and stores them.
+  void store_rows(int64_t v, int64_t h, int64_t rows) const {
     const Strides& stride = p_.y_stride;
     const bool joined = columns_ == p_.width && stride.h == p_.width * stride.w;
     S* y = static_cast<S*>(p_.y) + image_ * stride.n + (channel_ + v * kLanes) * stride.c;
-    for_pixel_groups<kLanes>(rows, columns_, joined, [&](int64_t row, int64_t column, int64_t n) {
-      V* sum = sum_ + row * columns_ + column;
-      epilogue_[v].apply(sum, n);
+    for_pixel_runs<kLanes>(rows, columns_, joined, [&](int64_t row, int64_t column, int64_t count) {
+      V* sum = sums_ + row * columns_ + column;
+      epilogue_[v].apply(sum, count);
       if (p_.residual) {
-        int64_t r = row, c = column;
-        const V* z = tile_row(v, h + r) + w_begin_ - origin_;
-        for (int64_t i = 0; i < n; ++i) {
+        int64_t r = row;
+        int64_t c = column;
+        const V* z = ring_row(v, h + r) + w_begin_ - origin_;
+        for (int64_t i = 0; i < count; ++i) {
           sum[i] += z[c];
-          if (++c == columns_) c = 0, z = tile_row(v, h + ++r) + w_begin_ - origin_;
+          if (++c == columns_) {
+            c = 0;
+            z = ring_row(v, h + ++r) + w_begin_ - origin_;
+          }
         }
       }
       S* to = y + (h + row) * stride.h + (w_begin_ + column) * stride.w;
-      store_pixels(to, stride.c, stride.w, channels_of(v), n, sum);
+      store_pixels(to, stride.c, stride.w, channels_of(v), count, sum);
     });
   }
 
   const DepthwiseParams& p_;
-  const Plan<Real> plan_;
-  V *weight_, *tile_, *sum_, *start_, *zeros_;
-  const S** places_;  // the ring, of pixels read in place
-  Pointwise<Real>* prologue_;
-  Pointwise<Real>* epilogue_;
-  int64_t channel_, channels_;  // of the block
+  const ForwardPlan<Real> plan_;
+  V* weight_;             // (vector, tap), of the block
+  V* ring_;               // (vector, row, column)
+  V* sums_;               // (row, column) of a step, or (vector, column) of a strip that is read in place
+  V* start_;              // (vector): what the sums start from
+  V* zeros_;              // as many vectors as a block has
+  const S** pixel_ring_;  // the ring buffer, (row, column), of pixels that are read in place
+  Elementwise<Real>* prologue_;
+  Elementwise<Real>* epilogue_;
+  int64_t channel_;   // the block's first channel
+  int64_t channels_;  // the block's number of channels
   int64_t image_;
-  int64_t w_begin_, columns_;  // of the band
-  int64_t origin_;             // the map's column in the tile's column 0
+  int64_t w_begin_;  // the band's first column
+  int64_t columns_;  // the band's width
+  int64_t origin_;   // the map's column in column 0 of the ring buffer
 };
 
 }  // namespace

@@ -1,4 +1,7 @@
-// The sums of a strip of neighbouring outputs, in registers.
+// The depthwise microkernel: a strip, that is up to kMaxColumns neighbouring outputs of a row, in accumulators. Inputs
+// are loaded once for all taps of a row that need them.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <utility>
 
@@ -8,85 +11,84 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-#if CMF_VECTOR_REGISTERS == 32  // 16 sums, 9 weights, the input
-constexpr int kMaxColumns = 16, kMaxTaps = 9;
-#else  // 16
-constexpr int kMaxColumns = 8, kMaxTaps = 5;
+#if CMF_VECTOR_REGISTERS == 32  // 16 accumulators, 9 weights, the input
+constexpr int kMaxColumns = 16;
+constexpr int kMaxTaps = 9;
+#else  // 16 registers: 8 accumulators, 5 weights, the input
+constexpr int kMaxColumns = 8;
+constexpr int kMaxTaps = 5;
 #endif
-constexpr int kUsualTaps = kMaxTaps / 2 + 1;  // 3, 5 and so on, and all others together
-constexpr int64_t kTapsAtOnce = 45;  // are summed before they are added to the rest: more accurate than one long sum
+// Taps that are summed before they are added to the rest, which is more accurate than one long sum.
+constexpr int64_t kTapsPerChain = 45;
 
-// The longest rows of taps for which pixels are read in place, rather than packed: where it is faster (measured on
-// Emerald Rapids). 16-bit values are widened anew for each row of taps, while packing does it once.
-#if CMF_HAS_F16C
-constexpr int kLongestOfFloat16 = 5;
-#else
-constexpr int kLongestOfFloat16 = 0;  // there it takes a dozen instructions
-#endif
+// The longest tap rows for which pixels are read in place, rather than packed: where that is faster (measured on
+// Emerald Rapids). 16-bit values are widened anew for each tap row, while packing widens them once.
 constexpr int longest_in_place(DType dtype) {
   switch (dtype) {
     case DType::kFloat64: return 0;
     case DType::kFloat32: return kMaxTaps;
-    case DType::kFloat16: return kLongestOfFloat16;
+    case DType::kFloat16: return CMF_HAS_F16C ? 5 : 0;  // without F16C, widening takes a dozen instructions
     case DType::kBFloat16: return 5;
   }
   __builtin_unreachable();
 }
 
-// Cache lines for a strip to prefetch: `count` of them, `step` bytes apart.
-struct Lines {
+// Cache lines for a strip to prefetch.
+struct PrefetchLines {
   const char* first;
-  int64_t step, count;
-  int64_t column;  // bytes from the strip's first line to that of a strip one column to the right
+  int64_t step;    // bytes from line to line
+  int64_t count;   // lines
+  int64_t column;  // bytes from the first line to that of a strip one column to the right
 };
 
-// What a strip of neighbouring outputs of one row reads: those of one channel vector, or of several.
-// Input: a vector for each pixel; or where in memory its channels lie, as const S*, the Weights then being vectors.
+// A strip's work, for one channel vector or for several. Inputs are vectors, one per pixel; or, for pixels that are
+// read in place, pointers (const S*) to where their channels lie in memory, and then the Weights are vectors.
 template <class Real, class Input = Vec<Real>, class Weight = Input>
 struct Strip {
-  const Input* first;       // the input under the first tap of the first output
-  const Input* ring_begin;  // where the rows after the last one of the ring continue: at the strip's column
-  const Input* ring_end;
-  int64_t pitch;  // from row to row
-  const Weight* weight;
-  int64_t weight_pitch;
-  int64_t tap_rows, taps;
-  Vec<Real> start;             // what the sums start from
-  Lines read, write;           // that are needed soon
-  int64_t vectors = 1;         // channel vectors; more than one for inputs in memory only
-  int64_t vector_weights = 0;  // from one vector's weights to the next one's
-  int64_t vector_bytes = 0;    // in memory, for prefetching
-  int64_t last_channel = 0;    // where the last vector begins: it may overlap the one before
+  const Input* first;          // the input under the first tap of the first output
+  const Input* ring_begin;     // where the row after the ring buffer's last one continues, at the strip's column
+  const Input* ring_end;       // the end of the ring buffer, at the strip's column
+  int64_t pitch;               // inputs from row to row
+  const Weight* weight;        // the first tap
+  int64_t weight_pitch;        // weights from tap row to tap row
+  int64_t tap_rows, taps;      // taps: per tap row
+  Vec<Real> start;             // what the accumulators start from
+  PrefetchLines read, write;   // lines that are needed soon
+  int64_t vectors = 1;         // channel vectors; more than one only if pixels are read in place
+  int64_t vector_weights = 0;  // weights from channel vector to channel vector
+  int64_t vector_bytes = 0;    // bytes of a channel vector in memory, for prefetching
+  int64_t last_channel = 0;    // where the last channel vector begins: it may overlap the one before
 };
 
 template <class Input>
-CMF_INLINE const Input& fetch(const Input& input, int64_t) {
+CMF_INLINE const Input& load_input(const Input& input, int64_t) {
   return input;
 }
 template <class S>
-CMF_INLINE Vec<typename S::Real> fetch(const S* const& pixel, int64_t channel) {
+CMF_INLINE Vec<typename S::Real> load_input(const S* const& pixel, int64_t channel) {
   return S::load(pixel + channel);
 }
 
-// Where a strip is among its tap rows. The lines it prefetches are spread over them: a burst of misses would fill the
-// queues and stall.
+// A strip's position among its tap rows. The lines that it prefetches are spread over them: a burst of misses would
+// fill the queues and stall.
 template <class Real, class Input, class Weight>
 struct TapRows {
   const Strip<Real, Input, Weight>& strip;
   const Input* input = strip.first;
   const Weight* weight = strip.weight;
-  int64_t channel = 0, first_byte = 0;  // where the channel vector begins
-  int64_t passed = 0;
+  int64_t channel = 0;     // where the channel vector begins
+  int64_t first_byte = 0;  // the same in memory
+  int64_t done = 0;        // tap rows
 
   CMF_INLINE void start_vector(int64_t v) {
     input = strip.first;
     weight = strip.weight + v * strip.vector_weights;
     channel = min(v * kLanes<Real>, strip.last_channel);
     first_byte = v * strip.vector_bytes;
-    passed = 0;
+    done = 0;
   }
 
-  CMF_INLINE auto load(const Input* from) const { return fetch(*from, channel); }
+  CMF_INLINE auto load(const Input* from) const { return load_input(*from, channel); }
 
   CMF_INLINE void next() {
     input += strip.pitch;
@@ -94,21 +96,21 @@ struct TapRows {
     weight += strip.weight_pitch;
     prefetch<0>(strip.read);
     prefetch<1>(strip.write);
-    ++passed;
+    ++done;
   }
 
  private:
   template <int kWrite>
-  CMF_INLINE void prefetch(const Lines& lines) const {
-    if (first_byte % 64) return;  // the line is that of the vector before
-    for (int64_t l = passed; l < lines.count; l += strip.tap_rows)
+  CMF_INLINE void prefetch(const PrefetchLines& lines) const {
+    if (first_byte % 64) return;  // the channel vector before has the same line
+    for (int64_t l = done; l < lines.count; l += strip.tap_rows)
       __builtin_prefetch(lines.first + first_byte + l * lines.step, kWrite, 2);
   }
 };
 
-// sum[c] += input[c + t] * weight[t] for kTaps taps of a row, from `tap` on: an input is loaded once for all of them.
+// acc[c] += input[c + t] * weight[t] for kTaps taps of a row, from `tap` on.
 template <int kTaps, class Real, class Input, class Weight, int kColumns>
-CMF_INLINE void add_taps(const TapRows<Real, Input, Weight>& at, int64_t tap, Vec<Real> (&sum)[kColumns]) {
+CMF_INLINE void add_taps(const TapRows<Real, Input, Weight>& at, int64_t tap, Vec<Real> (&acc)[kColumns]) {
   Weight w[kTaps];
 #pragma GCC unroll 16
   for (int t = 0; t < kTaps; ++t) w[t] = at.weight[tap + t];
@@ -117,23 +119,25 @@ CMF_INLINE void add_taps(const TapRows<Real, Input, Weight>& at, int64_t tap, Ve
     const auto in = at.load(at.input + tap + i);
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t)
-      if (i >= t && i - t < kColumns) sum[i - t] = multiply_add(sum[i - t], in, w[t]);
+      if (i >= t && i - t < kColumns) acc[i - t] = multiply_add(acc[i - t], in, w[t]);
   }
 }
 
-template <class Real, class Input, class Weight, int kColumns, int... kGroup>
-CMF_INLINE void add_tap_group(int64_t taps, const TapRows<Real, Input, Weight>& at, int64_t tap,
-                              Vec<Real> (&sum)[kColumns], std::integer_sequence<int, kGroup...>) {
-  (void)((taps == kGroup + 1 && (add_taps<kGroup + 1>(at, tap, sum), true)) || ...);
+// The same for `taps` taps, at most kMaxTaps.
+template <class Real, class Input, class Weight, int kColumns, int... kTaps>
+CMF_INLINE void add_tap_block(int64_t taps, const TapRows<Real, Input, Weight>& at, int64_t tap,
+                              Vec<Real> (&acc)[kColumns], std::integer_sequence<int, kTaps...>) {
+  (void)((taps == kTaps + 1 && (add_taps<kTaps + 1>(at, tap, acc), true)) || ...);
 }
 
-// sum[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Where a row ends, fewer and fewer taps have sums to
-// go to, and where one begins, few have: the one's end and the next one's beginning are done together, tap by tap.
+// acc[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Software pipelining across tap rows: at the end of
+// a row fewer and fewer taps have an accumulator to go to, and at the start of a row few have. The drain of a row
+// overlaps the fill of the next one, so that at least kTaps independent multiply-adds are always in flight.
 template <int kTaps, class Real, class Input, class Weight, int kColumns>
-CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Real> (&sum)[kColumns]) {
-  static_assert(kColumns >= kTaps - 1, "else a sum would get the next row's products before this one's");
+CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Real> (&acc)[kColumns]) {
+  static_assert(kColumns >= kTaps - 1, "else an accumulator would get the next row's products before this one's");
   const auto add = [&](int i, const auto& in, const Weight& weight, int t)
-                       CMF_INLINE_LAMBDA { sum[i - t] = multiply_add(sum[i - t], in, weight); };
+                       CMF_INLINE_LAMBDA { acc[i - t] = multiply_add(acc[i - t], in, weight); };
   Weight w[kTaps];
 #pragma GCC unroll 16
   for (int i = 0; i < kTaps - 1; ++i) {
@@ -163,7 +167,8 @@ CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Rea
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kTaps - 1; ++i) {
-      const auto last = at.load(end + i), in = at.load(at.input + i);
+      const auto last = at.load(end + i);
+      const auto in = at.load(at.input + i);
 #pragma GCC unroll 16
       for (int t = i + 1; t < kTaps; ++t) add(kColumns + i, last, w[t], t);
       w[i] = at.weight[i];
@@ -174,36 +179,38 @@ CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Rea
   }
 }
 
-// Channel vector by channel vector. kTaps: of a row of the kernel, if they are the usual 3, 5, 7 or 9; 0 stands for any
-// other number.
+// The strip's outputs, channel vector by channel vector. kTaps is the length of a tap row if that is one of the usual
+// 3, 5, 7 or 9, and 0 for any other.
 template <class Real, class Input, class Weight, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input, Weight>& strip, Vec<Real>* out) {
-  const int64_t taps = kTaps > 0 ? kTaps : strip.taps, group = equal_share(taps, kMaxTaps);
-  // Rows are summed together, or, if they are long, piece by piece.
-  const bool is_long = taps > kTapsAtOnce / 2;
-  const int64_t piece = is_long ? group * max(1, kTapsAtOnce / 2 / group) : taps;
-  const int64_t sums = ceil_div(strip.tap_rows * taps, kTapsAtOnce);
-  const int64_t rows_at_once = is_long ? 1 : sums == 1 ? strip.tap_rows : ceil_div(strip.tap_rows, sums);
+  const int64_t taps = kTaps > 0 ? kTaps : strip.taps;
+  const int64_t block = equal_share(taps, kMaxTaps);  // taps whose weights are in registers at the same time
+  // A chain sums several tap rows or, if these are long, a segment of one.
+  const bool is_long = taps > kTapsPerChain / 2;
+  const int64_t segment = is_long ? block * max(1, kTapsPerChain / 2 / block) : taps;
+  const int64_t chains = ceil_div(strip.tap_rows * taps, kTapsPerChain);
+  const int64_t rows_per_chain = is_long ? 1 : chains == 1 ? strip.tap_rows : ceil_div(strip.tap_rows, chains);
   TapRows<Real, Input, Weight> at{strip};
   for (int64_t v = 0; v < strip.vectors; ++v, out += kColumns) {
     at.start_vector(v);
     bool is_first = true;
     for (int64_t left = strip.tap_rows, tap = 0; left > 0;) {
-      const int64_t rows = min(rows_at_once, left), end = min(taps, tap + piece);
-      Vec<Real> sum[kColumns];
+      const int64_t rows = min(rows_per_chain, left);
+      const int64_t end = min(taps, tap + segment);
+      Vec<Real> acc[kColumns];
 #pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) sum[c] = is_first ? strip.start : Vec<Real>{};
+      for (int c = 0; c < kColumns; ++c) acc[c] = is_first ? strip.start : Vec<Real>{};
       if constexpr (kTaps > 0 && kColumns >= kTaps - 1) {
-        add_rows<kTaps>(at, rows, sum);
+        add_rows<kTaps>(at, rows, acc);
       } else {
         for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t t = tap; t < end; t += group)
-            add_tap_group(min(group, end - t), at, t, sum, std::make_integer_sequence<int, kMaxTaps>());
+          for (int64_t t = tap; t < end; t += block)
+            add_tap_block(min(block, end - t), at, t, acc, std::make_integer_sequence<int, kMaxTaps>());
           if (end == taps) at.next();
         }
       }
 #pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) out[c] = is_first ? sum[c] : out[c] + sum[c];
+      for (int c = 0; c < kColumns; ++c) out[c] = is_first ? acc[c] : out[c] + acc[c];
       is_first = false;
       tap = end < taps ? end : 0;
       if (tap == 0) left -= rows;
@@ -211,29 +218,48 @@ void convolve_strip(const Strip<Real, Input, Weight>& strip, Vec<Real>* out) {
   }
 }
 
-// The taps of a row, as kinds: 1, 2 and so on for 3, 5 and so on, kMaxTaps at most; 0 for any other number.
-template <int kFirstKind, int kKinds, class Real, class Input, class Weight, int... kIndex>
+// The instantiations of convolve_strip, numbered: for each number of columns one for any length of the tap rows, unless
+// pixels are read in place, and one for each usual length.
+struct StripVariants {
+  int first_kind;  // kind 0 stands for any length of the tap rows, kind k for a length of 2 k + 1
+  int kinds;
+
+  struct Variant {
+    int columns;
+    int taps;  // 0: any
+  };
+  constexpr int count() const { return kMaxColumns * kinds; }
+  constexpr Variant operator[](int index) const {
+    const int kind = first_kind + index % kinds;
+    return {index / kinds + 1, kind > 0 ? 2 * kind + 1 : 0};
+  }
+  constexpr int64_t index_of(int64_t columns, int64_t taps) const {
+    const int64_t kind = taps % 2 == 1 && taps <= kMaxTaps ? taps / 2 : 0;
+    return (columns - 1) * kinds + kind - first_kind;
+  }
+};
+
+template <class Input>
+constexpr StripVariants kStripVariants = {0, kMaxTaps / 2 + 1};
+template <class S>
+constexpr StripVariants kStripVariants<const S*> = {1, longest_in_place(S::kDType) / 2};
+
+template <class Real, class Input, class Weight, int... kIndex>
 CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out,
                                std::integer_sequence<int, kIndex...>) {
-  static constexpr auto taps_of = [](int kind) { return kind > 0 ? 2 * kind + 1 : 0; };
+  static constexpr StripVariants kVariants = kStripVariants<Input>;
   static constexpr void (*kConvolve[])(const Strip<Real, Input, Weight>&, Vec<Real>*) = {
-      convolve_strip<Real, Input, Weight, kIndex / kKinds + 1, taps_of(kFirstKind + kIndex % kKinds)>...};
-  const int64_t kind = strip.taps % 2 == 1 && strip.taps <= kMaxTaps ? strip.taps / 2 : 0;
-  kConvolve[(columns - 1) * kKinds + kind - kFirstKind](strip, out);
+      convolve_strip<Real, Input, Weight, kVariants[kIndex].columns, kVariants[kIndex].taps>...};
+  kConvolve[kVariants.index_of(columns, strip.taps)](strip, out);
 }
 
-// At most kMaxColumns outputs of each channel vector, one vector's after the other's.
+// At most kMaxColumns outputs of each channel vector, one channel vector's after the other's.
 template <class Real, class Input, class Weight>
 CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out) {
-  convolve_strip<0, kUsualTaps>(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kUsualTaps>());
-}
-template <class Real, class S>
-CMF_INLINE void convolve_strip(const Strip<Real, const S*, Vec<Real>>& strip, int64_t columns, Vec<Real>* out) {
-  constexpr int kKinds = longest_in_place(S::kDType) / 2;
-  convolve_strip<1, kKinds>(strip, columns, out, std::make_integer_sequence<int, kMaxColumns * kKinds>());
+  convolve_strip(strip, columns, out, std::make_integer_sequence<int, kStripVariants<Input>.count()>());
 }
 
-// f(first, length) for strips of nearly the same length, at most kMaxColumns.
+// Calls f(first, length) for strips of nearly the same length, at most kMaxColumns.
 template <class F>
 CMF_INLINE void for_strips(int64_t columns, F f) {
   for (int64_t first = 0, length; first < columns; first += length) {

@@ -1,9 +1,12 @@
-// The gradients of the weight and the bias, in vectors of: neighbouring channels of one pixel.
+// The gradients of the depthwise convolution's weight and bias.
 //
-// A task is (part of the batch, block of channels). It slides down the maps of its images: the next rows of x are
-// packed into a ring, as zero-padded rows of vectors, and those of gy as plain ones; `accumulate` adds their products,
-// a row of taps at a time, to the task's sums. The sums of all parts go to the workspace, and `sum_parts` adds them up.
-// A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap of its channel into NaN.
+// A task is (slice of the batch, block of channels). It slides down the maps of its images: the next rows of x are
+// packed into a ring buffer, as zero-padded rows of channel vectors, and those of gy as plain ones; `accumulate` adds
+// their products, a row of taps at a time, to the task's partial sums. These go to the workspace, and `reduce_partials`
+// adds up those of all slices. A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap
+// of its channel into NaN.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <utility>
 
@@ -15,13 +18,14 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-// The innermost loop keeps two sums of each of kMaxTaps taps, these columns of gy and one vector of x in registers.
+// The innermost loop keeps two accumulators for each of kMaxTaps taps, so many columns of gy and one vector of x in
+// registers.
 constexpr int kWgradColumns = kMaxColumns / 2;
 
-// sum[t] += x[c + t] * gy[c]: a vector of x is loaded once for all its taps. The columns take turns in several sets of
-// sums: an addition waits for the one before it, and short sums are more accurate.
+// acc[t] += x[c + t] * gy[c]: a vector of x is loaded once for all its taps. The columns take turns in several sets of
+// accumulators: an addition waits for the one before it, and short sums are more accurate.
 template <int kColumns, int kSets, int kTaps, class V>
-CMF_INLINE void add_products(const V* x, const V* gy, V (&sum)[kSets][kTaps]) {
+CMF_INLINE void add_products(const V* x, const V* gy, V (&acc)[kSets][kTaps]) {
   V g[kColumns];
 #pragma GCC unroll 16
   for (int c = 0; c < kColumns; ++c) g[c] = gy[c];
@@ -30,7 +34,7 @@ CMF_INLINE void add_products(const V* x, const V* gy, V (&sum)[kSets][kTaps]) {
     const V in = x[i];
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t)
-      if (i >= t && i - t < kColumns) sum[(i - t) % kSets][t] += in * g[i - t];
+      if (i >= t && i - t < kColumns) acc[(i - t) % kSets][t] += in * g[i - t];
   }
 }
 
@@ -38,35 +42,35 @@ CMF_INLINE void add_products(const V* x, const V* gy, V (&sum)[kSets][kTaps]) {
 template <class V, int kTaps>
 void correlate(RingRows<V> x, const V* gy, int64_t rows, int64_t columns, CompensatedSum<V>* total) {
   constexpr int kSets = kTaps >= 3 ? 2 : 4;
-  V sum[kSets][kTaps] = {};
+  V acc[kSets][kTaps] = {};
   for (int64_t row = 0; row < rows; ++row, gy += columns, x.next()) {
     int64_t c = 0;
-    for (; c + kWgradColumns <= columns; c += kWgradColumns) add_products<kWgradColumns>(x.row + c, gy + c, sum);
-    for (; c + kSets <= columns; c += kSets) add_products<kSets>(x.row + c, gy + c, sum);
-    for (; c < columns; ++c) add_products<1>(x.row + c, gy + c, sum);
+    for (; c + kWgradColumns <= columns; c += kWgradColumns) add_products<kWgradColumns>(x.row + c, gy + c, acc);
+    for (; c + kSets <= columns; c += kSets) add_products<kSets>(x.row + c, gy + c, acc);
+    for (; c < columns; ++c) add_products<1>(x.row + c, gy + c, acc);
   }
 #pragma GCC unroll 4
   for (int s = 1; s < kSets; ++s)
 #pragma GCC unroll 16
-    for (int t = 0; t < kTaps; ++t) sum[0][t] += sum[s][t];
+    for (int t = 0; t < kTaps; ++t) acc[0][t] += acc[s][t];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTaps; ++t) total[t].add(sum[0][t]);
+  for (int t = 0; t < kTaps; ++t) total[t].add(acc[0][t]);
 }
 
-// The same for any number of taps, in groups of nearly the same size.
+// The same for any number of taps, in blocks of nearly the same size.
 template <class V, int... kTaps>
 CMF_INLINE void correlate_taps(RingRows<V> x, const V* gy, int64_t rows, int64_t columns, int64_t taps,
                                CompensatedSum<V>* total, std::integer_sequence<int, kTaps...>) {
   static constexpr void (*kCorrelate[])(RingRows<V>, const V*, int64_t, int64_t,
                                         CompensatedSum<V>*) = {correlate<V, kTaps + 1>...};
-  for (int64_t groups = ceil_div(taps, kMaxTaps); groups > 0; --groups) {
-    const int64_t group = ceil_div(taps, groups);
-    kCorrelate[group - 1](x, gy, rows, columns, total);
-    x.row += group;
-    x.begin += group;
-    x.end += group;
-    total += group;
-    taps -= group;
+  for (int64_t blocks = ceil_div(taps, kMaxTaps); blocks > 0; --blocks) {
+    const int64_t block = ceil_div(taps, blocks);
+    kCorrelate[block - 1](x, gy, rows, columns, total);
+    x.row += block;
+    x.begin += block;
+    x.end += block;
+    total += block;
+    taps -= block;
   }
 }
 
@@ -88,14 +92,15 @@ class DepthwiseWgrad {
 
   void run(int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task / plan_.blocks, first = task % plan_.blocks * plan_.block;
+      const int64_t slice = task / plan_.blocks;
+      const int64_t first = task % plan_.blocks * plan_.block;
       channel_ = first * kLanes;
       channels_ = min(plan_.block * kLanes, p_.channels - channel_);
       for (int64_t i = 0; i < plan_.block * plan_.sums; ++i) total_[i] = {};
-      last_image_ = min((part + 1) * plan_.part, p_.batch);
-      for (image_ = part * plan_.part; image_ < last_image_; ++image_)
+      last_image_ = min((slice + 1) * plan_.slice, p_.batch);
+      for (image_ = slice * plan_.slice; image_ < last_image_; ++image_)
         for (int64_t w = 0; w < p_.width; w += plan_.band_width) run_band(w, min(w + plan_.band_width, p_.width));
-      V* to = static_cast<V*>(p_.workspace) + (part * plan_.vectors + first) * plan_.sums;
+      V* to = static_cast<V*>(p_.workspace) + (slice * plan_.vectors + first) * plan_.sums;
       for (int64_t v = 0; v * kLanes < channels_; ++v)
         for (int64_t i = v * plan_.sums; i < (v + 1) * plan_.sums; ++i) to[i] = total_[i].value();
     }
@@ -141,19 +146,21 @@ class DepthwiseWgrad {
         [](int64_t, V*, int64_t) {});
   }
 
-  // The products of gy's rows [h, h + rows) with x, for every tap; rows outside the map are left out.
+  // Adds the products of gy's rows [h, h + rows) with x, for every tap, without the rows outside the map.
   void accumulate(int64_t v, int64_t h, int64_t rows, CompensatedSum<V>* total) const {
     RingRows<V> x{nullptr, x_row(v, 0), x_row(v, 0) + plan_.ring_rows * plan_.pitch, plan_.pitch};
-    const int64_t rows_at_once = max(1, plan_.chain / columns_);
+    const int64_t rows_per_chain = max(1, plan_.chain / columns_);
     int64_t fetched = 0;
     for (int64_t i = 0; i < p_.kernel_h; ++i, total += plan_.taps) {
-      const int64_t shift = i - p_.pad_top, first = max(h, -shift), last = min(h + rows, p_.height - shift);
-      for (int64_t row = first; row < last; row += rows_at_once) {
+      const int64_t shift = i - p_.pad_top;
+      const int64_t first = max(h, -shift);
+      const int64_t last = min(h + rows, p_.height - shift);
+      for (int64_t row = first; row < last; row += rows_per_chain) {
         x.row = x_row(v, row + shift);
-        correlate_taps(x, gy_row(v, row - h), min(rows_at_once, last - row), columns_, plan_.taps, total,
+        correlate_taps(x, gy_row(v, row - h), min(rows_per_chain, last - row), columns_, plan_.taps, total,
                        std::make_integer_sequence<int, kMaxTaps>());
       }
-      // What the next step packs, spread over the taps: a burst of misses would fill the queues and stall.
+      // Prefetches what the next step packs, spread over the taps: a burst of misses would fill the queues and stall.
       for (; fetched * p_.kernel_h < rows * (i + 1); ++fetched) {
         prefetch(p_.gy, p_.gy_stride, v, h + rows + fetched);
         prefetch(p_.x, p_.x_stride, v, h + rows + p_.kernel_h - p_.pad_top - 1 + fetched);
@@ -162,14 +169,14 @@ class DepthwiseWgrad {
   }
 
   static void accumulate_bias(const V* gy, int64_t pixels, CompensatedSum<V>& total) {
-    constexpr int64_t kSums = 4;  // an addition waits for the one before it
+    constexpr int64_t kSums = 4;  // because an addition waits for the one before it
     CompensatedSum<V> sum[kSums];
     for (int64_t i = 0; i < pixels; i += kSums)
       for (int64_t s = 0; s < min(kSums, pixels - i); ++s) sum[s].add(gy[i + s]);
-    for (const CompensatedSum<V>& part : sum) total.add(part);
+    for (const CompensatedSum<V>& other : sum) total.add(other);
   }
 
-  // Has a row of one channel vector brought into the L2 cache; those after the map's last are the next image's.
+  // Prefetches a row of one channel vector into the L2 cache. Rows after the map's last are those of the next image.
   void prefetch(const void* tensor, const Strides& stride, int64_t v, int64_t row) const {
     const int64_t image = image_ + row / p_.height;
     if (image >= last_image_ || (image > image_ && columns_ < p_.width)) return;
@@ -187,31 +194,36 @@ class DepthwiseWgrad {
 
   const WgradParams& p_;
   const WgradPlan<Real> plan_;
-  V *x_, *gy_;
-  CompensatedSum<V>* total_;
-  int64_t channel_, channels_;  // of the block
-  int64_t image_, last_image_;  // of the part
-  int64_t w_begin_, columns_;   // of the band
+  V* x_;                      // the ring buffer: (vector, row, column)
+  V* gy_;                     // the rows of a step: (vector, row, column)
+  CompensatedSum<V>* total_;  // the task's partial sums: (vector, sum)
+  int64_t channel_;           // the block's first channel
+  int64_t channels_;          // the block's number of channels
+  int64_t image_;
+  int64_t last_image_;  // the one after the slice's last
+  int64_t w_begin_;     // the band's first column
+  int64_t columns_;     // the band's width
 };
 
-// The gradients of channel vectors [begin, end), from the sums of all parts.
+// The gradients of channel vectors [begin, end), from the partial sums of all slices.
 template <class S, class Real = typename S::Real>
-void sum_parts(const WgradParams& p, int64_t begin, int64_t end) {
+void reduce_partials(const WgradParams& p, int64_t begin, int64_t end) {
   using V = Vec<Real>;
-  constexpr int n = kLanes<Real>;
+  constexpr int kLanes = cpu::kLanes<Real>;
   const WgradPlan<Real> plan(p);
   const int64_t taps = p.kernel_h * p.kernel_w;
   for (int64_t vector = begin; vector < end; ++vector) {
-    const int64_t channel = vector * n, channels = min(n, p.channels - channel);
+    const int64_t channel = vector * kLanes;
+    const int64_t channels = min(kLanes, p.channels - channel);
     const auto total = [&](int64_t i) {
       CompensatedSum<V> sum;
-      for (int64_t part = 0; part < plan.parts; ++part)
-        sum.add(static_cast<const V*>(p.workspace)[(part * plan.vectors + vector) * plan.sums + i]);
+      for (int64_t slice = 0; slice < plan.slices; ++slice)
+        sum.add(static_cast<const V*>(p.workspace)[(slice * plan.vectors + vector) * plan.sums + i]);
       return sum.value();
     };
-    for (int64_t t = 0; p.gweight && t < taps; t += n) {
-      V z[n];
-      const int64_t count = min(n, taps - t);
+    for (int64_t t = 0; p.gweight && t < taps; t += kLanes) {
+      V z[kLanes];
+      const int64_t count = min(kLanes, taps - t);
       for (int64_t q = 0; q < count; ++q) {
         const int64_t column = (t + q) % p.kernel_w - plan.first_tap;
         const bool meets_map = 0 <= column && column < plan.taps;

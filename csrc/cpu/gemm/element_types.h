@@ -27,7 +27,7 @@ struct FloatOperand : Native<float> {
   static CMF_INLINE FloatOperand from(float value) { return {value}; }
   CMF_INLINE void add(float v) { value += v; }
   template <class F>
-  static CMF_INLINE void apply(const Pointwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
+  static CMF_INLINE void apply(const Elementwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
     pointwise.apply(v, n, emit);
   }
 };
@@ -51,14 +51,14 @@ struct BFloat16Operand : BFloat16 {
     return pairs_of(load_bits16(second) << 16 | load_bits16(first));
   }
   template <class F>
-  static CMF_INLINE void apply(const Pointwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
+  static CMF_INLINE void apply(const Elementwise<float>& pointwise, const Vec<float>* v, int64_t n, F emit) {
     if (pointwise.activation != Activation::kGelu) return pointwise.apply(v, n, emit);
     // Off by 1.5e-4 of t Phi(-t) for t < 3, by 1.2e-5 at most beyond: little beside the rounding that follows.
     constexpr GeluPolynomials<6, 4> kShort = {
         {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f,
          -1.1500352621078491f, 0.f},
         {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
-    pointwise.apply_in_step(v, n, [&](auto& z) CMF_INLINE_LAMBDA { gelu(z, kShort); }, emit);
+    pointwise.apply_unrolled(v, n, [&](auto& z) CMF_INLINE_LAMBDA { gelu(z, kShort); }, emit);
   }
 };
 #endif

@@ -78,7 +78,7 @@ class Mixer {
   // What follows a convolution: the pointwise functions with the lesser part of their shift, then the rest is added. It
   // costs a rounding, which a mean over pixels makes up for: of a few, the lesser part comes last and all but goes.
   struct Epilogue {
-    Pointwise<float> pointwise;
+    Elementwise<float> pointwise;
     Vec<float> shift;
   };
 
@@ -233,8 +233,8 @@ class Mixer {
       const int64_t unread = reads ? columns + s_.kernel_w - 1 - shared : 0;
       int64_t count = columns;
       const Operand* to = place(w, count);
-      const Lines read = lines(of.plane + (next * w_.pitch + w + shared) * n, unread);
-      const Lines write = lines(to + 2 * w_.width * n, columns);  // two rows ahead
+      const PrefetchLines read = lines(of.plane + (next * w_.pitch + w + shared) * n, unread);
+      const PrefetchLines write = lines(to + 2 * w_.width * n, columns);  // two rows ahead
       Vec<float> sums[kMaxColumns];
       convolve(of.input + w, of.weight, h, columns, read, write, sums);
       emit(of.after, of.plane + (h * w_.pitch + w_.pad_left + w) * n, sums, w, columns, place);
@@ -258,8 +258,8 @@ class Mixer {
   }
 
   // The sums of a strip of row h; tap rows outside the map are left out.
-  void convolve(const Groups* input, const Groups* weight, int64_t h, int64_t columns, const Lines& read,
-                const Lines& write, Vec<float>* sums) const {
+  void convolve(const Groups* input, const Groups* weight, int64_t h, int64_t columns, const PrefetchLines& read,
+                const PrefetchLines& write, Vec<float>* sums) const {
     constexpr int64_t kDepth = Operand::kDepth;
     const int64_t top = h - w_.pad_top;
     const int64_t first = max(0, -top / kDepth), last = min(w_.tap_rows, ceil_div(w_.height - top, kDepth));
@@ -275,7 +275,7 @@ class Mixer {
     convolve_row(strip, columns, sums);
   }
 
-  static Lines lines(const Operand* first, int64_t vectors) {
+  static PrefetchLines lines(const Operand* first, int64_t vectors) {
     return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * n * int64_t(sizeof(Operand)), 64), 0};
   }
 
