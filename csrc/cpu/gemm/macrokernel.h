@@ -1,4 +1,6 @@
-// The product of two matrices: the loops around the innermost part.
+// The GEMM macro-kernel: the loops around the microkernel.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "../scratch.h"
 #include "blocking.h"
@@ -6,63 +8,79 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-// The tasks [begin, end): on_group(first pixel, pixels) before the first tile of a group, on_tile(pixel, part, column
-// tile, tile of results) for each, pixel counted in the group. Sums of `at_once` channel vectors are added up. All
-// panels of a group pass by a chunk of the weights before the next one.
-template <class Operand, class OnGroup, class OnTile>
-void multiply_tasks(const ProductPlan<Operand>& plan, const Operand* left, const Operand* right, int64_t at_once,
-                    int64_t begin, int64_t end, Scratch& scratch, OnGroup on_group, OnTile on_tile) {
-  constexpr int64_t n = kLanes<float>, kLines = kColumns * n * int64_t(sizeof(Operand)) / 64;
-  const Scheme& scheme = plan.scheme;
-  const int64_t parts = scheme.parts(), chunk = Operand::chunk(scheme) / n, chunks = ceil_div(plan.depth, chunk);
-  const int64_t tile_count = plan.kMaxPanels * plan.block * parts;
-  const int64_t sums = scheme.products > 1 ? plan.kMaxPanels * kMaxRows * plan.depth * n : 0;
-  Tile* tiles = static_cast<Tile*>(scratch.reserve(tile_count * sizeof(Tile) + sums * sizeof(Operand)));
-  Operand* sum = reinterpret_cast<Operand*>(tiles + tile_count);
-  const auto multiply = multiply_for<Operand>(plan.rows, std::make_integer_sequence<int, kMaxRows - kMinRows + 1>());
-  Tile partial;  // its memory
-  int first_product[Scheme::kMostParts] = {};
-  for (int part = 0; part < parts; ++part)
-    while (scheme.result[first_product[part]][part] == 0) ++first_product[part];
+// Tasks [begin, end) of a blocking, each an M block times an N block. Loop order: sub-product, B tile, K block, A
+// panel: a KC x NR slice of packed B stays in the L1 cache while the M block's A panels stream from the L2 cache. Sums
+// at most `kc_sum` channel vectors per chain, then adds the chains (accuracy).
+//
+// Calls on_m_block(first pixel, pixels) before the first task of an M block, and on_tile(pixel, quadrant, B tile,
+// results) for each finished tile, with the pixel counted within the M block.
+template <class Element, class OnMBlock, class OnTile>
+void macrokernel(const Blocking<Element>& blocking, const Element* a, const Element* b, int64_t kc_sum, int64_t begin,
+                 int64_t end, Scratch& scratch, OnMBlock on_m_block, OnTile on_tile) {
+  constexpr int64_t kLanes = cpu::kLanes<float>;
+  constexpr int64_t kLines = kNr * kLanes * int64_t(sizeof(Element)) / 64;  // per channel vector of a B tile
+  const BilinearScheme& scheme = blocking.scheme;
+  const int64_t quadrants = scheme.quadrants();
+  const int64_t kc = Element::kc(scheme) / kLanes;
+  const int64_t k_blocks = ceil_div(blocking.k_vectors, kc);
+  const int64_t tile_count = blocking.kMaxPanels * blocking.tiles_per_block * quadrants;
+  const int64_t combined_size = scheme.products > 1 ? blocking.kMaxPanels * kMaxMr * blocking.k_vectors * kLanes : 0;
+  AccumulatorTile* tiles = static_cast<AccumulatorTile*>(
+      scratch.reserve(tile_count * sizeof(AccumulatorTile) + combined_size * sizeof(Element)));
+  Element* combined = reinterpret_cast<Element*>(tiles + tile_count);
+  const auto microkernel =
+      microkernel_for<Element>(blocking.mr, std::make_integer_sequence<int, kMaxMr - kMinMr + 1>());
+  AccumulatorTile chains;
+  int first_product[BilinearScheme::kMaxQuadrants] = {};
+  for (int quadrant = 0; quadrant < quadrants; ++quadrant)
+    while (scheme.w[first_product[quadrant]][quadrant] == 0) ++first_product[quadrant];
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.blocks, first_column = task % plan.blocks * plan.block;
-    const int64_t columns = min(plan.block, plan.tiles - first_column);
-    const int64_t first = plan.first_panel(group), panels = plan.first_panel(group + 1) - first;
-    const int64_t pitch = plan.pitch(group);
-    const Operand* from = left + first * plan.rows * plan.left_depth() * n;
-    if (task == begin || first_column == 0) on_group(first * plan.rows, panels * plan.rows);
+    const int64_t m_block = task / blocking.n_blocks;
+    const int64_t first_tile = task % blocking.n_blocks * blocking.tiles_per_block;
+    const int64_t task_tiles = min(blocking.tiles_per_block, blocking.tiles - first_tile);
+    const int64_t first_panel = blocking.first_panel(m_block);
+    const int64_t panels = blocking.first_panel(m_block + 1) - first_panel;
+    const int64_t pitch = blocking.pitch(m_block);
+    const Element* block_a = a + first_panel * blocking.mr * blocking.a_vectors() * kLanes;
+    if (task == begin || first_tile == 0) on_m_block(first_panel * blocking.mr, panels * blocking.mr);
 
-    const int64_t steps = scheme.products * columns * chunks;  // chunk by chunk, tile by tile, product by product
-    const auto weights_at = [&](int64_t step) {
-      const int64_t product = step / chunks / columns, column = first_column + step / chunks % columns;
-      const int64_t vector = product * plan.depth + step % chunks * chunk;
-      return right + (column * plan.right_depth() + vector) * kColumns * n;
+    // One loop over (sub-product, B tile, K block), the last one fastest, which knows where its next slice of B begins.
+    const int64_t steps = scheme.products * task_tiles * k_blocks;
+    const auto b_at = [&](int64_t step) {
+      const int64_t product = step / k_blocks / task_tiles;
+      const int64_t tile = first_tile + step / k_blocks % task_tiles;
+      const int64_t vector = product * blocking.k_vectors + step % k_blocks * kc;
+      return b + (tile * blocking.b_vectors() + vector) * kNr * kLanes;
     };
-    const Operand* of_next_task = right + (first_column + columns) % plan.tiles * plan.right_depth() * kColumns * n;
-    const Operand* operand = nullptr;
+    const Element* next_task_b = b + (first_tile + task_tiles) % blocking.tiles * blocking.b_vectors() * kNr * kLanes;
+    const Element* product_a = nullptr;
     for (int64_t step = 0; step < steps; ++step) {
-      const int64_t product = step / chunks / columns, column = step / chunks % columns;
-      const int64_t i = step % chunks * chunk, vectors = min(chunk, plan.depth - i);
-      if (step % (columns * chunks) == 0)
-        operand = signed_sum(scheme.left[product], parts, from, plan.depth * pitch, sum);
-      const Operand* weight = weights_at(step);
-      const Operand* later = step + 1 < steps ? weights_at(step + 1) : of_next_task;
+      const int64_t product = step / k_blocks / task_tiles;
+      const int64_t tile = step / k_blocks % task_tiles;
+      const int64_t k = step % k_blocks * kc;
+      const int64_t vectors = min(kc, blocking.k_vectors - k);
+      if (step % (task_tiles * k_blocks) == 0)
+        product_a = combine_quadrants(scheme.u[product], quadrants, block_a, blocking.k_vectors * pitch, combined);
+      const Element* step_b = b_at(step);
+      const Element* next_b = step + 1 < steps ? b_at(step + 1) : next_task_b;
       for (int64_t p = 0; p < panels; ++p) {
-        Tile* results = tiles + (column * panels + p) * parts;
-        Target targets[Scheme::kMostParts];
+        AccumulatorTile* results = tiles + (tile * panels + p) * quadrants;
+        Target targets[BilinearScheme::kMaxQuadrants];
         int64_t target_count = 0;
-        for (int part = 0; part < parts; ++part)
-          if (const int sign = scheme.result[product][part])
-            targets[target_count++] = {results + part, i == 0 && product == first_product[part] ? Target::kSet
-                                                       : sign > 0                               ? Target::kAdd
-                                                                                                : Target::kSubtract};
+        for (int quadrant = 0; quadrant < quadrants; ++quadrant)
+          if (const int sign = scheme.w[product][quadrant])
+            targets[target_count++] = {results + quadrant, k == 0 && product == first_product[quadrant] ? Target::kSet
+                                                           : sign > 0 ? Target::kAdd
+                                                                      : Target::kSubtract};
         const int64_t line = p * kLines / panels;
-        const Ahead ahead{reinterpret_cast<const char*>(later) + line * 64, (p + 1) * kLines / panels - line};
-        multiply(operand + i * pitch + p * plan.rows * n, pitch, weight, vectors, at_once, ahead, targets, target_count,
-                 partial);
-        if (product + 1 < scheme.products || i + vectors < plan.depth) continue;
-        for (int part = 0; part < parts; ++part) on_tile(p * plan.rows, part, first_column + column, results[part]);
+        const PrefetchCursor prefetch{reinterpret_cast<const char*>(next_b) + line * 64,
+                                      (p + 1) * kLines / panels - line};
+        microkernel(product_a + k * pitch + p * blocking.mr * kLanes, pitch, step_b, vectors, kc_sum, prefetch, targets,
+                    target_count, chains);
+        if (product + 1 < scheme.products || k + vectors < blocking.k_vectors) continue;
+        for (int quadrant = 0; quadrant < quadrants; ++quadrant)
+          on_tile(p * blocking.mr, quadrant, first_tile + tile, results[quadrant]);
       }
     }
   }

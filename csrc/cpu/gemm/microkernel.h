@@ -1,4 +1,7 @@
-// The innermost part of a product of matrices: a tile of results, in registers.
+// The GEMM microkernel: an MR x NR tile of accumulators. A's rows are pixels, B's columns output channels, and K runs
+// over input channels.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <utility>
 
@@ -7,96 +10,102 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-#if CMF_VECTOR_REGISTERS == 32  // 28 sums, 2 weights, the left operand
-constexpr int kMaxRows = 14, kMinRows = 12;
-#else  // 16: 12 sums
-constexpr int kMaxRows = 6, kMinRows = 5;
+// MR is as large as the registers allow, or a little less if all threads then get the same work.
+#if CMF_VECTOR_REGISTERS == 32  // 28 accumulators, 2 vectors of B, the value of A
+constexpr int kMaxMr = 14;
+constexpr int kMinMr = 12;
+#else  // 16 registers: 12 accumulators, 2 vectors of B, the value of A
+constexpr int kMaxMr = 6;
+constexpr int kMinMr = 5;
 #endif
-// Rows of a tile: the most, or a few less where all threads then get the same work.
-static_assert(kMinRows * 2 >= 10, "fewer sums would wait for each other: two FMAs a cycle, of up to five cycles each");
-constexpr int kVectors = 2;  // of output channels
-constexpr int kColumns = kVectors * kLanes<float>;
+static_assert(kMinMr * 2 >= 10, "fewer sums would wait for each other: two FMAs per cycle, of up to five cycles each");
+constexpr int kNrVectors = 2;
+constexpr int kNr = kNrVectors * kLanes<float>;
 
-using Tile = Vec<float>[kVectors][kMaxRows];
+using AccumulatorTile = Vec<float>[kNrVectors][kMaxMr];
 
-// The lines that a product of `depth` channel vectors has to prefetch: `count` at `first`, and as many in each of the
-// next ones' columns.
-struct Ahead {
-  const char* first;
+// The lines of the next B tile that a microkernel call prefetches: `count` per channel vector of K, the first time from
+// `next` on.
+struct PrefetchCursor {
+  const char* next;
   int64_t count;
 };
 
-// Where a product goes.
+// What a microkernel call does with its accumulators.
 struct Target {
-  Tile* tile;
+  AccumulatorTile* tile;
   enum How { kSet, kAdd, kSubtract } how;
 };
 
-// to[v][r] = or += or -= sum[v][r], by `update`.
-template <int kRows, class Update>
-CMF_INLINE void for_tile(Tile& to, const Tile& sum, Update update) {
+// Calls update(to[v][r], from[v][r]) for kMr rows.
+template <int kMr, class Update>
+CMF_INLINE void for_tile(AccumulatorTile& to, const AccumulatorTile& from, Update update) {
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v)
+  for (int v = 0; v < kNrVectors; ++v)
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) update(to[v][r], sum[v][r]);
+    for (int r = 0; r < kMr; ++r) update(to[v][r], from[v][r]);
 }
 
-// Left (kRows pixels, `pitch` from channel vector to channel vector) times right (kColumns), to all targets. Sums of
-// `at_once` channel vectors are added up in `memory`. Not inline: its loop wants all vector registers.
-template <int kRows, class Operand>
-__attribute__((noinline)) void multiply(const Operand* left, int64_t pitch, const Operand* right, int64_t depth,
-                                        int64_t at_once, Ahead ahead, const Target* targets, int64_t target_count,
-                                        Tile& memory) {
-  using Groups = typename Operand::Groups;
-  constexpr int n = kLanes<float>, kDepth = Operand::kDepth;
+// Multiplies a packed A panel (kMr pixels, `a_pitch` elements from channel vector to channel vector) by a packed B
+// tile, and adds the product to all targets. Every `kc_sum` channel vectors the accumulators are added to `chains` and
+// start anew (accuracy). Not inline: its loop wants all vector registers.
+template <int kMr, class Element>
+__attribute__((noinline)) void microkernel(const Element* a, int64_t a_pitch, const Element* b, int64_t k_vectors,
+                                           int64_t kc_sum, PrefetchCursor prefetch, const Target* targets,
+                                           int64_t target_count, AccumulatorTile& chains) {
+  using PackedVec = typename Element::PackedVec;
+  constexpr int kLanes = cpu::kLanes<float>;
+  constexpr int kPack = Element::kPack;
   const auto set = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to = s; };
   const auto add = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to += s; };
   const auto subtract = [](Vec<float>& to, Vec<float> s) CMF_INLINE_LAMBDA { to -= s; };
-  Tile sum = {};
-  const Operand* same = left;  // which the compiler is not to see, or it would load once
-  asm("" : "+r"(same));
-  for (int64_t i = 0, end = at_once; i < depth; ++i) {
+  AccumulatorTile acc = {};
+  // An optimization barrier: the compiler is not to see that both pointers are the same, or it would load once.
+  const Element* opaque_a = a;
+  asm("" : "+r"(opaque_a));
+  for (int64_t i = 0, end = kc_sum; i < k_vectors; ++i) {
     if (i == end) {
-      if (i == at_once) for_tile<kRows>(memory, sum, set);
-      else for_tile<kRows>(memory, sum, add);
-      for_tile<kRows>(sum, sum, [](Vec<float>& to, const Vec<float>&) CMF_INLINE_LAMBDA { to = Vec<float>{}; });
-      end += at_once;
+      if (i == kc_sum) for_tile<kMr>(chains, acc, set);
+      else for_tile<kMr>(chains, acc, add);
+      for_tile<kMr>(acc, acc, [](Vec<float>& to, const Vec<float>&) CMF_INLINE_LAMBDA { to = Vec<float>{}; });
+      end += kc_sum;
     }
 #pragma GCC unroll 1
-    for (int k = 0; k < n; k += kDepth) {
-      Groups weight[kVectors];
+    for (int k = 0; k < kLanes; k += kPack) {
+      PackedVec b_vectors[kNrVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) memcpy(&weight[v], right + v * n * kDepth, sizeof(Groups));
+      for (int v = 0; v < kNrVectors; ++v) memcpy(&b_vectors[v], b + v * kLanes * kPack, sizeof(PackedVec));
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kMr; ++r) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          typename Operand::Group group;
-          memcpy(&group, (v > 0 && r < Operand::kRowsLoadedTwice ? same : left) + r * n + k, sizeof group);
-          sum[v][r] = multiply_add(sum[v][r], Operand::broadcast(group), weight[v]);
+        for (int v = 0; v < kNrVectors; ++v) {
+          typename Element::Packed packed;
+          memcpy(&packed, (v > 0 && r < Element::kRowsLoadedTwice ? opaque_a : a) + r * kLanes + k, sizeof packed);
+          acc[v][r] = multiply_add(acc[v][r], Element::broadcast(packed), b_vectors[v]);
         }
       }
-      right += kColumns * kDepth;
+      b += kNr * kPack;
     }
-    left += pitch, same += pitch;
-    for (int64_t l = 0; l < ahead.count; ++l) __builtin_prefetch(ahead.first + l * 64, 0, 2);
-    ahead.first += kColumns * n * sizeof(Operand);
+    a += a_pitch;
+    opaque_a += a_pitch;
+    for (int64_t l = 0; l < prefetch.count; ++l) __builtin_prefetch(prefetch.next + l * 64, 0, 2);
+    prefetch.next += kNr * kLanes * sizeof(Element);
   }
-  if (depth > at_once) for_tile<kRows>(sum, memory, add);
+  if (k_vectors > kc_sum) for_tile<kMr>(acc, chains, add);
   for (const Target* target = targets; target < targets + target_count; ++target) {
     switch (target->how) {
-      case Target::kSet: for_tile<kRows>(*target->tile, sum, set); break;
-      case Target::kAdd: for_tile<kRows>(*target->tile, sum, add); break;
-      case Target::kSubtract: for_tile<kRows>(*target->tile, sum, subtract);
+      case Target::kSet: for_tile<kMr>(*target->tile, acc, set); break;
+      case Target::kAdd: for_tile<kMr>(*target->tile, acc, add); break;
+      case Target::kSubtract: for_tile<kMr>(*target->tile, acc, subtract);
     }
   }
 }
 
-// By rows, from kMinRows on.
-template <class Operand, int... kMore>
-constexpr auto multiply_for(int64_t rows, std::integer_sequence<int, kMore...>) {
-  constexpr decltype(&multiply<kMaxRows, Operand>) all[] = {&multiply<kMinRows + kMore, Operand>...};
-  return all[rows - kMinRows];
+// The microkernel of a tile height from kMinMr to kMaxMr.
+template <class Element, int... kMore>
+constexpr auto microkernel_for(int64_t mr, std::integer_sequence<int, kMore...>) {
+  constexpr decltype(&microkernel<kMaxMr, Element>) kAll[] = {&microkernel<kMinMr + kMore, Element>...};
+  return kAll[mr - kMinMr];
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-// How a product of matrices is made of products of their parts.
+// Bilinear matrix-multiplication algorithms: the plain product, and Strassen's.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 
@@ -7,61 +9,71 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-// How a product of matrices is made of `products` products of their parts: each multiplies the left operand's parts,
-// summed with these signs, by the right one's, and is added to the result's parts with its signs. A matrix has
-// halves x halves parts; part halves i + j is half i of its rows and half j of its columns.
-struct Scheme {
-  static constexpr int kMostProducts = 7, kMostParts = 4;
-  using Signs = int8_t[kMostProducts][kMostParts];
+// A bilinear matrix-multiplication algorithm: M_m = (sum_i u[m][i] A_i) (sum_j v[m][j] B_j), C_p = sum_m w[m][p] M_m.
+// A, B and C are cut into halves x halves quadrants; quadrant halves i + j is half i of the rows and half j of the
+// columns.
+struct BilinearScheme {
+  static constexpr int kMaxProducts = 7;
+  static constexpr int kMaxQuadrants = 4;
+  using Signs = int8_t[kMaxProducts][kMaxQuadrants];
 
-  int products, halves;
-  Signs left, right, result;
+  int products;  // sub-products M_m
+  int halves;    // 1: the matrices are not cut
+  Signs u, v, w;
 
-  constexpr int parts() const { return halves * halves; }
+  constexpr int quadrants() const { return halves * halves; }
 
-  // Whether each product of a left and a right part ends up where it belongs, once, and nowhere else.
-  constexpr bool is_right() const {
-    for (int l = 0; l < parts(); ++l)
-      for (int r = 0; r < parts(); ++r)
-        for (int p = 0; p < parts(); ++p) {
+  // Whether the product of A_a and B_b is in C_c once if it belongs there, and otherwise not at all.
+  constexpr bool satisfies_brent_equations() const {
+    for (int a = 0; a < quadrants(); ++a)
+      for (int b = 0; b < quadrants(); ++b)
+        for (int c = 0; c < quadrants(); ++c) {
           int times = 0;
-          for (int m = 0; m < products; ++m) times += left[m][l] * right[m][r] * result[m][p];
-          const bool meet = l % halves == r / halves, here = p == l / halves * halves + r % halves;
+          for (int m = 0; m < products; ++m) times += u[m][a] * v[m][b] * w[m][c];
+          const bool meet = a % halves == b / halves;
+          const bool here = c == a / halves * halves + b % halves;
           if (times != (meet && here)) return false;
         }
     return true;
   }
 };
 
-constexpr Scheme kPlain = {1, 1, {{1}}, {{1}}, {{1}}};
-static_assert(kPlain.is_right());
+constexpr BilinearScheme kPlain = {1, 1, {{1}}, {{1}}, {{1}}};
+static_assert(kPlain.satisfies_brent_equations());
 
 // Seven products of half the size in place of eight (V. Strassen, "Gaussian elimination is not optimal", 1969).
-constexpr Scheme kStrassen = {
+constexpr BilinearScheme kStrassen = {
     7,
     2,
     {{1, 0, 0, 1}, {0, 0, 1, 1}, {1, 0, 0, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {-1, 0, 1, 0}, {0, 1, 0, -1}},
     {{1, 0, 0, 1}, {1, 0, 0, 0}, {0, 1, 0, -1}, {-1, 0, 1, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {0, 0, 1, 1}},
     {{1, 0, 0, 1}, {0, 0, 1, -1}, {0, 1, 0, 1}, {1, 0, 1, 0}, {-1, 1, 0, 0}, {0, 0, 0, 1}, {1, 0, 0, 0}}};
-static_assert(kStrassen.is_right());
+static_assert(kStrassen.satisfies_brent_equations());
 
-// The sum of the parts that have a sign, at most two, each `values` values, one after another: where it lies, in memory
-// of its own unless it is one of them.
-template <class Operand>
-const Operand* signed_sum(const int8_t* sign, int64_t parts, const Operand* part, int64_t values, Operand* memory) {
-  const Operand *positive = nullptr, *other = nullptr;
+// The left operand of one sub-product: A_i or A_i +- A_j, from the quadrants' signs; each quadrant has `values` values,
+// one quadrant after the other. Returns A_i itself if only one quadrant takes part, else materializes the sum in
+// `scratch`.
+template <class Element>
+const Element* combine_quadrants(const int8_t* signs, int64_t quadrants, const Element* quadrant, int64_t values,
+                                 Element* scratch) {
+  const Element *positive = nullptr, *other = nullptr;
   bool adds = true;
-  for (int64_t p = 0; p < parts; ++p, part += values) {
-    if (sign[p] == 0) continue;
-    if (sign[p] > 0 && !positive) positive = part;
-    else other = part, adds = sign[p] > 0;
+  for (int64_t q = 0; q < quadrants; ++q, quadrant += values) {
+    if (signs[q] == 0) continue;
+    if (signs[q] > 0 && !positive) {
+      positive = quadrant;
+    } else {
+      other = quadrant;
+      adds = signs[q] > 0;
+    }
   }
   if (!other) return positive;
   for (int64_t i = 0; i < values; i += kLanes<float>) {
-    const Vec<float> a = Operand::load(positive + i), b = Operand::load(other + i);
-    Operand::store(memory + i, adds ? a + b : a - b);
+    const Vec<float> a = Element::load(positive + i);
+    const Vec<float> b = Element::load(other + i);
+    Element::store(scratch + i, adds ? a + b : a - b);
   }
-  return memory;
+  return scratch;
 }
 
 }  // namespace

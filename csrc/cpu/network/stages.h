@@ -1,13 +1,14 @@
-// A whole ConvMixer on the CPU.
+// A whole ConvMixer in eval mode, stage by stage, on the matrix product of gemm/ and the microkernel of depthwise/.
 //
-// Two buffers take turns. `planes` holds activations by channel vector: (image, vector, row, column), each row with its
-// zero padding left and right, so that the depthwise convolution reads it as it stands. `panels` holds the left operand
-// of a matrix product: (panel of pixels, channel vector, pixel), so that the product reads it from end to end. A
-// step reads one and writes the other, applies bias, activation and BatchNorm while its results are in registers or in
-// the L1 cache, and ends at a barrier:
-//   patches: images -> panels   project: panels -> planes   depthwise: planes -> panels   pointwise: panels -> planes
-//   pool: planes -> panels      head: panels -> logits
+// Two buffers take turns. Blocked maps are activations as (image, channel vector, row, column), each row with its zero
+// padding left and right, so that the depthwise convolution reads them as they stand. Panels are the packed left
+// operand of a matrix product (gemm/pack.h), which reads them from end to end. A stage reads one and writes the other,
+// applies bias, activation and BatchNorm while its results are in registers or in the L1 cache, and ends at a barrier:
+//   patches: images -> panels   project: panels -> maps   depthwise: maps -> panels   conv1x1: panels -> maps
+//   pool: maps -> panels        head: panels -> logits
 // Every output is one thread's sum in one order: any number of threads gives the same bits.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <utility>
 
@@ -20,49 +21,51 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-template <class S, class Operand>
-class Mixer {
-  static constexpr int64_t n = kLanes<float>;
-  static constexpr int64_t kTasks = 64;    // of a depthwise convolution, wanted, for the threads to share
-  static constexpr int64_t kBandRows = 8;  // of such a task, at least
-  static constexpr int64_t kFewPixels = 4;
-  using Groups = typename Operand::Groups;
+template <class S, class Element>
+class Network {
+  static constexpr int64_t kLanes = cpu::kLanes<float>;
+  static constexpr int64_t kWantedTasks = 64;  // per depthwise convolution, for the threads to share
+  static constexpr int64_t kMinBandRows = 8;   // per such task
+  static constexpr int64_t kFewPixels = 4;     // per map
+  using PackedVec = typename Element::PackedVec;
 
  public:
-  explicit Mixer(const MixerParams& p)
+  explicit Network(const MixerParams& p)
       : p_(p),
         s_(p.sizes),
-        w_(p),
-        packed_(static_cast<const Operand*>(p.packed)),
-        planes_(static_cast<Operand*>(p.workspace)),
-        panels_(planes_ + w_.panels),
-        pooled_(planes_ + w_.pooled) {
-    const int64_t wanted =
-        max(ceil_div(p.threads, max(1, p.batch)), ceil_div(kTasks, max(1, p.batch * w_.scheme.halves * w_.depth)));
-    band_rows_ = max(min(w_.part_height, kBandRows), ceil_div(w_.part_height, wanted));
-    bands_ = ceil_div(w_.part_height, band_rows_);
+        layout_(p),
+        packed_(static_cast<const Element*>(p.packed)),
+        maps_(static_cast<Element*>(p.workspace)),
+        panels_(maps_ + layout_.panels),
+        pooled_(maps_ + layout_.pooled) {
+    const int64_t wanted_bands =
+        max(ceil_div(p.threads, max(1, p.batch)),
+            ceil_div(kWantedTasks, max(1, p.batch * layout_.weights.scheme.halves * layout_.weights.dim_vectors)));
+    band_rows_ = max(min(layout_.quadrant_height, kMinBandRows), ceil_div(layout_.quadrant_height, wanted_bands));
+    bands_ = ceil_div(layout_.quadrant_height, band_rows_);
   }
 
-  int64_t tasks(MixerStep step) const {
-    switch (step.kind) {
-      case MixerStep::kPatches: return patch_product().panels + p_.batch * w_.depth;
-      case MixerStep::kProject: return patch_product().tasks();
-      case MixerStep::kDepthwise: return p_.batch * w_.scheme.parts() * w_.part_depth * bands_;
-      case MixerStep::kPointwise: return product().tasks();
-      case MixerStep::kPool: return p_.batch * w_.depth;
-      case MixerStep::kHead: return head_product().tasks();
+  int64_t tasks(MixerStep stage) const {
+    switch (stage.kind) {
+      case MixerStep::kPatches: return patch_blocking().panels + p_.batch * layout_.weights.dim_vectors;
+      case MixerStep::kProject: return patch_blocking().tasks();
+      case MixerStep::kDepthwise:
+        return p_.batch * layout_.weights.scheme.quadrants() * layout_.weights.quadrant_vectors * bands_;
+      case MixerStep::kPointwise: return conv1x1_blocking().tasks();
+      case MixerStep::kPool: return p_.batch * layout_.weights.dim_vectors;
+      case MixerStep::kHead: return head_blocking().tasks();
     }
     __builtin_unreachable();
   }
 
-  void run(MixerStep step, int64_t begin, int64_t end, Scratch& scratch) const {
-    switch (step.kind) {
+  void run(MixerStep stage, int64_t begin, int64_t end, Scratch& scratch) const {
+    switch (stage.kind) {
       case MixerStep::kPatches: return patches(begin, end, scratch);
-      case MixerStep::kProject: return pointwise(patch_product(), packed_, 0, begin, end, scratch);
-      case MixerStep::kDepthwise: return depthwise(step.layer, begin, end, scratch);
+      case MixerStep::kProject: return conv1x1(patch_blocking(), packed_, 0, begin, end, scratch);
+      case MixerStep::kDepthwise: return depthwise(stage.layer, begin, end, scratch);
       case MixerStep::kPointwise: {
-        const Operand* weight = packed_ + w_.pointwise + step.layer * w_.pointwise_layer;
-        return pointwise(product(), weight, 2 * step.layer + 2, begin, end, scratch);
+        const Element* weight = packed_ + layout_.weights.conv1x1 + stage.layer * layout_.weights.conv1x1_size;
+        return conv1x1(conv1x1_blocking(), weight, 2 * stage.layer + 2, begin, end, scratch);
       }
       case MixerStep::kPool: return pool(begin, end);
       case MixerStep::kHead: return head(begin, end, scratch);
@@ -70,276 +73,318 @@ class Mixer {
   }
 
  private:
-  ProductPlan<Operand> patch_product() const { return {kPlain, w_.pixels, w_.tiles, w_.patch_depth, p_.threads}; }
-  ProductPlan<Operand> product() const { return {w_.scheme, w_.part_pixels, w_.part_tiles, w_.part_depth, p_.threads}; }
-  ProductPlan<Operand> head_product() const { return {kPlain, p_.batch, w_.head_tiles, w_.depth, p_.threads}; }
-  Operand* plane(int64_t image, int64_t vector) const { return planes_ + (image * w_.depth + vector) * w_.plane; }
+  Blocking<Element> patch_blocking() const {
+    return {kPlain, layout_.pixels, layout_.weights.dim_tiles, layout_.weights.patch_vectors, p_.threads};
+  }
+  Blocking<Element> conv1x1_blocking() const {
+    return {layout_.weights.scheme, layout_.quadrant_pixels, layout_.weights.quadrant_tiles,
+            layout_.weights.quadrant_vectors, p_.threads};
+  }
+  Blocking<Element> head_blocking() const {
+    return {kPlain, p_.batch, layout_.weights.class_tiles, layout_.weights.dim_vectors, p_.threads};
+  }
+  Element* map_of(int64_t image, int64_t vector) const {
+    return maps_ + (image * layout_.weights.dim_vectors + vector) * layout_.map;
+  }
 
-  // What follows a convolution: the pointwise functions with the lesser part of their shift, then the rest is added. It
-  // costs a rounding, which a mean over pixels makes up for: of a few, the lesser part comes last and all but goes.
+  // The elementwise step after a convolution. BatchNorm's shift is stored as an unevaluated sum hi + lo (double-float).
+  // The FMA adds lo, then hi is added: lo survives, at the cost of one more rounding per pixel, which pooling averages
+  // out. Maps of fewer than kFewPixels pixels use the opposite order.
   struct Epilogue {
-    Elementwise<float> pointwise;
-    Vec<float> shift;
+    Elementwise<float> elementwise;  // whose shift is the half that the FMA adds
+    Vec<float> late_shift;           // the other half
   };
 
-  Epilogue epilogue(int64_t convolution, int64_t vector) const {
+  Epilogue epilogue_of(int64_t convolution, int64_t vector) const {
     Epilogue result;
-    Vec<float>* const all[w_.kVectorsAfter] = {&result.pointwise.bias, &result.pointwise.scale, &result.shift,
-                                               &result.pointwise.shift};
-    for (int which = 0; which < w_.kVectorsAfter; ++which)
-      memcpy(all[which], packed_ + w_.vector(convolution, which) + vector * n * w_.kFloat, sizeof(Vec<float>));
-    result.pointwise.activation = s_.activation;
-    if (w_.height * w_.width < kFewPixels) {
-      const Vec<float> lesser = result.pointwise.shift;
-      result.pointwise.shift = result.shift, result.shift = lesser;
+    Vec<float>* const all[layout_.weights.kAffine] = {&result.elementwise.bias, &result.elementwise.scale,
+                                                      &result.late_shift, &result.elementwise.shift};
+    for (int which = 0; which < layout_.weights.kAffine; ++which)
+      memcpy(all[which],
+             packed_ + layout_.weights.affine_of(convolution, which) + vector * kLanes * layout_.weights.kFloat,
+             sizeof(Vec<float>));
+    result.elementwise.activation = s_.activation;
+    if (layout_.height * layout_.width < kFewPixels) {
+      const Vec<float> lo = result.elementwise.shift;
+      result.elementwise.shift = result.late_shift;
+      result.late_shift = lo;
     }
     return result;
   }
 
-  // Panels of the images' patches; and zeros into the planes' padding.
+  // The images' patches -> panels; and zeros -> the padding of the blocked maps.
   void patches(int64_t begin, int64_t end, Scratch& scratch) const {
-    int64_t* offset = static_cast<int64_t*>(scratch.reserve(w_.patch * sizeof(int64_t)));
-    for (int64_t k = 0; k < w_.patch; ++k)
+    int64_t* offset = static_cast<int64_t*>(scratch.reserve(layout_.weights.patch * sizeof(int64_t)));
+    for (int64_t k = 0; k < layout_.weights.patch; ++k)
       offset[k] = k / (s_.patch_h * s_.patch_w) * p_.x_stride.c + k / s_.patch_w % s_.patch_h * p_.x_stride.h +
                   k % s_.patch_w * p_.x_stride.w;
-    const ProductPlan<Operand> plan = patch_product();
+    const Blocking<Element> blocking = patch_blocking();
     for (int64_t task = begin; task < end; ++task) {
-      if (task < plan.panels) {
-        for (int64_t r = 0; r < plan.rows; ++r) pack_patch(plan, task * plan.rows + r, offset);
+      if (task < blocking.panels) {
+        for (int64_t r = 0; r < blocking.mr; ++r) pack_patch(blocking, task * blocking.mr + r, offset);
       } else {
-        Operand* row = planes_ + (task - plan.panels) * w_.plane;
-        for (int64_t h = 0; h < w_.height; ++h, row += w_.pitch * n) {
-          memset(row, 0, w_.pad_left * n * sizeof(Operand));
-          const int64_t right = w_.pad_left + w_.width;
-          memset(row + right * n, 0, (w_.pitch - right) * n * sizeof(Operand));
+        Element* row = maps_ + (task - blocking.panels) * layout_.map;
+        for (int64_t h = 0; h < layout_.height; ++h, row += layout_.pitch * kLanes) {
+          memset(row, 0, layout_.pad_left * kLanes * sizeof(Element));
+          const int64_t right = layout_.pad_left + layout_.width;
+          memset(row + right * kLanes, 0, (layout_.pitch - right) * kLanes * sizeof(Element));
         }
       }
     }
   }
 
-  void pack_patch(const ProductPlan<Operand>& plan, int64_t pixel, const int64_t* offset) const {
-    const int64_t h = pixel / w_.width % w_.height, w = pixel % w_.width;
-    const S* x = static_cast<const S*>(p_.x) + pixel / (w_.width * w_.height) * p_.x_stride.n +
+  void pack_patch(const Blocking<Element>& blocking, int64_t pixel, const int64_t* offset) const {
+    const int64_t h = pixel / layout_.width % layout_.height;
+    const int64_t w = pixel % layout_.width;
+    const S* x = static_cast<const S*>(p_.x) + pixel / (layout_.width * layout_.height) * p_.x_stride.n +
                  h * s_.patch_h * p_.x_stride.h + w * s_.patch_w * p_.x_stride.w;
-    for (int64_t k = 0; k < w_.patch_depth; ++k) {
-      S lanes[n] = {};
-      if (pixel < w_.pixels)
-        for (int64_t i = k * n; i < min(w_.patch, k * n + n); ++i) lanes[i - k * n] = x[offset[i]];
-      Operand::store(Slots<Operand>(plan, panels_, k, pixel)[pixel], S::load(lanes));
+    for (int64_t k = 0; k < layout_.weights.patch_vectors; ++k) {
+      S lanes[kLanes] = {};
+      if (pixel < layout_.pixels)
+        for (int64_t i = k * kLanes; i < min(layout_.weights.patch, k * kLanes + kLanes); ++i)
+          lanes[i - k * kLanes] = x[offset[i]];
+      Element::store(PanelCursor<Element>(blocking, panels_, k, pixel)[pixel], S::load(lanes));
     }
   }
 
-  // A 1x1 convolution, or that of the patches: panels -> planes.
-  void pointwise(const ProductPlan<Operand>& plan, const Operand* weight, int64_t convolution, int64_t begin,
-                 int64_t end, Scratch& scratch) const {
-    const int64_t halves = plan.scheme.halves;
-    const int64_t height = ceil_div(w_.height, halves), all = p_.batch * height * w_.width;  // of a part
+  // A 1x1 convolution, or that of the patches: panels -> maps.
+  void conv1x1(const Blocking<Element>& blocking, const Element* weight, int64_t convolution, int64_t begin,
+               int64_t end, Scratch& scratch) const {
+    const int64_t halves = blocking.scheme.halves;
+    const int64_t height = ceil_div(layout_.height, halves);       // in a quadrant
+    const int64_t all_pixels = p_.batch * height * layout_.width;  // in a quadrant
     constexpr int64_t kOutside = -1;
-    // Of the pixels of the group, and of a panel to prefetch, in each half of the map.
-    int64_t slots[2][(ProductPlan<Operand>::kMaxPanels + 1) * kMaxRows];
-    int64_t pixels = 0;  // of the group, and of the map
-    const auto find_slots = [&](int64_t first, int64_t count) {
-      pixels = min(count, all - first);
-      int64_t image = first / (height * w_.width), h = first / w_.width % height, w = first % w_.width;
-      for (int64_t i = 0; i < count + plan.rows; ++i) {
+    // Where the M block's pixels go, in each half of the map; and those of one panel more, to prefetch.
+    int64_t offsets[2][(Blocking<Element>::kMaxPanels + 1) * kMaxMr];
+    int64_t pixels = 0;  // in the M block, without those beyond the last one
+    const auto find_offsets = [&](int64_t first, int64_t count) {
+      pixels = min(count, all_pixels - first);
+      int64_t image = first / (height * layout_.width);
+      int64_t h = first / layout_.width % height;
+      int64_t w = first % layout_.width;
+      for (int64_t i = 0; i < count + blocking.mr; ++i) {
         for (int64_t half = 0; half < halves; ++half) {
           const int64_t row = half * height + h;
-          const int64_t slot = image * w_.depth * w_.plane + (row * w_.pitch + w_.pad_left + w) * n;
-          slots[half][i] = row < w_.height ? slot : kOutside;
+          const int64_t offset =
+              image * layout_.weights.dim_vectors * layout_.map + (row * layout_.pitch + layout_.pad_left + w) * kLanes;
+          offsets[half][i] = row < layout_.height ? offset : kOutside;
         }
-        if (i + 1 >= pixels || ++w < w_.width) continue;
+        if (i + 1 >= pixels || ++w < layout_.width) continue;
         w = 0;
-        if (++h == height) h = 0, ++image;
+        if (++h == height) {
+          h = 0;
+          ++image;
+        }
       }
     };
-    multiply_tasks(plan, panels_, weight, Operand::summed_at_once(plan.scheme) / n, begin, end, scratch, find_slots,
-                   [&](int64_t pixel, int64_t part, int64_t column, Tile& tile) {
-                     const int64_t* slot = slots[part / halves] + pixel;
-                     const int64_t first = (column + part % halves * plan.tiles) * kVectors;
-                     for (int64_t v = 0; v < min(kVectors, w_.depth - first); ++v) {
-                       Operand* map = planes_ + (first + v) * w_.plane;
-                       const auto [pointwise, shift] = epilogue(convolution, first + v);
-                       Operand::apply(pointwise, tile[v], min(plan.rows, pixels - pixel), [&](int64_t r, Vec<float> z) {
-                         if (slot[r] != kOutside) Operand::store(map + slot[r], z + shift);
-                         __builtin_prefetch(map + slot[plan.rows + r], 1, 2);  // of the next panel
-                       });
-                     }
-                   });
+    macrokernel(blocking, panels_, weight, Element::kc_sum(blocking.scheme) / kLanes, begin, end, scratch, find_offsets,
+                [&](int64_t pixel, int64_t quadrant, int64_t tile, AccumulatorTile& acc) {
+                  const int64_t* offset = offsets[quadrant / halves] + pixel;
+                  const int64_t first = (tile + quadrant % halves * blocking.tiles) * kNrVectors;
+                  for (int64_t v = 0; v < min(kNrVectors, layout_.weights.dim_vectors - first); ++v) {
+                    Element* map = maps_ + (first + v) * layout_.map;
+                    const auto [elementwise, late_shift] = epilogue_of(convolution, first + v);
+                    Element::apply(elementwise, acc[v], min(blocking.mr, pixels - pixel), [&](int64_t r, Vec<float> z) {
+                      if (offset[r] != kOutside) Element::store(map + offset[r], z + late_shift);
+                      __builtin_prefetch(map + offset[blocking.mr + r], 1, 2);  // the next panel's
+                    });
+                  }
+                });
   }
 
   // A channel vector of an image, and what the depthwise convolution of some of its rows needs.
-  struct Channels {
-    const Operand* plane;
-    const Groups* input;  // row 0 of the map
-    const Groups* weight;
-    Epilogue after;
+  struct ChannelVector {
+    const Element* map;
+    const PackedVec* input;  // row 0 of the map
+    const PackedVec* weight;
+    Epilogue epilogue;
   };
 
-  // Planes -> panels, row by row: the rows that sums share stay in the L1 cache, memory is read from end to end.
+  // Maps -> panels, row by row: the rows that sums share stay in the L1 cache, memory is read from end to end.
   void depthwise(int64_t layer, int64_t begin, int64_t end, Scratch& scratch) const {
-    const int64_t groups = Operand::kDepth > 1 ? (band_rows_ + s_.kernel_h) * w_.pitch : 0;
-    Groups* memory = static_cast<Groups*>(scratch.reserve(groups * sizeof(Groups)));
-    const ProductPlan<Operand> plan = product();
-    const int64_t halves = plan.scheme.halves, vectors = halves * plan.depth;
+    const int64_t packs = Element::kPack > 1 ? (band_rows_ + s_.kernel_h) * layout_.pitch : 0;
+    PackedVec* memory = static_cast<PackedVec*>(scratch.reserve(packs * sizeof(PackedVec)));
+    const Blocking<Element> blocking = conv1x1_blocking();
+    const int64_t halves = blocking.scheme.halves;
+    const int64_t vectors = halves * blocking.k_vectors;
     for (int64_t task = begin; task < end; ++task) {
       // Bands first: a thread then finds most of what it reads, here and in the product, where it has written it.
-      const int64_t vector = task % vectors, half = task / vectors % halves;
-      const int64_t band = task / (vectors * halves) % bands_, image = task / (vectors * halves) / bands_;
-      const int64_t first = band * band_rows_, last = min(w_.part_height, first + band_rows_);
-      const int64_t top = half * w_.part_height, first_pixel = image * w_.part_height * w_.width;
-      const int64_t of_part = (half * halves + vector / plan.depth) * plan.depth + vector % plan.depth;
-      Slots<Operand> slots(plan, panels_, of_part, first_pixel + first * w_.width);
-      const Channels of = channels(layer, image, min(vector, w_.depth - 1), top + first, top + last, memory);
+      const int64_t vector = task % vectors;
+      const int64_t half = task / vectors % halves;
+      const int64_t band = task / (vectors * halves) % bands_;
+      const int64_t image = task / (vectors * halves) / bands_;
+      const int64_t first = band * band_rows_;
+      const int64_t last = min(layout_.quadrant_height, first + band_rows_);
+      const int64_t top = half * layout_.quadrant_height;
+      const int64_t first_pixel = image * layout_.quadrant_height * layout_.width;
+      const int64_t quadrant = half * halves + vector / blocking.k_vectors;
+      const int64_t a_vector = quadrant * blocking.k_vectors + vector % blocking.k_vectors;
+      PanelCursor<Element> cursor(blocking, panels_, a_vector, first_pixel + first * layout_.width);
+      const ChannelVector channels =
+          channel_vector(layer, image, min(vector, layout_.weights.dim_vectors - 1), top + first, top + last, memory);
       for (int64_t h = first; h < last; ++h) {
-        const int64_t pixel = first_pixel + h * w_.width;
-        const auto place = [&](int64_t w, int64_t& count) {
-          Operand* to = slots[pixel + w];
-          count = min(count, slots.successive(pixel + w));
+        const int64_t pixel = first_pixel + h * layout_.width;
+        const auto destination = [&](int64_t w, int64_t& count) {
+          Element* to = cursor[pixel + w];
+          count = min(count, cursor.successive(pixel + w));
           return to;
         };
-        if (vector < w_.depth && top + h < w_.height) {
-          depthwise_row(of, top + h, place);
-        } else {  // a part's, but not the network's: it goes into sums
-          for (int64_t w = 0, count; w < w_.width; w += count) {
-            count = w_.width - w;
-            Operand* to = place(w, count);
-            memset(to, 0, count * n * sizeof(Operand));
+        if (vector < layout_.weights.dim_vectors && top + h < layout_.height) {
+          depthwise_row(channels, top + h, destination);
+        } else {  // in a quadrant, but not in the network: sums of quadrants need zeros there
+          for (int64_t w = 0, count; w < layout_.width; w += count) {
+            count = layout_.width - w;
+            Element* to = destination(w, count);
+            memset(to, 0, count * kLanes * sizeof(Element));
           }
         }
       }
     }
   }
 
-  Channels channels(int64_t layer, int64_t image, int64_t vector, int64_t first, int64_t last, Groups* memory) const {
-    Channels of;
-    of.plane = plane(image, vector);
-    const int64_t top = first - w_.pad_top;  // the map's row in row 0 of the input
-    of.input = input_rows(of.plane, top, last - w_.pad_top + s_.kernel_h - 1, memory) - top * w_.pitch;
-    of.weight = reinterpret_cast<const Groups*>(packed_ + w_.depthwise + layer * w_.depthwise_layer +
-                                                vector * w_.tap_rows * s_.kernel_w * n * Operand::kDepth);
-    of.after = epilogue(2 * layer + 1, vector);
-    return of;
+  ChannelVector channel_vector(int64_t layer, int64_t image, int64_t vector, int64_t first, int64_t last,
+                               PackedVec* memory) const {
+    ChannelVector channels;
+    channels.map = map_of(image, vector);
+    const int64_t top = first - layout_.pad_top;  // the map's row in row 0 of the input
+    const PackedVec* rows = input_rows(channels.map, top, last - layout_.pad_top + s_.kernel_h - 1, memory);
+    channels.input = rows - top * layout_.pitch;
+    channels.weight = reinterpret_cast<const PackedVec*>(
+        packed_ + layout_.weights.depthwise + layer * layout_.weights.depthwise_size +
+        vector * layout_.weights.tap_rows * s_.kernel_w * kLanes * Element::kPack);
+    channels.epilogue = epilogue_of(2 * layer + 1, vector);
+    return channels;
   }
 
-  // Row h, with what follows the convolution, to place(column, count): where `count` or, by its choice, fewer values
-  // from that column on go. Prefetches what the next row reads in addition, and where rows after it are written.
-  template <class Place>
-  void depthwise_row(const Channels& of, int64_t h, Place place) const {
-    const int64_t next = h + s_.kernel_h - w_.pad_top;  // the row that the next output row adds
-    const bool reads = Operand::kDepth == 1 && next < w_.height;
-    for (int64_t w = 0, columns; w < w_.width; w += columns) {
-      columns = ceil_div(w_.width - w, ceil_div(w_.width - w, kMaxColumns));
+  // Row h, after the epilogue, to destination(column, count), which returns where the outputs from that column on go
+  // and lowers `count` to those that follow each other there. Prefetches what the next row reads in addition, and where
+  // rows after it are written.
+  template <class Destination>
+  void depthwise_row(const ChannelVector& channels, int64_t h, Destination destination) const {
+    const int64_t next = h + s_.kernel_h - layout_.pad_top;  // the row that the next output row adds
+    const bool reads = Element::kPack == 1 && next < layout_.height;
+    for (int64_t w = 0, columns; w < layout_.width; w += columns) {
+      columns = ceil_div(layout_.width - w, ceil_div(layout_.width - w, kMaxColumns));
       const int64_t shared = w > 0 ? s_.kernel_w - 1 : 0;  // columns, with the strip before
       const int64_t unread = reads ? columns + s_.kernel_w - 1 - shared : 0;
       int64_t count = columns;
-      const Operand* to = place(w, count);
-      const PrefetchLines read = lines(of.plane + (next * w_.pitch + w + shared) * n, unread);
-      const PrefetchLines write = lines(to + 2 * w_.width * n, columns);  // two rows ahead
+      const Element* to = destination(w, count);
+      const PrefetchLines read = lines(channels.map + (next * layout_.pitch + w + shared) * kLanes, unread);
+      const PrefetchLines write = lines(to + 2 * layout_.width * kLanes, columns);  // two rows ahead
       Vec<float> sums[kMaxColumns];
-      convolve(of.input + w, of.weight, h, columns, read, write, sums);
-      emit(of.after, of.plane + (h * w_.pitch + w_.pad_left + w) * n, sums, w, columns, place);
+      convolve(channels.input + w, channels.weight, h, columns, read, write, sums);
+      store_strip(channels.epilogue, channels.map + (h * layout_.pitch + layout_.pad_left + w) * kLanes, sums, w,
+                  columns, destination);
     }
   }
 
-  // Groups of kDepth rows for each row from `begin` to `end` that meets the map, at its distance from row `begin`.
-  const Groups* input_rows(const Operand* from, int64_t begin, int64_t end, Groups* to) const {
-    if constexpr (Operand::kDepth == 1) {
-      return reinterpret_cast<const Groups*>(from) + begin * w_.pitch;
+  // Packs of kPack rows for each row from `begin` to `end` that meets the map, at its distance from row `begin`.
+  const PackedVec* input_rows(const Element* from, int64_t begin, int64_t end, PackedVec* to) const {
+    if constexpr (Element::kPack == 1) {
+      return reinterpret_cast<const PackedVec*>(from) + begin * layout_.pitch;
     } else {
-      for (int64_t h = max(-1, begin); h < min(w_.height, end); ++h) {
-        Groups* row = to + (h - begin) * w_.pitch;
-        const Operand* first = from + h * w_.pitch * n;
-        const Operand zeros[n] = {};
-        for (int64_t w = 0; w < w_.pitch; ++w, first += n)
-          row[w] = Operand::interleave(h < 0 ? zeros : first, h + 1 == w_.height ? zeros : first + w_.pitch * n);
+      for (int64_t h = max(-1, begin); h < min(layout_.height, end); ++h) {
+        PackedVec* row = to + (h - begin) * layout_.pitch;
+        const Element* first = from + h * layout_.pitch * kLanes;
+        const Element zeros[kLanes] = {};
+        for (int64_t w = 0; w < layout_.pitch; ++w, first += kLanes)
+          row[w] = Element::interleave(h < 0 ? zeros : first,
+                                       h + 1 == layout_.height ? zeros : first + layout_.pitch * kLanes);
       }
       return to;
     }
   }
 
-  // The sums of a strip of row h; tap rows outside the map are left out.
-  void convolve(const Groups* input, const Groups* weight, int64_t h, int64_t columns, const PrefetchLines& read,
+  // The sums of a strip of row h, without the tap rows outside the map.
+  void convolve(const PackedVec* input, const PackedVec* weight, int64_t h, int64_t columns, const PrefetchLines& read,
                 const PrefetchLines& write, Vec<float>* sums) const {
-    constexpr int64_t kDepth = Operand::kDepth;
-    const int64_t top = h - w_.pad_top;
-    const int64_t first = max(0, -top / kDepth), last = min(w_.tap_rows, ceil_div(w_.height - top, kDepth));
-    Strip<float, Groups> strip = {};
-    strip.first = input + (top + first * kDepth) * w_.pitch;
-    strip.ring_end = input + (w_.height + kDepth * (s_.kernel_h + 1)) * w_.pitch;  // never reached
-    strip.pitch = kDepth * w_.pitch;
+    constexpr int64_t kPack = Element::kPack;
+    const int64_t top = h - layout_.pad_top;
+    const int64_t first = max(0, -top / kPack);
+    const int64_t last = min(layout_.weights.tap_rows, ceil_div(layout_.height - top, kPack));
+    Strip<float, PackedVec> strip = {};
+    strip.first = input + (top + first * kPack) * layout_.pitch;
+    strip.ring_end = input + (layout_.height + kPack * (s_.kernel_h + 1)) * layout_.pitch;  // never reached
+    strip.pitch = kPack * layout_.pitch;
     strip.weight = weight + first * s_.kernel_w;
     strip.weight_pitch = s_.kernel_w;
     strip.tap_rows = last - first;
     strip.taps = s_.kernel_w;
-    strip.read = read, strip.write = write;
+    strip.read = read;
+    strip.write = write;
     convolve_row(strip, columns, sums);
   }
 
-  static PrefetchLines lines(const Operand* first, int64_t vectors) {
-    return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * n * int64_t(sizeof(Operand)), 64), 0};
+  static PrefetchLines lines(const Element* first, int64_t vectors) {
+    return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * kLanes * int64_t(sizeof(Element)), 64), 0};
   }
 
-  // The epilogue, then the residual, if there is one; a strip from `column` on to where `place` wants it.
-  template <class Place>
-  void emit(const Epilogue& after, const Operand* residual, const Vec<float>* sums, int64_t column, int64_t columns,
-            Place place) const {
+  // Applies the epilogue and, if there is one, the residual to a strip from `column` on, and stores it.
+  template <class Destination>
+  void store_strip(const Epilogue& epilogue, const Element* residual, const Vec<float>* sums, int64_t column,
+                   int64_t columns, Destination destination) const {
     const bool adds = s_.residual;
     for (int64_t begin = 0, count; begin < columns; begin += count) {
       count = columns - begin;
-      Operand* to = place(column + begin, count);
-      Operand::apply(after.pointwise, sums + begin, count,
-                     [=, shift = after.shift](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
-                       z += shift;
-                       Operand::store(to + w * n, adds ? z + Operand::load(residual + (begin + w) * n) : z);
+      Element* to = destination(column + begin, count);
+      Element::apply(epilogue.elementwise, sums + begin, count,
+                     [=, late_shift = epilogue.late_shift](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
+                       z += late_shift;
+                       Element::store(to + w * kLanes, adds ? z + Element::load(residual + (begin + w) * kLanes) : z);
                      });
     }
   }
 
-  // The mean over each map: planes -> panels.
+  // The mean over each map: maps -> panels.
   void pool(int64_t begin, int64_t end) const {
-    const ProductPlan<Operand> plan = head_product();
+    const Blocking<Element> blocking = head_blocking();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / w_.depth, vector = task % w_.depth;
+      const int64_t image = task / layout_.weights.dim_vectors;
+      const int64_t vector = task % layout_.weights.dim_vectors;
       CompensatedSum<Vec<float>> sum;
-      for (int64_t h = 0; h < w_.height; ++h) {
-        const Operand* row = plane(image, vector) + (h * w_.pitch + w_.pad_left) * n;
-        for (int64_t w = 0; w < w_.width; ++w) sum.add(Operand::load(row + w * n));
+      for (int64_t h = 0; h < layout_.height; ++h) {
+        const Element* row = map_of(image, vector) + (h * layout_.pitch + layout_.pad_left) * kLanes;
+        for (int64_t w = 0; w < layout_.width; ++w) sum.add(Element::load(row + w * kLanes));
       }
-      const Vec<float> mean = sum.value() / float(w_.height * w_.width);
-      Operand::store(Slots<Operand>(plan, pooled_, vector, image)[image], mean);
+      const Vec<float> mean = sum.value() / float(layout_.height * layout_.width);
+      Element::store(PanelCursor<Element>(blocking, pooled_, vector, image)[image], mean);
     }
   }
 
   // Panels -> logits.
   void head(int64_t begin, int64_t end, Scratch& scratch) const {
-    const Operand *weight = packed_ + w_.head, *bias = packed_ + w_.head_bias;
-    constexpr int64_t kAtOnce = max(1, 16 / n);  // nothing averages out what the logits' sums round away
+    const Element* weight = packed_ + layout_.weights.head;
+    const Element* bias = packed_ + layout_.weights.head_bias;
+    constexpr int64_t kKcSum = max(1, 16 / kLanes);  // nothing averages out what the logits' sums round away
     int64_t first_image = 0;
     const auto keep_first = [&](int64_t first, int64_t) { first_image = first; };
-    const ProductPlan<Operand> plan = head_product();
-    multiply_tasks(plan, pooled_, weight, kAtOnce, begin, end, scratch, keep_first,
-                   [&](int64_t pixel, int64_t, int64_t column, Tile& tile) {
-                     const int64_t image = first_image + pixel;
-                     for (int64_t v = 0; v < kVectors; ++v) {
-                       const int64_t first = column * kColumns + v * n, columns = min(n, s_.classes - first);
-                       if (columns <= 0) continue;
-                       Vec<float> biases;
-                       memcpy(&biases, bias + first * w_.kFloat, sizeof biases);
-                       for (int64_t r = 0; r < min(plan.rows, p_.batch - image); ++r) {
-                         const Vec<float> logits = tile[v][r] + biases;
-                         store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1,
-                                      &logits);
-                       }
-                     }
-                   });
+    const Blocking<Element> blocking = head_blocking();
+    macrokernel(blocking, pooled_, weight, kKcSum, begin, end, scratch, keep_first,
+                [&](int64_t pixel, int64_t, int64_t tile, AccumulatorTile& acc) {
+                  const int64_t image = first_image + pixel;
+                  for (int64_t v = 0; v < kNrVectors; ++v) {
+                    const int64_t first = tile * kNr + v * kLanes;
+                    const int64_t columns = min(kLanes, s_.classes - first);
+                    if (columns <= 0) continue;
+                    Vec<float> biases;
+                    memcpy(&biases, bias + first * layout_.weights.kFloat, sizeof biases);
+                    for (int64_t r = 0; r < min(blocking.mr, p_.batch - image); ++r) {
+                      const Vec<float> logits = acc[v][r] + biases;
+                      store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1, &logits);
+                    }
+                  }
+                });
   }
 
   const MixerParams& p_;
   const MixerSizes& s_;
-  const Workspace<Operand> w_;
-  const Operand* packed_;
-  Operand *planes_, *panels_, *pooled_;
-  int64_t band_rows_, bands_;
+  const RunLayout<Element> layout_;
+  const Element* packed_;  // the weights
+  Element* maps_;
+  Element* panels_;
+  Element* pooled_;    // panels: a pixel is an image
+  int64_t band_rows_;  // per task of the depthwise convolution
+  int64_t bands_;      // per quadrant of an image
 };
 
 }  // namespace
