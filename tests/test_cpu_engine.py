@@ -355,8 +355,8 @@ def test_operator_checks_its_memory():
         ops.mixer_workspace_bytes(x.double(), *(tensor.double() for tensor in shapes))
 
 
-def test_steps_are_shared_by_however_many_threads_come(tmp_path):
-    program = Path(__file__).with_name("shared_steps_program.cpp")
+def test_stages_are_shared_by_however_many_threads_come(tmp_path):
+    program = Path(__file__).with_name("work_stealing_program.cpp")
     subprocess.run(["g++", "-O1", "-std=c++17", "-Wall", "-pthread", program, "-o", tmp_path / "program"], check=True)
     ran = subprocess.run([tmp_path / "program"], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout

@@ -165,8 +165,8 @@ void run_steps(const cpu::NetworkKernels& kernels, const MixerParams& params, do
           " of one for ", params.batch, " images and ", params.sizes.dim, " channels");
   }
 
-  cpu::SharedSteps shared(tasks, params.threads);
-  auto start = cpu::SharedSteps::Clock::now();
+  cpu::WorkStealing shared(tasks, params.threads);
+  auto start = cpu::WorkStealing::Clock::now();
   const auto run = [&](size_t step, int64_t begin, int64_t end) { kernels.run(params, steps[step], begin, end); };
   parallel_for(params.threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) shared.work(thread, run);

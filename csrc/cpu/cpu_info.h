@@ -1,10 +1,10 @@
-// What the kernels ask about the processor.
+// Facts about the processor that the kernels' plans depend on.
 #pragma once
 #include <cstdint>
 
 namespace convmixer_fast::cpu {
 
-// The size of a core's L2 cache; 1 MiB where the system does not tell.
+// The size of a core's L2 cache; 1 MiB if the system does not tell.
 int64_t l2_bytes();
 
 }  // namespace convmixer_fast::cpu

@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include "../common/math.h"
+
 namespace convmixer_fast::cpu {
 namespace {
 
@@ -20,19 +22,25 @@ thread_local Kept kept;
 OutOfScratch::OutOfScratch(int64_t bytes) : bytes(bytes) {}
 const char* OutOfScratch::what() const noexcept { return "no memory for a kernel's scratch"; }
 
-Scratch::Scratch() : memory_(kept.memory), bytes_(kept.bytes) { kept.memory = nullptr, kept.bytes = 0; }
+Scratch::Scratch() : memory_(kept.memory), bytes_(kept.bytes) {
+  kept.memory = nullptr;
+  kept.bytes = 0;
+}
 
 Scratch::~Scratch() {
-  const bool keep = bytes_ <= kKept && bytes_ > kept.bytes;
+  const bool keep = bytes_ <= kMaxKept && bytes_ > kept.bytes;
   free(keep ? kept.memory : memory_);
-  if (keep) kept.memory = memory_, kept.bytes = bytes_;
+  if (keep) {
+    kept.memory = memory_;
+    kept.bytes = bytes_;
+  }
 }
 
 void* Scratch::reserve(int64_t bytes) {
   if (bytes > bytes_) {
     free(memory_);
     bytes_ = 0;
-    memory_ = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    memory_ = aligned_alloc(kAlignment, round_up(bytes, kAlignment));
     if (!memory_) throw OutOfScratch(bytes);
     bytes_ = bytes;
   }

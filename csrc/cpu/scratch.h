@@ -1,11 +1,12 @@
-// Memory for what a kernel works on, kept from call to call by each thread.
+// Scratch memory of the kernels, which each thread keeps from call to call.
 #pragma once
 #include <cstdint>
 #include <new>
 
 namespace convmixer_fast::cpu {
 
-// Its members are compiled once, in scratch.cpp: so that none of them is of a wider instruction set than its caller.
+// Its members are compiled once, in scratch.cpp, so that none of them can be compiled for a wider instruction set than
+// its caller's.
 struct OutOfScratch : std::bad_alloc {
   int64_t bytes;
 
@@ -13,19 +14,19 @@ struct OutOfScratch : std::bad_alloc {
   const char* what() const noexcept override;
 };
 
-// The thread's memory, lent to one of these at a time; a second one has its own. On return a thread keeps what is no
-// larger than kKept.
+// Borrows the thread's memory; a second Scratch at the same time has its own. On return a thread keeps what is no
+// larger than kMaxKept.
 class Scratch {
  public:
-  static constexpr int64_t kKept = 16 << 20;  // most kernels need less than 1 MiB, a network of 1536 channels 3 MiB
+  static constexpr int64_t kMaxKept = 16 << 20;  // most kernels need less than 1 MiB, a network of 1536 channels 3 MiB
 
   Scratch();
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // At least `bytes` bytes, aligned to vectors; what they held before is lost. Throws OutOfScratch, and can be asked
-  // for less then.
+  // Returns at least `bytes` bytes, aligned to vectors; what they held before is lost. Throws OutOfScratch, after which
+  // fewer bytes can be asked for.
   void* reserve(int64_t bytes);
 
  private:

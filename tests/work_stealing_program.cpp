@@ -1,4 +1,4 @@
-// SharedSteps without torch: every task once and after the step before it, however many threads come and whatever is
+// WorkStealing without torch: every task once and after the stage before it, however many threads come and whatever is
 // thrown; and no thread's CPU mask is set, not even for a moment. Prints what went wrong; the exit status is the number
 // of complaints.
 #include "../csrc/cpu/work_stealing.h"
@@ -11,7 +11,7 @@
 #include <cstdio>
 #include <stdexcept>
 
-using convmixer_fast::cpu::SharedSteps;
+using convmixer_fast::cpu::WorkStealing;
 
 namespace {
 
@@ -34,11 +34,11 @@ void expect(bool holds, const char* what, int64_t threads, int64_t come) {
   std::printf("%s: %ld of %ld threads\n", what, long(come), long(threads));
 }
 
-// Of `threads` shares, only the first `come` have a thread; task 0 of step `thrown` throws.
+// Only the first `come` of `threads` ranges have a thread; task 0 of stage `thrown` throws.
 void run(int64_t threads, int64_t come, int64_t thrown) {
   std::vector<int64_t> tasks;
   for (int64_t s = 0; s < 60; ++s) tasks.push_back(s * 7 % 23 + (s % 5 == 0 ? 200 : 0));  // none, few, many
-  SharedSteps shared(tasks, threads);
+  WorkStealing stages(tasks, threads);
   std::vector<std::vector<std::atomic<int>>> times;
   std::vector<std::atomic<int64_t>> done(tasks.size());
   for (int64_t count : tasks) times.emplace_back(count);
@@ -47,14 +47,14 @@ void run(int64_t threads, int64_t come, int64_t thrown) {
     cpu_set_t before, after;
     sched_getaffinity(0, sizeof before, &before);
     try {
-      shared.work(thread, [&](size_t step, int64_t begin, int64_t end) {
-        if (step > 0 && done[step - 1] != tasks[step - 1]) ++early;
+      stages.work(thread, [&](size_t stage, int64_t begin, int64_t end) {
+        if (stage > 0 && done[stage - 1] != tasks[stage - 1]) ++early;
         for (int64_t task = begin; task < end; ++task) {
-          if (int64_t(step) == thrown && task == 0) throw std::runtime_error("a task's");
+          if (int64_t(stage) == thrown && task == 0) throw std::runtime_error("a task's");
           if (task % 16 == 0) std::this_thread::yield();
-          ++times[step][task];
+          ++times[stage][task];
         }
-        done[step] += end - begin;
+        done[stage] += end - begin;
       });
     } catch (const std::runtime_error&) {
       ++caught;
@@ -71,12 +71,12 @@ void run(int64_t threads, int64_t come, int64_t thrown) {
   for (size_t s = 0; s < tasks.size(); ++s) {
     for (const std::atomic<int>& count : times[s]) once = once && (thrown < 0 ? count == 1 : count <= 1);
     const bool both = thrown < 0 && s > 0 && tasks[s - 1] > 0 && tasks[s] > 0;
-    ordered = ordered && (!both || shared.end(s - 1) <= shared.end(s));
+    ordered = ordered && (!both || stages.end(s - 1) <= stages.end(s));
   }
   expect(once, "a task did not run once", threads, come);
-  expect(ordered, "a step ended before the one before it", threads, come);
+  expect(ordered, "a stage ended before the one before it", threads, come);
   expect(confined == 0, "a thread may run on other cores than before", threads, come);
-  expect(early == 0, "a step began before the one before it had ended", threads, come);
+  expect(early == 0, "a stage began before the one before it had ended", threads, come);
   expect(caught == (thrown < 0 ? 0 : 1), "what a task throws did not leave its thread, and only that", threads, come);
 }
 
@@ -95,7 +95,7 @@ bool come_late_on_the_same_core(const cpu_set_t& allowed, int core) {
   CPU_ZERO(&one);
   CPU_SET(core, &one);
   const auto set_mask = [](const cpu_set_t& mask) { syscall(SYS_sched_setaffinity, 0, sizeof mask, &mask); };
-  SharedSteps shared({200}, 2);
+  WorkStealing stages({200}, 2);
   std::atomic<bool> begun{false};
   std::atomic<int> done{0};
   bool late = false;
@@ -105,14 +105,14 @@ bool come_late_on_the_same_core(const cpu_set_t& allowed, int core) {
     while (!begun) std::this_thread::yield();
     set_mask(allowed);
     late = sched_getcpu() == core && done < 200;
-    shared.work(1, [&](size_t, int64_t begin, int64_t end) { done += int(end - begin); });
+    stages.work(1, [&](size_t, int64_t begin, int64_t end) { done += int(end - begin); });
     sched_getaffinity(0, sizeof after, &after);
   });
   set_mask(one);
-  shared.work(0, [&](size_t, int64_t begin, int64_t end) {
+  stages.work(0, [&](size_t, int64_t begin, int64_t end) {
     begun = true;
-    const auto until = SharedSteps::Clock::now() + std::chrono::microseconds(50);
-    while (SharedSteps::Clock::now() < until) {
+    const auto until = WorkStealing::Clock::now() + std::chrono::microseconds(50);
+    while (WorkStealing::Clock::now() < until) {
     }
     done += int(end - begin);
   });
