@@ -61,8 +61,8 @@ def run_exact(ops, case):
     return tuple(torch.cat([gradient.flatten() for gradient in three]) for three in gradients)
 
 
-# Every instantiation of the tensor-core kernel, groups and passes of taps, splits, units that do not exist, a last item
-# with fewer images, tiles; and the direct kernel on tiles, on several images, in several passes of taps.
+# Every instantiation of the tensor-core kernel, blocks and passes of taps, splits, subtiles that do not exist, a last
+# work tile with fewer images, tiles; and the direct kernel on tiles, on several images, in several passes of taps.
 MORE = [
     Case(kernel_size, dtype, layout, size, batch, channels, "forward", False, False, False, False)
     for kernel_size, dtype, layout, size, batch, channels in [
@@ -136,7 +136,7 @@ def test_accuracy_of_long_sums():
         assert_error_at_most_peer(*gradients, f"gradient of {name}, one multiprocessor")
 
 
-@pytest.mark.parametrize("case", MORE[::5], ids=str)  # both kernels, one and several groups and passes of taps
+@pytest.mark.parametrize("case", MORE[::5], ids=str)  # both kernels, one and several blocks and passes of taps
 def test_deterministic(ops, case):
     """The order of threads and blocks does not change a bit of sums that are rounded."""
     size = cases.Case(case.batch, case.channels, *case.map, *case.kernel_size)
@@ -181,7 +181,8 @@ def test_non_finite_pixels(ops, value):
     assert torch.equal(gweight[::2], clean[0][::2])
 
 
-LARGE, SMALL = ((32, 32), 64), ((16, 16), 256)  # maps and images: 8 items a block, fewer than a large GPU's at C = 1536
+# Maps and images: 8 work tiles per CTA, fewer than on a large GPU at C = 1536.
+LARGE, SMALL = ((32, 32), 64), ((16, 16), 256)
 TRAFFIC = [
     *((torch.float16, 9, *LARGE), (torch.bfloat16, 7, *LARGE), (torch.float32, 9, *LARGE)),
     *((torch.float16, 3, *SMALL), (torch.bfloat16, 5, *SMALL), (torch.float32, 3, *SMALL)),
@@ -190,7 +191,7 @@ TRAFFIC = [
 
 @pytest.mark.parametrize("dtype, kernel_size, size, batch", TRAFFIC, ids=str)
 def test_traffic(dtype, kernel_size, size, batch):
-    """x and gy are read once, the workspace included; on tensor cores 16 bytes a thread, and shared memory feeds them
+    """x and gy are read once, the workspace included; on tensor cores 16 bytes per thread, and shared memory feeds them
     without conflicts."""
     case = cases.Case(batch, 2, *size, kernel_size, kernel_size)
     x, gy = cases.make_input(case, dtype), cases.make_input(case, dtype, seed=3)
@@ -218,15 +219,16 @@ PLANTED = {
         "weight[i]",
         {"wrong result"},
     ),
-    "wgrad_no_barrier_before_the_next_item": (
+    "wgrad_no_barrier_before_the_next_tile": (
         MMA,
-        "    item = following;\n    __syncthreads();",
-        "    item = following;",
+        "    work_tile = following;\n    __syncthreads();",
+        "    work_tile = following;",
         {"race"},
     ),
     "wgrad_stale_images": (
         MMA,
-        "      next_x[step] = next_gy[step] = make_uint4(0, 0, 0, 0);\n      if (exists) {",
+        "      prefetched_x[step] = make_uint4(0, 0, 0, 0);\n      prefetched_gy[step] = make_uint4(0, 0, 0, 0);\n"
+        "      if (exists) {",
         "      if (exists) {",
         {"wrong result"},
     ),
@@ -236,16 +238,16 @@ PLANTED = {
         "      write_partial();",
         {"wrong result"},
     ),
-    "wgrad_units_that_do_not_exist": (
+    "wgrad_subtiles_that_do_not_exist": (
         MMA,
-        "if (unit >= tile.units) return operand.zero_unit;",
+        "if (subtile >= plan.shape.subtiles) return operand.zero_subtile;",
         "",
         {"wrong result", "uninitialised read", "out-of-bounds"},
     ),
     "wgrad_one_diagonal_further": (
         MMA,
-        "diagonal = tap % kernel_w + tile.lead + kUnit - 1;",
-        "diagonal = tap % kernel_w + tile.lead + kUnit;",
+        "diagonal = tap % kernel_w + plan.lead + kSubtile - 1;",
+        "diagonal = tap % kernel_w + plan.lead + kSubtile;",
         {"wrong result"},
     ),
     "wgrad_tile_without_zero_fill": (
@@ -256,8 +258,8 @@ PLANTED = {
     ),
     "wgrad_partials_overlap": (
         SHARE,
-        "return ((block + group) * channels + channel) * sums;",
-        "return ((block > group ? block : group) * channels + channel) * sums;",
+        "return ((cta + channel_block) * channels + channel) * sums;",
+        "return ((cta > channel_block ? cta : channel_block) * channels + channel) * sums;",
         {"second write", "global race", "wrong result", "uninitialised read"},
     ),
     "wgrad_direct_missing_barrier": (

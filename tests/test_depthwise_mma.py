@@ -15,7 +15,7 @@ from numerics import assert_error_at_most_peer
 from convmixer_fast import reference
 
 HALVES = [torch.float16, torch.bfloat16]
-# One for each way through the kernel: 3 to 9 with all Toeplitz matrices in registers, then the ring of 1, 2 and 3
+# One for each way through the kernel: 3 to 9 with all Toeplitz fragments in registers, then the ring of 1, 2 and 3
 # k-steps.
 KERNELS = [(3, 3), (5, 5), (7, 7), (9, 9), (8, 8), (11, 11), (31, 31), (51, 5), (4, 27)]
 # In channels_last: 7 and 9, then the ring of 1 and 2 k-steps.
@@ -121,11 +121,11 @@ def test_non_finite_pixels(ops, value, kernel_size, left, reach):
 @pytest.mark.parametrize("size, batch", [((32, 32), 64), ((16, 16), 256)], ids=str)
 @pytest.mark.parametrize("kernel_size", [3, 9])
 def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
-    """Each byte of x and y moves once, 16 bytes a thread; shared memory feeds the tensor cores without conflicts."""
+    """Each byte of x and y moves once, 16 bytes per thread; shared memory feeds the tensor cores without conflicts."""
     case = cases.Case(batch, 4, *size, kernel_size, kernel_size)
     x, weight = cases.make_input(case, dtype), cases.make_weight(case, dtype)
     vectors = cases.make_vectors(case, dtype, 6)
-    # On one multiprocessor a block keeps to its channel for 16 items, about as many as on a large GPU at C = 1536.
+    # On one multiprocessor a CTA keeps to its channel for 16 work tiles, about as many as on a large GPU at C = 1536.
     with contextlib.closing(EmulatedOps(sm_count=1, profile=True)) as ops:
         y = ops.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
         (launch,) = ops.launches
@@ -138,33 +138,33 @@ def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
     assert profile.shared["ldmatrix"].conflict == 1
 
 
-FLAT_MAPS = [(33, 29), (7, 7), (14, 14), (28, 28), (37, 36), (3, 62), (61, 9), (9, 2), (1, 31), (64, 63)]
+UNALIGNED_MAPS = [(33, 29), (7, 7), (14, 14), (28, 28), (37, 36), (3, 62), (61, 9), (9, 2), (1, 31), (64, 63)]
 
 
 @dtype
 @pytest.mark.parametrize("kernel_size", [(3, 3), (9, 9), (8, 8), (11, 11), (4, 27)], ids=str)
-def test_flat_planes(ops, dtype, kernel_size):
-    """Planes on 16 bytes whose rows are not, in every shape that fits."""
-    for size, prologue in itertools.product(FLAT_MAPS, (True, False)):
+def test_unaligned_rows(ops, dtype, kernel_size):
+    """Maps on 16 bytes whose rows are not, in every shape that fits."""
+    for size, prologue in itertools.product(UNALIGNED_MAPS, (True, False)):
         batch = min(17, 2 + 1000 // (size[0] * size[1]))
         case = Case(kernel_size, dtype, "planes", size, batch, 1, "reverse", True, prologue, True, False)
         torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
 @bfloat16_slow
-@pytest.mark.parametrize("size", FLAT_MAPS, ids=str)
-def test_traffic_of_flat_planes(dtype, size):
-    """16 bytes a thread, but for the end of a plane."""
+@pytest.mark.parametrize("size", UNALIGNED_MAPS, ids=str)
+def test_traffic_of_unaligned_rows(dtype, size):
+    """16 bytes per thread, but for the end of a map."""
     case = Case((9, 9), dtype, "planes", size, 6, 3, "forward", True, True, True, False)
     with contextlib.closing(EmulatedOps(sm_count=3, profile=True)) as ops:
         torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
         (launch,) = ops.launches
-    pieces = 6 * 3 * (size[0] * size[1] // 8)
+    vectors = 6 * 3 * (size[0] * size[1] // 8)
     assert "depthwise_mma_kernel" in launch.kernel
-    assert (launch.profile.loads.widths[16], launch.profile.stores.widths[16]) == (pieces, pieces)
+    assert (launch.profile.loads.widths[16], launch.profile.stores.widths[16]) == (vectors, vectors)
 
 
-def test_planes_that_are_not_flat(ops):
+def test_unaligned_rows_of_large_maps(ops):
     """Maps too large to be held in registers go row by row."""
     case = Case((5, 5), torch.float16, "planes", (65, 65), 2, 2, "forward", True, True, True, False)
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
@@ -174,7 +174,7 @@ def test_planes_that_are_not_flat(ops):
 @pytest.mark.parametrize("arch", [*slow("sm_80"), "sm_90a"])
 @pytest.mark.parametrize("size, batch", [((32, 32), 16), ((16, 16), 64)], ids=str)
 def test_traffic_of_channels_last(dtype, arch, size, batch):
-    """Each sector of x and y moves once, 16 bytes a thread; the transposition causes no bank conflicts at 32x32."""
+    """Each sector of x and y moves once, 16 bytes per thread; the transposition causes no bank conflicts at 32x32."""
     case = cases.Case(batch, 32, *size, 9, 9)
     x, weight = cases.make_input(case, dtype, "channels_last"), cases.make_weight(case, dtype)
     vectors = cases.make_vectors(case, dtype, 6)
@@ -210,19 +210,19 @@ def test_channels_last_fits_small_shared_memory():
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-KERNEL, TILES = "depthwise/mma/kernel.cuh", "depthwise/mma/plan.h"
+KERNEL, PLAN = "depthwise/mma/kernel.cuh", "depthwise/mma/plan.h"
 # What the suite must find: (file, correct text, text with the bug, what may be reported).
 PLANTED = {
     "mma_halo_row": (
         KERNEL,
-        "input_offset(my_image, my_image_row + pad_top, my_col + left)",
-        "input_offset(my_image, my_image_row + pad_top + 1, my_col + left)",
+        "input_offset(loader_image, loader_image_row + pad_top, loader_col + left)",
+        "input_offset(loader_image, loader_image_row + pad_top + 1, loader_col + left)",
         {"wrong result", "out-of-bounds", "uninitialised read"},
     ),
     "mma_no_barrier_before_the_sums": (
         KERNEL,
-        "    __syncthreads();\n\n    if (ahead && remaining > 1)",
-        "    if (ahead && remaining > 1)",
+        "    __syncthreads();\n\n    if (prefetches && remaining > 1)",
+        "    if (prefetches && remaining > 1)",
         {"race"},
     ),
     "mma_no_barrier_before_the_stores": (
@@ -250,36 +250,36 @@ PLANTED = {
         {"out-of-bounds", "wrong result"},
     ),
     "mma_pitch": (
-        TILES,
-        "tile.fixed ? kFixedPitch : kUnit",
-        "tile.fixed ? kFixedPitch + kUnit : kUnit",
+        PLAN,
+        "plan.fixed ? kFixedPitch : input_cols",
+        "plan.fixed ? kFixedPitch + kSubtile : input_cols",
         {"wrong result", "out-of-bounds", "uninitialised read"},
     ),
     "mma_unguarded_tail": (
         KERNEL,
-        "return my_first_row + step * tile.rows_a_step < place.images * height;",
-        "return my_first_row + step * tile.rows_a_step < tile.images * height;",
+        "return first_loaded_row + step * plan.rows_per_step < position.images * height;",
+        "return first_loaded_row + step * plan.rows_per_step < plan.images * height;",
         {"out-of-bounds"},
     ),
     "mma_ring_slot": (
         KERNEL,
-        "ring[(i - o + kUnit) % kUnit][s]",
-        "ring[(i + o) % kUnit][s]",
+        "toeplitz_ring[(i - o + kSubtile) % kSubtile][s]",
+        "toeplitz_ring[(i + o) % kSubtile][s]",
         {"wrong result"},
     ),
     "mma_transposed_pixels": (
         KERNEL,
-        "pieces[1].values)[c / 2] = __byte_perm(even, odd, 0x7632)",
-        "pieces[1].values)[c / 2] = __byte_perm(odd, even, 0x7632)",
+        "octets[1].values)[c / 2] = __byte_perm(even, odd, 0x7632)",
+        "octets[1].values)[c / 2] = __byte_perm(odd, even, 0x7632)",
         {"wrong result"},
     ),
     "mma_unguarded_channels": (
         KERNEL,
-        "return !kChannelsLast || item.channel + i < static_cast<int>(params.channels);",
+        "return !kChannelsLast || work_tile.channel + i < static_cast<int>(params.channels);",
         "return true;",
         {"out-of-bounds"},
     ),
-    "mma_stale_taps": (KERNEL, "new_channel = item.index == 0;", "new_channel = false;", {"wrong result"}),
+    "mma_stale_taps": (KERNEL, "new_channel = work_tile.index == 0;", "new_channel = false;", {"wrong result"}),
 }
 
 
@@ -297,21 +297,21 @@ def random_cases(count, seed, kernel_sizes=KERNELS + [(1, 1), (2, 1), (15, 15), 
         yield case
 
 
-# Prefetched items of four images, the last of one: rare among the random ones.
-LAST_ITEM_IS_SMALLER = [
+# Prefetched work tiles of four images, the last of one: rare among the random ones.
+LAST_TILE_IS_SMALLER = [
     Case((3, 3), torch.float16, layout, (16, 16), 17, 24, "forward", True, True, True, False)
     for layout in ("contiguous", "channels_last")
 ]
 
 
-@pytest.mark.parametrize("case", [*LAST_ITEM_IS_SMALLER, *random_cases(120, seed=0)], ids=str)
+@pytest.mark.parametrize("case", [*LAST_TILE_IS_SMALLER, *random_cases(120, seed=0)], ids=str)
 def test_exactly(ops, case):
     ops.device.order = case.order
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*LAST_ITEM_IS_SMALLER, *random_cases(120, seed=2)], ids=str)
+@pytest.mark.parametrize("case", [*LAST_TILE_IS_SMALLER, *random_cases(120, seed=2)], ids=str)
 def test_exactly_before_sm_90(ampere, case):
     ampere.device.order = case.order
     torch.testing.assert_close(*run_exact(ampere, case), rtol=0, atol=0)
@@ -321,7 +321,7 @@ def test_exactly_before_sm_90(ampere, case):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
-    half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + LAST_ITEM_IS_SMALLER
+    half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + LAST_TILE_IS_SMALLER
     with contextlib.closing(EmulatedOps(sm_count=3, overlay=plant(name, *bug))) as ops:
         assert first_finding(ops, half) in reports
 

@@ -120,13 +120,13 @@ def test_traffic(ops, dtype, layout):
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-KERNEL, TILES = "depthwise/direct/kernel.cuh", "depthwise/direct/plan.h"
+KERNEL, PLAN = "depthwise/direct/kernel.cuh", "depthwise/direct/plan.h"
 # What the suite must find: (file, correct text, text with the bug, what is reported).
 PLANTED = {
     "halo_one_row_short": (
-        TILES,
-        "tile.in_rows = tile.strip_rows() * kDirectStripH + tile.tap_rows - 1;",
-        "tile.in_rows = tile.strip_rows() * kDirectStripH + tile.tap_rows - 2;",
+        PLAN,
+        "plan.in_rows = plan.strip_rows() * kDirectStripH + plan.tap_rows - 1;",
+        "plan.in_rows = plan.strip_rows() * kDirectStripH + plan.tap_rows - 2;",
         {"wrong result", "uninitialised read", "out-of-bounds", "race"},
     ),
     "missing_barrier": (
@@ -144,13 +144,13 @@ PLANTED = {
     ),
     "unguarded_tail": (
         KERNEL,
-        "if (!has_strip || plane >= planes) return;",
+        "if (!has_strip || map >= maps) return;",
         "if (!has_strip) return;",
         {"out-of-bounds", "second write"},
     ),
     "rows_written_twice": (
         KERNEL,
-        "if (strip_row + i >= tile.height || h >= params.height) return;",
+        "if (strip_row + i >= plan.height || h >= params.height) return;",
         "if (h >= params.height) return;",
         {"second write", "global race", "wrong result"},
     ),

@@ -376,7 +376,7 @@ def kernel_names(extra: str) -> list[str]:
 
 
 def test_counters_of_a_page():
-    kernels = kernel_names("void convmixer_fast::cuda::depthwise_wgrad_sum_kernel<half>(Params)")
+    kernels = kernel_names("void convmixer_fast::cuda::depthwise_wgrad_reduce_kernel<half>(Params)")
     planes = 2 * 3
     necessary = 2 * planes * 32 * 32 * 2
     page = raw_page(

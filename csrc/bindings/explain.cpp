@@ -89,22 +89,22 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_mma(
   using namespace convmixer_fast;
   if (!fits(*query)) return 0;
   const DepthwiseParams params = params_of(*query);
-  cuda::MmaTile tile;
-  if (!cuda::choose_mma_tile(params, query->device_smem, tile)) return 0;
-  const int tile_h = tile.bands * cuda::kUnit, tile_w = tile.windows * cuda::kUnit;
+  cuda::MmaPlan plan;
+  if (!cuda::choose_mma_plan(params, query->device_smem, plan)) return 0;
+  const int tile_h = plan.subtile_rows * cuda::kSubtile, tile_w = plan.subtile_cols * cuda::kSubtile;
   int64_t read = params.height * params.width;
-  if (tile.tiled)
-    read = read_along(params.height, tile.tiles_h, tile_h, params.pad_top, tile_h + params.kernel_h - 1) *
-           read_along(params.width, tile.tiles_w, tile_w, tile.left, tile.pitch);
-  *choice = {tile.items,
+  if (plan.tiled)
+    read = read_along(params.height, plan.tiles_h, tile_h, params.pad_top, tile_h + params.kernel_h - 1) *
+           read_along(params.width, plan.tiles_w, tile_w, plan.left, plan.pitch);
+  *choice = {plan.work_tiles,
              params.batch * params.channels * read,
-             tile.images * tile.channels,
+             plan.images * plan.channels,
              tile_h,
              tile_w,
-             cuda::unrolled_rows(params, tile),
-             tile.k_steps,
-             32 * tile.warps,
-             tile.smem_bytes()};
+             cuda::unrolled_rows(params, plan),
+             plan.k_steps,
+             32 * plan.warps,
+             plan.smem_bytes()};
   return 1;
 }
 
@@ -114,26 +114,26 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_choose_dire
   using namespace convmixer_fast;
   if (!fits(*query)) return 0;
   const DepthwiseParams params = params_of(*query);
-  const cuda::DirectTile tile = cuda::choose_direct_tile(params);
+  const cuda::DirectPlan plan = cuda::choose_direct_plan(params);
   int64_t rows = 0, cols = 0;  // read of one map: once for each block of taps
-  for (int tap = 0; tap < tile.taps_h; tap += tile.tap_rows)
+  for (int tap = 0; tap < plan.taps_h; tap += plan.tap_rows)
     rows +=
-        read_along(params.height, tile.tiles_h, tile.height, params.pad_top - tile.first_tap_row - tap, tile.in_rows);
-  for (int tap = 0; tap < tile.taps_w; tap += tile.tap_cols)
+        read_along(params.height, plan.tiles_h, plan.height, params.pad_top - plan.first_tap_row - tap, plan.in_rows);
+  for (int tap = 0; tap < plan.taps_w; tap += plan.tap_cols)
     cols +=
-        read_along(params.width, tile.tiles_w, tile.width, params.pad_left - tile.first_tap_col - tap, tile.in_cols);
+        read_along(params.width, plan.tiles_w, plan.width, params.pad_left - plan.first_tap_col - tap, plan.in_cols);
   int64_t read = params.batch * params.channels;
   if (__builtin_mul_overflow(read, rows, &read) || __builtin_mul_overflow(read, cols, &read)) return 0;
-  const int element = cuda::bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
-  *choice = {tile.groups * tile.tiles_h * tile.tiles_w,
+  const int element = cuda::bytes_of(params.dtype), real = cuda::arithmetic_bytes_of(params.dtype);
+  *choice = {plan.work_tiles(),
              read,
-             tile.slots,
-             tile.height,
-             tile.width,
+             plan.slots,
+             plan.height,
+             plan.width,
              cuda::direct_exact_taps(params),
              0,
-             tile.threads,
-             tile.smem_bytes(element, real)};
+             plan.threads,
+             plan.smem_bytes(element, real)};
   return 1;
 }
 
@@ -144,12 +144,12 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_mma_argumen
   using namespace convmixer_fast;
   if (!fits(*query)) return 0;
   const DepthwiseParams params = params_of(*query);
-  cuda::MmaTile tile;
-  constexpr int kSize = sizeof(params) + sizeof(tile);
-  static_assert(sizeof(params) % alignof(cuda::MmaTile) == 0, "no gap between the two");
-  if (!cuda::choose_mma_tile(params, query->device_smem, tile) || capacity < kSize) return 0;
+  cuda::MmaPlan plan;
+  constexpr int kSize = sizeof(params) + sizeof(plan);
+  static_assert(sizeof(params) % alignof(cuda::MmaPlan) == 0, "no gap between the two");
+  if (!cuda::choose_mma_plan(params, query->device_smem, plan) || capacity < kSize) return 0;
   std::memcpy(bytes, &params, sizeof(params));
-  std::memcpy(bytes + sizeof(params), &tile, sizeof(tile));
+  std::memcpy(bytes + sizeof(params), &plan, sizeof(plan));
   return kSize;
 }
 
@@ -171,21 +171,21 @@ extern "C" __attribute__((visibility("default"))) int convmixer_fast_wgrad_argum
   params.kernel_h = forward.kernel_h, params.kernel_w = forward.kernel_w;
   params.pad_top = forward.pad_top, params.pad_left = forward.pad_left;
   params.dtype = forward.dtype;
-  cuda::WgradTile chosen;
-  if (!cuda::choose_wgrad_tile(params, chosen)) return 0;  // rather than plan for the direct kernel
+  cuda::WgradMmaPlan chosen;
+  if (!cuda::choose_wgrad_mma_plan(params, chosen)) return 0;  // rather than plan for the direct kernel
   const cuda::WgradPlan plan = cuda::plan_wgrad(params, {8, 1, query->device_smem, 0});
-  const cuda::WgradTile& tile = plan.mma;
+  const cuda::WgradMmaPlan& tile = plan.mma;
   constexpr int kTile = sizeof(params), kAlign = alignof(cuda::WgradShare);
   constexpr int kShare = (kTile + sizeof(tile) + kAlign - 1) / kAlign * kAlign, kSize = kShare + sizeof(plan.share);
-  static_assert(kTile % alignof(cuda::WgradTile) == 0, "no gap before the tile");
+  static_assert(kTile % alignof(cuda::WgradMmaPlan) == 0, "no gap before the tile");
   if (capacity < kSize) return 0;
-  *choice = {plan.share.items,
+  *choice = {plan.share.work_tiles,
              params.batch * params.channels * params.height * params.width,
-             tile.images,
-             tile.bands * cuda::kUnit,
-             tile.windows * cuda::kUnit,
-             tile.fixed ? tile.tap_rows : 0,
-             tile.k_steps,
+             tile.shape.images,
+             tile.shape.subtile_rows * cuda::kSubtile,
+             tile.shape.subtile_cols * cuda::kSubtile,
+             tile.taps.fixed ? tile.taps.tap_rows : 0,
+             tile.taps.k_steps,
              32 * tile.warps,
              plan.smem_bytes};
   std::memcpy(bytes, &params, kTile);

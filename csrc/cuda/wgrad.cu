@@ -15,28 +15,28 @@ cudaError_t depthwise_wgrad_direct(const WgradParams& params, const WgradPlan& p
 cudaError_t reduce_partials(const WgradParams& params, const WgradShare& share, cudaStream_t stream);
 
 static cudaError_t make_plan(const WgradParams& params, WgradPlan& plan) {
-  WgradDevice of{};
+  WgradDevice result{};
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, device);
   };
-  ask(of.major, cudaDevAttrComputeCapabilityMajor);
-  ask(of.multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(of.block_smem, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(of.multiprocessor_smem, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  if (status == cudaSuccess) plan = plan_wgrad(params, of);
+  ask(result.major, cudaDevAttrComputeCapabilityMajor);
+  ask(result.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(result.cta_smem, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(result.sm_smem, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (status == cudaSuccess) plan = plan_wgrad(params, result);
   return status;
 }
 
 cudaError_t depthwise_wgrad_workspace(const WgradParams& params, size_t* bytes) {
   WgradPlan plan;
   const cudaError_t status = without_last_error(make_plan(params, plan));
-  if (status == cudaSuccess) *bytes = plan.share.partial_elements() * (params.dtype == DType::kFloat64 ? 8 : 4);
+  if (status == cudaSuccess) *bytes = plan.share.partial_elements() * arithmetic_bytes_of(params.dtype);
   return status;
 }
 
-static cudaError_t launch_partials_and_sum(const WgradParams& params, cudaStream_t stream) {
+static cudaError_t launch_partials_and_reduction(const WgradParams& params, cudaStream_t stream) {
   if (params.channels == 0 || (!params.gweight && !params.gbias)) return cudaSuccess;
   WgradPlan plan;
   const cudaError_t status = make_plan(params, plan);
@@ -47,13 +47,13 @@ static cudaError_t launch_partials_and_sum(const WgradParams& params, cudaStream
       if (plan.tensor_cores) return depthwise_wgrad_mma<T>(params, plan, stream);
     return depthwise_wgrad_direct<T>(params, plan, stream);
   };
-  if (plan.share.items > 0)
+  if (plan.share.work_tiles > 0)
     if (const cudaError_t status = dispatch_dtype(params.dtype, launch_partials); status != cudaSuccess) return status;
   return reduce_partials(params, plan.share, stream);
 }
 
 cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream) {
-  return without_last_error(launch_partials_and_sum(params, stream));
+  return without_last_error(launch_partials_and_reduction(params, stream));
 }
 
 }  // namespace convmixer_fast::cuda

@@ -1,4 +1,6 @@
-// The pieces of memory that a thread moves by one load or store.
+// What a thread moves by one load or store.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -10,42 +12,43 @@ namespace convmixer_fast::cuda {
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// kCount 16-bit values that one access moves; in shared memory they are aligned to 8 bytes at least, or to their size.
+// kCount 16-bit values. In shared memory they are aligned to their size, or at least to 8 bytes.
 template <int kCount>
-struct alignas(2 * kCount) Piece {
+struct alignas(2 * kCount) AccessVector {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4 || kCount == 8);
   uint16_t values[kCount];
 };
 
+// Loads what is read-only for the whole launch.
 template <int kCount>
-__device__ __forceinline__ Piece<kCount> load_global(const void* from) {  // read-only for the whole launch
-  Piece<kCount> piece;
-  if constexpr (kCount == 8) reinterpret_cast<uint4&>(piece) = __ldg(static_cast<const uint4*>(from));
-  else if constexpr (kCount == 4) reinterpret_cast<uint2&>(piece) = __ldg(static_cast<const uint2*>(from));
-  else if constexpr (kCount == 2) reinterpret_cast<uint32_t&>(piece) = __ldg(static_cast<const uint32_t*>(from));
-  else piece.values[0] = __ldg(static_cast<const unsigned short*>(from));
-  return piece;
+__device__ __forceinline__ AccessVector<kCount> load_global(const void* from) {
+  AccessVector<kCount> vector;
+  if constexpr (kCount == 8) reinterpret_cast<uint4&>(vector) = __ldg(static_cast<const uint4*>(from));
+  else if constexpr (kCount == 4) reinterpret_cast<uint2&>(vector) = __ldg(static_cast<const uint2*>(from));
+  else if constexpr (kCount == 2) reinterpret_cast<uint32_t&>(vector) = __ldg(static_cast<const uint32_t*>(from));
+  else vector.values[0] = __ldg(static_cast<const unsigned short*>(from));
+  return vector;
 }
 
 template <int kCount>
-__device__ __forceinline__ void store_inputs(void* to, const Piece<kCount>& piece) {
+__device__ __forceinline__ void store_inputs(void* to, const AccessVector<kCount>& vector) {
   if constexpr (kCount == 8) {  // the border left of the map is 8 bytes wide
-    const uint4& bits = reinterpret_cast<const uint4&>(piece);
+    const uint4& bits = reinterpret_cast<const uint4&>(vector);
     static_cast<uint2*>(to)[0] = make_uint2(bits.x, bits.y);
     static_cast<uint2*>(to)[1] = make_uint2(bits.z, bits.w);
   } else {
-    *static_cast<Piece<kCount>*>(to) = piece;
+    *static_cast<AccessVector<kCount>*>(to) = vector;
   }
 }
 
-// Calls f with the compile-time constant that equals `vector`: a power of two up to 8; of channels, 8 or 1.
+// Calls f with the compile-time constant that equals `width`: a power of two up to 8, or for channels 8 or 1.
 template <bool kChannels, class F>
-__device__ __forceinline__ void with_vector(int vector, const F& f) {
+__device__ __forceinline__ void with_vector_width(int width, const F& f) {
   if constexpr (kChannels) {
-    if (vector == 8) f(Int<8>{});
+    if (width == 8) f(Int<8>{});
     else f(Int<1>{});
   } else {
-    switch (vector) {
+    switch (width) {
       case 8: return f(Int<8>{});
       case 4: return f(Int<4>{});
       case 2: return f(Int<2>{});
@@ -54,7 +57,7 @@ __device__ __forceinline__ void with_vector(int vector, const F& f) {
   }
 }
 
-// kPitch values from shared memory, 16 bytes at a time.
+// Loads kPitch values from shared memory, 16 bytes at a time.
 template <class T, int kPitch>
 __device__ __forceinline__ void load_window(arithmetic_t<T> (&window)[kPitch], const T* line) {
   constexpr int kVector = 16 / sizeof(T);

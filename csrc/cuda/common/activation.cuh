@@ -1,4 +1,6 @@
-// The pointwise step activation(v + bias) * scale + shift of one channel.
+// The elementwise step activation(v + bias) * scale + shift of one channel.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "ptx.cuh"
 
@@ -9,7 +11,7 @@ __device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(-0.7071
 __device__ __forceinline__ double gelu(double x) { return 0.5 * x * erfc(-0.70710678118654752 * x); }
 
 // x * Phi(x) for results rounded to 16 bits: max(x, 0) - |x| Phi(-|x|), with Phi(-a) = exp2(a polynomial of degree 5).
-// Least-maximum fit on [0, 8]: off by at most 0.29 of half an ulp of float16, and by less than 2^-26 in the tail.
+// Least-maximum fit on [0, 8]: the error is at most 0.29 of half an ulp of float16, and below 2^-26 in the tail.
 // The leading coefficient is negative, so that far tails need no clamp. 6 FMA, 1 max, 1 MUFU; +-Inf gives NaN.
 __device__ __forceinline__ float gelu_16bit(float x) {
   const float a = fabsf(x);
@@ -27,18 +29,20 @@ __device__ __forceinline__ Real relu(Real x) {
 }
 
 template <class T>
-struct Pointwise {
+struct Elementwise {
   using Real = arithmetic_t<T>;
-  Real bias, scale, shift;
+  Real bias;
+  Real scale;
+  Real shift;
   Activation activation;
 
-  __device__ Pointwise(const PointwiseParams& params, int64_t channel) : activation(params.activation) {
-    const auto load = [&](const void* vector, Real otherwise) -> Real {
-      if (vector == nullptr) return otherwise;
+  __device__ Elementwise(const PointwiseParams& params, int64_t channel) : activation(params.activation) {
+    const auto load = [&](const void* values, Real otherwise) -> Real {
+      if (values == nullptr) return otherwise;
       switch (params.vector_dtype) {
-        case DType::kFloat16: return __half2float(static_cast<const __half*>(vector)[channel]);
-        case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(vector)[channel]);
-        default: return static_cast<const Real*>(vector)[channel];
+        case DType::kFloat16: return __half2float(static_cast<const __half*>(values)[channel]);
+        case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(values)[channel]);
+        default: return static_cast<const Real*>(values)[channel];
       }
     };
     bias = load(params.bias, 0);

@@ -1,4 +1,4 @@
-// Functions for both sides, in headers that a C++ compiler reads, too.
+// CMF_HOST_DEVICE marks functions that host and device call, in headers that a C++ compiler reads as well.
 #pragma once
 
 #ifdef __CUDACC__

@@ -8,13 +8,13 @@
 
 namespace convmixer_fast::cuda {
 
-// The fastest kernel that takes these params: tensor cores where depthwise/mma/plan.h says so, else the direct kernel.
+// The fastest kernel that takes these params: tensor cores if depthwise/mma/plan.h says so, else the direct kernel.
 cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream);
 
 // Any kernel size, map, strides and dtype, on CUDA cores.
 cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream);
 
-// Bytes of device memory, not initialised, that depthwise_wgrad needs as its workspace; 0: none.
+// Bytes of device memory, not initialised, that depthwise_wgrad needs as its workspace; 0 if it needs none.
 cudaError_t depthwise_wgrad_workspace(const WgradParams& params, size_t* bytes);
 
 cudaError_t depthwise_wgrad(const WgradParams& params, cudaStream_t stream);

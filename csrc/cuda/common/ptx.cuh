@@ -1,4 +1,4 @@
-// One PTX instruction a function.
+// One PTX instruction per function.
 #pragma once
 #include <cstdint>
 

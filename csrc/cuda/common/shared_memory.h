@@ -7,14 +7,14 @@
 
 namespace convmixer_fast::cuda {
 
-// On the current device: lets `kKernel` take as much dynamic shared memory as a block can have, and has the driver give
+// On the current device: lets `kKernel` take as much dynamic shared memory as a CTA can have, and has the driver give
 // shared memory the largest part of an SM's L1.
 //
 // The limit belongs to the function and the device, not to a launch. Were it set to what one launch needs, the smaller
 // launch of another thread could lower it before that launch runs, which then fails. The device's maximum is the same
 // whoever sets it and whenever, so no lock is needed.
 //
-// The largest carveout, because the grids of the persistent kernels count on as many blocks at once as their shared
+// The largest carveout, because the grids of the persistent kernels count on as many CTAs at once as their shared
 // memory allows: with a smaller one, some would wait for a second wave. The kernels have no use for a larger L1, and
 // the library's GEMMs, which run in between, ask for as much.
 //
@@ -26,7 +26,8 @@ static cudaError_t prepare_shared_memory() {
   constexpr int kCountedDevices = 64;        // any beyond are prepared at every launch
   const void* const kernel = reinterpret_cast<const void*>(kKernel);
 
-  int device = 0, most = 0;
+  int device = 0;
+  int max_bytes = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const uint64_t bit = device < kCountedDevices ? uint64_t{1} << device : 0;
@@ -34,10 +35,11 @@ static cudaError_t prepare_shared_memory() {
 
   cudaFuncAttributes attributes{};
   status = cudaFuncGetAttributes(&attributes, kernel);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess) {
-    most -= static_cast<int>(attributes.sharedSizeBytes);  // the kernel's static shared memory
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    max_bytes -= static_cast<int>(attributes.sharedSizeBytes);  // the kernel's static shared memory
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes);
   }
   if (status == cudaSuccess)
     status =

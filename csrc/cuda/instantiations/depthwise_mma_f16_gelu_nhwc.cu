@@ -1,5 +1,5 @@
 #include "../depthwise/mma/kernel.cuh"
 
 namespace convmixer_fast::cuda {
-template cudaError_t depthwise_mma<__half, true, true>(const DepthwiseParams&, const MmaTile&, cudaStream_t);
+template cudaError_t depthwise_mma<__half, true, true>(const DepthwiseParams&, const MmaPlan&, cudaStream_t);
 }

@@ -5,26 +5,30 @@
 
 namespace convmixer_fast::cuda {
 
-constexpr int kSumsABlock = 32, kThreadsASum = 8;
+constexpr int kSumsPerCta = 32;
+constexpr int kThreadsPerSum = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kSumsABlock* kThreadsASum)
-    depthwise_wgrad_sum_kernel(const __grid_constant__ WgradParams params, const __grid_constant__ WgradShare share) {
+__global__ void __launch_bounds__(kSumsPerCta* kThreadsPerSum)
+    depthwise_wgrad_reduce_kernel(const __grid_constant__ WgradParams params,
+                                  const __grid_constant__ WgradShare share) {
   using Real = arithmetic_t<T>;
-  __shared__ double shared[kThreadsASum][kSumsABlock];  // few sums: float64 costs nothing here
-  const int64_t channel = blockIdx.x, group = channel / share.channels;
-  const int64_t sum = int64_t{blockIdx.y} * kSumsABlock + threadIdx.x;
+  __shared__ double shared[kThreadsPerSum][kSumsPerCta];  // few sums: float64 costs nothing here
+  const int64_t channel = blockIdx.x;
+  const int64_t channel_block = channel / share.channels;
+  const int64_t sum = int64_t{blockIdx.y} * kSumsPerCta + threadIdx.x;
   double total = 0;
-  if (sum < share.sums && share.items > 0) {
-    const int64_t last = share.block_of((group + 1) * share.items_a_group - 1);
-    for (int64_t block = share.block_of(group * share.items_a_group) + threadIdx.y; block <= last;
-         block += kThreadsASum)
-      total += static_cast<const Real*>(params.workspace)[share.partial(block, group, channel % share.channels) + sum];
+  if (sum < share.sums && share.work_tiles > 0) {
+    const int64_t last = share.cta_of((channel_block + 1) * share.tiles_per_channel_block - 1);
+    for (int64_t cta = share.cta_of(channel_block * share.tiles_per_channel_block) + threadIdx.y; cta <= last;
+         cta += kThreadsPerSum)
+      total +=
+          static_cast<const Real*>(params.workspace)[share.partial(cta, channel_block, channel % share.channels) + sum];
   }
   shared[threadIdx.y][threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y > 0 || sum >= share.sums) return;
-  for (int i = 1; i < kThreadsASum; i++) total += shared[i][threadIdx.x];
+  for (int i = 1; i < kThreadsPerSum; i++) total += shared[i][threadIdx.x];
   if (sum == share.sums - 1) {
     if (params.gbias) static_cast<T*>(params.gbias)[channel] = narrow<T>(static_cast<Real>(total));
   } else if (params.gweight) {
@@ -35,8 +39,9 @@ __global__ void __launch_bounds__(kSumsABlock* kThreadsASum)
 cudaError_t reduce_partials(const WgradParams& params, const WgradShare& share, cudaStream_t stream) {
   return dispatch_dtype(params.dtype, [&](auto type) {
     const dim3 grid(static_cast<unsigned>(params.channels),
-                    static_cast<unsigned>((share.sums + kSumsABlock - 1) / kSumsABlock));
-    depthwise_wgrad_sum_kernel<decltype(type)><<<grid, dim3(kSumsABlock, kThreadsASum), 0, stream>>>(params, share);
+                    static_cast<unsigned>((share.sums + kSumsPerCta - 1) / kSumsPerCta));
+    depthwise_wgrad_reduce_kernel<decltype(type)>
+        <<<grid, dim3(kSumsPerCta, kThreadsPerSum), 0, stream>>>(params, share);
     return cudaGetLastError();
   });
 }

@@ -1,9 +1,8 @@
-// How the blocks of the gradient of the weight share its work, and where their partial sums go. Host code, no CUDA.
+// How the CTAs share the work of the weight's gradient, and where their partial sums go. Host code, no CUDA.
 //
-// Items (some images or a tile of one channel, or of some channels) are numbered group by group of channels. Each block
-// takes consecutive ones and sums over those of one group; a block that meets a new group first writes its sums away.
-// So the sums of (block b, group g) are partial number b + g: along the items either a block or a group ends between
-// two.
+// Work tiles are ordered by channel block and split into contiguous ranges, one per CTA. A CTA flushes one partial sum
+// per channel block it touches. From one flush to the next exactly one of (CTA, channel block) advances, so
+// index = CTA + channel block is unique and dense.
 #pragma once
 #include <cstdint>
 
@@ -11,28 +10,29 @@
 
 namespace convmixer_fast::cuda {
 
-// How blocks share the items, and the partial sums that they leave.
 struct WgradShare {
-  int64_t items;
-  int64_t items_a_group;
-  int64_t groups;  // of channels
-  int channels;    // of a group
-  int blocks;
-  int64_t items_a_block;  // the first items % blocks of them have one more
-  int64_t rest;           // items % blocks
-  int64_t sums;           // of a channel in one partial: a tap each, and gy's
+  int64_t work_tiles;
+  int64_t tiles_per_channel_block;
+  int64_t channel_blocks;
+  int channels;           // channels per channel block
+  int ctas;               // CTAs
+  int64_t tiles_per_cta;  // work tiles per CTA; the first `remainder` CTAs have one more
+  int64_t remainder;      // work_tiles % ctas
+  int64_t sums;           // sums per channel in one partial: one per tap, and that of gy
 
-  CMF_HOST_DEVICE int64_t first_item(int64_t block) const {
-    return block * items_a_block + (block < rest ? block : rest);
+  CMF_HOST_DEVICE int64_t first_tile(int64_t cta) const {
+    return cta * tiles_per_cta + (cta < remainder ? cta : remainder);
   }
-  CMF_HOST_DEVICE int64_t block_of(int64_t item) const {
-    const int64_t of_larger = rest * (items_a_block + 1);
-    return item < of_larger ? item / (items_a_block + 1) : rest + (item - of_larger) / items_a_block;
+  CMF_HOST_DEVICE int64_t cta_of(int64_t work_tile) const {
+    const int64_t in_larger = remainder * (tiles_per_cta + 1);
+    return work_tile < in_larger ? work_tile / (tiles_per_cta + 1)
+                                 : remainder + (work_tile - in_larger) / tiles_per_cta;
   }
-  CMF_HOST_DEVICE int64_t partial(int64_t block, int64_t group, int channel) const {  // its first element
-    return ((block + group) * channels + channel) * sums;
+  // The first element of a channel's partial.
+  CMF_HOST_DEVICE int64_t partial(int64_t cta, int64_t channel_block, int channel) const {
+    return ((cta + channel_block) * channels + channel) * sums;
   }
-  int64_t partial_elements() const { return blocks == 0 ? 0 : (blocks + groups - 1) * channels * sums; }
+  int64_t partial_elements() const { return ctas == 0 ? 0 : (ctas + channel_blocks - 1) * channels * sums; }
 };
 
 }  // namespace convmixer_fast::cuda

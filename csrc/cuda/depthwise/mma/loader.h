@@ -3,19 +3,13 @@
 #include <cstdint>
 
 #include "../../../params.h"
+#include "smem.h"
 
 namespace convmixer_fast::cuda {
 
-constexpr int kPrefetch = 4;  // 16-byte pieces of the next item that a thread holds in registers
-// channels_last: a block works on 16 channels, 32 bytes of a pixel and so a whole sector, or on 8; each of its warps on
-// one of them. Threads move an octet of channels at a time. Kernels of two k-steps need more than 128 registers.
-constexpr int kOctet = 8;
-constexpr int max_channels(int k_steps) { return k_steps == 1 ? 2 * kOctet : kOctet; }
-constexpr int kMaxChannelsLastKSteps = 2;
+constexpr int kPrefetch = 4;  // vectors of 8 elements per tensor of the next work tile that a thread holds in registers
 
-namespace tiles {
-
-// Of dimensions of one element any stride will do: 0 is a multiple of everything.
+// Dimensions of one element may have any stride, which nothing uses: 0 is a multiple of everything.
 inline Strides used_strides(const DepthwiseParams& params, Strides stride) {
   if (params.batch == 1) stride.n = 0;
   if (params.channels == 1) stride.c = 0;
@@ -24,20 +18,51 @@ inline Strides used_strides(const DepthwiseParams& params, Strides stride) {
   return stride;
 }
 
-// Elements that one access may move: what base address, the extent of the contiguous dimension and all strides are
-// multiples of.
+// Elements that one access may move: the base address, the extent of the contiguous dimension and all strides are
+// multiples of as many.
 inline int vector_width(const void* base, int64_t extent, const Strides& stride, bool channels_last) {
   const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(base) / 2) | extent | stride.n | stride.h |
                        (channels_last ? stride.w : stride.c);
   return bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
 }
 
-inline int lanes_for(int64_t pieces) {
+// Threads, a power of two up to a warp, that move `vectors` access vectors together.
+inline int lanes_for(int64_t vectors) {
   int lanes = 1;
-  while (lanes < pieces && lanes < 32) lanes *= 2;
+  while (lanes < vectors && lanes < 32) lanes *= 2;
   return lanes;
 }
 
-}  // namespace tiles
+// What a thread advances by while it moves a whole work tile: rows of the only image, or whole images.
+struct LoaderStep {
+  bool within_image;
+  int images;
+  int rows;
+};
+
+template <class Shape>
+inline LoaderStep loader_step(const Shape& shape, int rows_per_step, int64_t height) {
+  LoaderStep step{};
+  step.within_image = shape.images == 1 && rows_per_step % kSubtile == 0;
+  step.images = step.within_image ? 0 : static_cast<int>(rows_per_step / height);
+  step.rows = step.within_image ? rows_per_step : 0;
+  return step;
+}
+
+// Whether all steps of a thread are equally far apart, and so few that the work tile fits its registers.
+template <class Shape>
+inline bool fits_registers(const Shape& shape, const LoaderStep& step, int rows_per_step, int64_t height,
+                           int max_steps) {
+  return (step.within_image || rows_per_step % height == 0) &&
+         ceil_div(shape.images * height, rows_per_step) <= max_steps;
+}
+
+// Elements from one step of a thread to its next: in a tensor, in shared memory.
+inline int distance(const LoaderStep& step, const Strides& stride) {
+  return static_cast<int>(step.images * stride.n + step.rows * stride.h);
+}
+inline int distance(const LoaderStep& step, const StoredMaps& maps) {
+  return step.images * maps.image_pitch + step.rows * maps.pitch + step.rows / kSubtile * maps.gap;
+}
 
 }  // namespace convmixer_fast::cuda

@@ -1,5 +1,5 @@
-// How the tensor-core kernel cuts its work: which inputs it takes, and the geometry of one block. Host code, no CUDA:
-// the same choice launches the kernel and explains it (convmixer_fast.explain).
+// The launch geometry of the tensor-core kernel, and for which parameters there is one. Host code, no CUDA: the same
+// choice launches the kernel and explains it (convmixer_fast.explain).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,179 +8,250 @@
 #include "../../../params.h"
 #include "../../common/fast_div.h"
 #include "loader.h"
+#include "shape.h"
 #include "smem.h"
 
 namespace convmixer_fast::cuda {
 
-struct MmaTile {
-  bool channels_last;    // x and y
-  int channels;          // of one item
-  int partners;          // blocks that work on the same sectors at the same time, each on its octet of channels; else 1
-  int images;            // of one item, all of these channels
-  int bands, windows;    // of one image's tile
-  int tiles_h, tiles_w;  // of a map
-  bool tiled;            // more than one: inputs come with a halo
-  int units, groups;     // of one channel of an item
-  int warps;             // of a block
-  int k_steps;           // mma depths across one window and its halo
-  int left;              // stored columns left of the map: the padding, rounded up to 8 bytes
-  bool fixed;            // k_steps 1 and windows <= kFixedWindows: the kernel may rely on the constants above
-  int pitch, band_gap, image_pitch;              // of the stored inputs, in elements
-  int out_pitch, out_band_gap, out_image_pitch;  // of the stored outputs
-  int tap_pitch;                                 // of one stored row of taps
-  int input_channel, output_channel;             // from one channel to the next, kOctetGap apart
-  int load_vector, store_vector;                 // elements a global access: of a row; in channels_last, of a pixel
-  int channel_lanes;                             // threads that move the channels of one pixel together
-  int load_lanes, store_lanes;                   // such teams that move one row together
-  int rows_a_step;                               // rows that the block loads at once
-  bool prefetch;  // an item is kPrefetch vectors of 8 a thread, at equal distances: loaded one item ahead. In
-                  // channels_last they are pairs, the octets of two neighbouring pixels
-  bool flat;      // instead: the planes start on 16 bytes, but their rows do not; pieces of planes are loaded
-                  // one item ahead, and cut into rows on the way to and from shared memory
-  int plane;      // flat: elements of a plane
-  Divisor plane_pieces, row;                           // pieces of it, elements of its rows
-  int load_step, input_step, output_step, store_step;  // these distances: in x, stored inputs, stored outputs, y
-  int input_elements, output_elements, tap_elements;   // of shared memory's parts, in this order; last the pointwise
-  int items_a_channel;                                 // or to the channels of an item
-  int64_t items;
+constexpr int kMaxKernelH = 255;
+constexpr int kMaxKernelW = 41;        // needs kMaxKSteps
+constexpr int kMaxKSteps = 3;          // mmas along K
+constexpr int kMaxWarps = 4;           // warps of a CTA that works on one channel
+constexpr int kElementwiseBytes = 32;  // bytes per channel for bias, scale and shift of prologue and epilogue
 
-  int smem_bytes() const { return 2 * (input_elements + output_elements + tap_elements) + channels * kPointwiseBytes; }
+// In channels_last a CTA works on 16 channels, 32 bytes of a pixel and so a whole sector, or on 8; each of its warps on
+// one of them. Threads move an octet of channels at a time. Kernels of two k-steps need more than 128 registers.
+constexpr int kOctet = 8;
+constexpr int max_channels(int k_steps) { return k_steps == 1 ? 2 * kOctet : kOctet; }
+constexpr int kMaxChannelsLastKSteps = 2;
+constexpr int kOctetGap = 32;  // elements after each octet in shared memory, so that two octets lie in different banks
+
+// The kernel's second parameter. It is flat, in sections, because nvcc addresses the members of nested structs in other
+// ways, which changes the kernel's registers and instructions.
+struct MmaPlan {
+  // Channels.
+  bool channels_last;  // layout of x and y
+  int channels;        // channels per work tile
+  int siblings;        // 2: two CTAs work on the two octets of the same sectors at the same time; else 1
+
+  // Shape of a work tile: the fields of TileShape.
+  int images;        // images per work tile
+  int subtile_rows;  // subtiles along h, per image
+  int subtile_cols;  // subtiles along w, per image
+  int tiles_h;       // tiles along h, per map
+  int tiles_w;       // tiles along w, per map
+  bool tiled;        // a map has more than one tile: inputs come with a halo
+  int subtiles;      // subtiles per work tile and channel
+  int m_blocks;      // sets of kSubtilesPerMma subtiles
+
+  // Threads.
+  int warps;    // warps per CTA
+  int k_steps;  // mmas along K that cover a subtile's columns and their halo
+
+  // Layout of shared memory. Distances are in elements; those of inputs and outputs as in StoredMaps.
+  int left;                  // stored columns left of the map: the padding, rounded up to 8 bytes
+  bool fixed;                // the layout is that of the constants kFixed*
+  int pitch;                 // inputs: from one row to the next
+  int gap;                   // inputs: left out after every kSubtile rows
+  int image_pitch;           // inputs: from one image to the next
+  int out_pitch;             // outputs: from one row to the next
+  int out_gap;               // outputs: left out after every kSubtile rows
+  int out_image_pitch;       // outputs: from one image to the next
+  int tap_pitch;             // taps: from one row to the next
+  int input_channel_pitch;   // inputs: from one channel to the next, octets kOctetGap apart
+  int output_channel_pitch;  // outputs: from one channel to the next, octets kOctetGap apart
+
+  // Loader map: which thread moves what. A work tile is prefetched as vectors of 8 elements, or prefetched as vectors
+  // of whole maps whose rows are unaligned, or moved row by row and not prefetched.
+  int load_vector;       // elements per load: of a row; in channels_last, of a pixel
+  int store_vector;      // elements per store, likewise
+  int channel_lanes;     // threads that move the channels of one pixel together
+  int load_lanes;        // such teams of threads that load one row together
+  int store_lanes;       // such teams of threads that store one row together
+  int rows_per_step;     // rows that the CTA loads at a time
+  bool prefetch;         // a thread's share is kPrefetch vectors of 8 elements, the four distances below apart; in
+                         // channels_last these are pairs, the octets of two neighbouring pixels
+  bool unaligned_rows;   // maps start on 16 bytes, but their rows do not; vectors are cut into rows on the way to and
+                         // from shared memory
+  int map_elements;      // elements per map
+  Divisor map_vectors;   // vectors of 8 elements per map, if rows are unaligned
+  Divisor row_elements;  // elements per row, if rows are unaligned
+  int load_step;         // elements from one vector of a thread to its next: in x
+  int input_step;        // in the stored inputs
+  int output_step;       // in the stored outputs
+  int store_step;        // in y
+
+  // Parts of shared memory, in this order; the elementwise parameters of each channel come last.
+  int input_elements;   // size in elements
+  int output_elements;  // size in elements
+  int tap_elements;     // size in elements
+
+  // Work tiles.
+  int tiles_per_channel;  // work tiles per channel, or per `channels` channels
+  int64_t work_tiles;     // all of them
+
+  int smem_bytes() const {
+    return 2 * (input_elements + output_elements + tap_elements) + channels * kElementwiseBytes;
+  }
 };
 
-// The geometry for these params; false where the tensor-core kernel does not apply, which leaves the direct kernel:
-// float32 and float64, neither rows nor the channels of a pixel contiguous, kernels wider than 41 (25 in
-// channels_last), too little shared memory. device_smem: bytes that a block of the device may have.
-inline bool choose_mma_tile(const DepthwiseParams& params, int device_smem, MmaTile& tile) {
-  using namespace tiles;
-  constexpr int64_t kMaxOffset = int64_t{1} << 31;
-  const bool rows_contiguous =
-      (params.width == 1 || params.x_stride.w == 1) && (params.width == 1 || params.y_stride.w == 1);
-  const bool pixels_contiguous = params.x_stride.c == 1 && params.y_stride.c == 1;
-  if ((params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) || !(rows_contiguous || pixels_contiguous))
-    return false;
-  if (params.kernel_w > 41 || params.kernel_h > 255) return false;
-  // Indices and the offsets inside one item are 32-bit.
-  for (const Strides& stride : {params.x_stride, params.y_stride})
-    if (std::max({kGroupUnits * stride.n, params.height * stride.h, params.width * stride.w}) >= kMaxOffset)
-      return false;
-  if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return false;
-
-  const int kernel_h = static_cast<int>(params.kernel_h), kernel_w = static_cast<int>(params.kernel_w);
-  const int pad_left = static_cast<int>(params.pad_left);
-  tile = {};
-  tile.channels_last = !rows_contiguous;
-  tile.left = static_cast<int>(std::max<int64_t>(4, round_up(pad_left, 4)));
-  tile.k_steps = static_cast<int>(ceil_div(tile.left - pad_left + kernel_w + kUnit - 1, kMmaDepth));
-  tile.tap_pitch = kMmaDepth * tile.k_steps + kUnit;
-  if (tile.channels_last && tile.k_steps > kMaxChannelsLastKSteps) return false;
-  const int max_smem = tile.channels_last ? device_smem : kMaxSmem;
-
-  const auto set_units = [&](int64_t bands, int64_t windows, int64_t images, bool fixed) {
-    tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows);
-    tile.images = static_cast<int>(images);
-    tile.tiles_h = static_cast<int>(ceil_div(params.height, bands * kUnit));
-    tile.tiles_w = static_cast<int>(ceil_div(params.width, windows * kUnit));
-    tile.tiled = tile.tiles_h * tile.tiles_w > 1;
-    tile.units = tile.images * tile.bands * tile.windows;
-    tile.groups = static_cast<int>(ceil_div(tile.units, kGroupUnits));
-    tile.warps = tile.channels_last ? tile.channels : std::min(tile.groups, kMaxWarps);
-    tile.fixed = fixed && tile.k_steps == 1 && tile.windows <= kFixedWindows;
-    tile.pitch = tile.fixed ? kFixedPitch : kUnit * (tile.windows - 1) + kMmaDepth * tile.k_steps;
-    tile.band_gap = gap_to_slot(kUnit * tile.pitch, tile.windows);
-    const int rows = kUnit * tile.bands + kernel_h - 1;
-    tile.image_pitch = rows * tile.pitch + (rows + kUnit - 1) / kUnit * tile.band_gap;
-    tile.image_pitch += gap_to_slot(tile.image_pitch, tile.bands * tile.windows);
-    tile.input_channel = tile.images * tile.image_pitch;
-    const int gaps = tile.channels / kOctet * kOctetGap;
-    tile.input_elements = tile.channels * tile.input_channel + gaps;
-    tile.out_pitch = tile.fixed ? kFixedOutPitch : kUnit * tile.windows;
-    tile.out_band_gap = gap_to_slot(kUnit * tile.out_pitch, tile.windows);
-    tile.out_image_pitch = tile.bands * (kUnit * tile.out_pitch + tile.out_band_gap);
-    tile.out_image_pitch += gap_to_slot(tile.out_image_pitch, tile.bands * tile.windows);
-    tile.output_channel = tile.images * tile.out_image_pitch;
-    tile.output_elements = tile.channels * tile.output_channel + gaps;
-    tile.tap_elements = tile.channels * 2 * kernel_h * tile.tap_pitch;
-    return tile.smem_bytes() <= max_smem;
-  };
-
-  // In channels_last, where a block holds 16 channels, small maps may need the smaller pitch.
-  const auto fits = [&](int channels, int64_t bands, int64_t windows, int64_t images) {
-    tile.channels = channels;
-    return set_units(bands, windows, images, true) || (tile.channels_last && set_units(bands, windows, images, false));
-  };
-  // The whole map of as many images as fill a group; a large map in tiles of 64 x 64, or 32 x 32 for large kernels. Of
-  // a map that fits one group rather fewer channels than fewer images or tiles: those leave the tensor cores half
-  // empty.
-  const int64_t bands = ceil_div(params.height, kUnit), windows = ceil_div(params.width, kUnit);
-  const int64_t images = std::max<int64_t>(1, kGroupUnits / std::min<int64_t>(kGroupUnits, bands * windows));
-  const int fewest = tile.channels_last ? kOctet : 1;
-  const int most = tile.channels_last && params.channels > kOctet ? max_channels(tile.k_steps) : fewest;
-  bool found = false;
-  for (int64_t some = std::min(params.batch, images); some > 0 && !found; some /= 2)
-    found = (bands * windows <= 16 * kGroupUnits && fits(most, bands, windows, some)) ||
-            (bands * windows <= kGroupUnits && fits(fewest, bands, windows, some));
-  for (const int channels : {most, fewest})
-    for (const int64_t side : {8, 4})
-      found = found || fits(channels, std::min(bands, side), std::min(windows, side), 1);
-  if (!found) return false;
-
-  const int64_t extent = tile.channels_last ? params.channels : params.width;
-  const Strides x_stride = used_strides(params, params.x_stride), y_stride = used_strides(params, params.y_stride);
-  tile.load_vector = vector_width(params.x, extent, x_stride, tile.channels_last);
-  tile.store_vector = vector_width(params.y, extent, y_stride, tile.channels_last);
-  if (tile.channels_last && std::min(tile.load_vector, tile.store_vector) < kOctet)
-    tile.load_vector = tile.store_vector = 1;
-  if (!tile.channels_last && tile.tiled) tile.load_vector = std::min(tile.load_vector, 4);  // as the halo is aligned
-  tile.channel_lanes = tile.channels_last ? tile.channels / tile.load_vector : 1;
-  const bool may_prefetch = !tile.tiled && tile.load_vector == 8 && tile.store_vector == 8 && params.width % 2 == 0;
-  const int64_t tile_width = std::min<int64_t>(params.width, kUnit * tile.windows);
-  const int load_cols = !tile.channels_last ? tile.load_vector : may_prefetch ? 2 : 1;
-  const int store_cols = tile.channels_last ? 1 : tile.store_vector;
-  tile.load_lanes = lanes_for(ceil_div(tile.tiled ? tile.pitch : tile_width, load_cols));
-  tile.store_lanes = lanes_for(ceil_div(tile_width, store_cols));
-  tile.rows_a_step = 32 * tile.warps / tile.channel_lanes / tile.load_lanes;
-  const int prefetch_steps = tile.channels_last ? kPrefetch / 2 : kPrefetch;
-  const bool within_image = tile.images == 1 && tile.rows_a_step % kUnit == 0;
-  tile.prefetch = may_prefetch && tile.load_lanes * load_cols >= params.width &&
-                  (within_image || tile.rows_a_step % params.height == 0) &&
-                  ceil_div(tile.images * params.height, tile.rows_a_step) <= prefetch_steps;
-  // A plane of 8 elements or fewer is not worth it.
-  const int64_t plane_pieces = ceil_div(params.height * params.width, 8);
-  const auto flat_planes = [&](const void* base, const Strides& stride) {
-    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && (stride.n | stride.c) % 8 == 0 &&
-           (params.height == 1 || stride.h == params.width);
-  };
-  tile.flat = !tile.channels_last && !tile.tiled && !tile.prefetch && params.width > 1 && plane_pieces > 1 &&
-              tile.images * plane_pieces <= kPrefetch * 32 * tile.warps && flat_planes(params.x, x_stride) &&
-              flat_planes(params.y, y_stride);
-  tile.plane = static_cast<int>(params.height * params.width);
-  if (tile.flat) tile.plane_pieces = divisor(plane_pieces), tile.row = divisor(params.width);
-  const int step_rows = within_image ? tile.rows_a_step : 0;
-  const int step_images = within_image ? 0 : static_cast<int>(tile.rows_a_step / params.height);
-  tile.load_step = static_cast<int>(step_images * params.x_stride.n + step_rows * params.x_stride.h);
-  tile.store_step = static_cast<int>(step_images * params.y_stride.n + step_rows * params.y_stride.h);
-  tile.input_step = step_images * tile.image_pitch + step_rows * tile.pitch + step_rows / kUnit * tile.band_gap;
-  tile.output_step =
-      step_images * tile.out_image_pitch + step_rows * tile.out_pitch + step_rows / kUnit * tile.out_band_gap;
-
-  const int64_t items = ceil_div(params.batch, tile.images) * tile.tiles_h * tile.tiles_w;
-  tile.items_a_channel = static_cast<int>(items);
-  tile.partners = tile.channels == kOctet && params.channels > kOctet ? 2 : 1;
-  tile.items = ceil_div(params.channels, tile.channels * tile.partners) * tile.partners * items;
-  return items < kMaxOffset;
+inline bool rows_are_contiguous(const DepthwiseParams& params) {
+  return params.width == 1 || (params.x_stride.w == 1 && params.y_stride.w == 1);
 }
 
-// Whether the kernel with so many rows of Toeplitz matrices in registers (0: the ring) has code for flat planes.
-// Without GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
-constexpr bool has_flat(bool gelu, int rows) { return gelu || rows < 7; }
+// Whether the kernel can run at all: float16 and bfloat16, contiguous rows or contiguous channels of a pixel, kernels
+// up to 41 wide, indices and offsets inside a work tile in 32 bits.
+inline bool is_supported(const DepthwiseParams& params) {
+  constexpr int64_t kMaxOffset = int64_t{1} << 31;
+  const bool pixels_contiguous = params.x_stride.c == 1 && params.y_stride.c == 1;
+  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
+  if (!rows_are_contiguous(params) && !pixels_contiguous) return false;
+  if (params.kernel_w > kMaxKernelW || params.kernel_h > kMaxKernelH) return false;
+  for (const Strides& stride : {params.x_stride, params.y_stride})
+    if (std::max({kSubtilesPerMma * stride.n, params.height * stride.h, params.width * stride.w}) >= kMaxOffset)
+      return false;
+  return std::max({params.batch, params.channels, params.height, params.width}) < kMaxOffset;
+}
 
-// Kernel rows for which there is an instantiation with all Toeplitz matrices in registers; 0 where it is the ring of
-// any.
-inline int unrolled_rows(const DepthwiseParams& params, const MmaTile& tile) {
+// Sets the layout of shared memory for the plan's shape. The layout that is known at compile time is used only if it
+// may be.
+inline void set_smem_layout(const DepthwiseParams& params, bool may_be_fixed, MmaPlan& plan) {
+  plan.fixed = may_be_fixed && plan.k_steps == 1 && plan.subtile_cols <= kFixedSubtileCols;
+  const int rows = kSubtile * plan.subtile_rows;
+  const int cols = kSubtile * plan.subtile_cols;
+  const int input_rows = rows + static_cast<int>(params.kernel_h) - 1;
+  const int input_cols = cols - kSubtile + kMmaK * plan.k_steps;
+  const StoredMaps inputs = stored_maps(plan, input_rows, plan.fixed ? kFixedPitch : input_cols);
+  plan.pitch = inputs.pitch;
+  plan.gap = inputs.gap;
+  plan.image_pitch = inputs.image_pitch;
+  const StoredMaps outputs = stored_maps(plan, rows, plan.fixed ? kFixedOutPitch : cols);
+  plan.out_pitch = outputs.pitch;
+  plan.out_gap = outputs.gap;
+  plan.out_image_pitch = outputs.image_pitch;
+  plan.tap_pitch = kMmaK * plan.k_steps + kSubtile;
+  plan.input_channel_pitch = plan.images * plan.image_pitch;
+  plan.output_channel_pitch = plan.images * plan.out_image_pitch;
+
+  const int octet_gaps = plan.channels / kOctet * kOctetGap;
+  plan.input_elements = plan.channels * plan.input_channel_pitch + octet_gaps;
+  plan.output_elements = plan.channels * plan.output_channel_pitch + octet_gaps;
+  plan.tap_elements = plan.channels * 2 * static_cast<int>(params.kernel_h) * plan.tap_pitch;
+}
+
+// Sets shape, warps and layout to the first of these that fits: the whole map of as many images as fill an M block; a
+// large map in tiles of 64 x 64, or 32 x 32 for large kernels. If a map fits one M block, fewer channels come before
+// fewer images or tiles, which leave the tensor cores half empty.
+inline bool choose_shape(const DepthwiseParams& params, int max_smem, MmaPlan& plan) {
+  const auto fits_with = [&](bool may_be_fixed) {
+    set_smem_layout(params, may_be_fixed, plan);
+    return plan.smem_bytes() <= max_smem;
+  };
+  const auto fits = [&](int channels, int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
+    plan.channels = channels;
+    set_shape(params.height, params.width, subtile_rows, subtile_cols, images, plan);
+    plan.warps = plan.channels_last ? channels : std::min(plan.m_blocks, kMaxWarps);
+    // In channels_last, a CTA of 16 channels may need the smaller pitch of small maps.
+    return fits_with(true) || (plan.channels_last && fits_with(false));
+  };
+  const int64_t subtile_rows = ceil_div(params.height, kSubtile);
+  const int64_t subtile_cols = ceil_div(params.width, kSubtile);
+  const int64_t subtiles = subtile_rows * subtile_cols;
+  const int fewest = plan.channels_last ? kOctet : 1;
+  const int most = plan.channels_last && params.channels > kOctet ? max_channels(plan.k_steps) : fewest;
+
+  for (int64_t images = std::min(params.batch, images_per_m_block(subtiles)); images > 0; images /= 2) {
+    if (subtiles <= kMaxWholeMapSubtiles && fits(most, subtile_rows, subtile_cols, images)) return true;
+    if (subtiles <= kSubtilesPerMma && fits(fewest, subtile_rows, subtile_cols, images)) return true;
+  }
+  for (const int channels : {most, fewest})
+    for (const int64_t side : {8, 4})
+      if (fits(channels, std::min(subtile_rows, side), std::min(subtile_cols, side), 1)) return true;
+  return false;
+}
+
+// Whether maps start on 16 bytes, one contiguous row after another.
+inline bool has_aligned_maps(const DepthwiseParams& params, const void* base, const Strides& stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && (stride.n | stride.c) % 8 == 0 &&
+         (params.height == 1 || stride.h == params.width);
+}
+
+// Sets which thread moves what for the plan's shape and layout.
+inline void set_loader_map(const DepthwiseParams& params, MmaPlan& plan) {
+  const Strides x_stride = used_strides(params, params.x_stride);
+  const Strides y_stride = used_strides(params, params.y_stride);
+  const int64_t extent = plan.channels_last ? params.channels : params.width;
+  plan.load_vector = vector_width(params.x, extent, x_stride, plan.channels_last);
+  plan.store_vector = vector_width(params.y, extent, y_stride, plan.channels_last);
+  if (plan.channels_last && std::min(plan.load_vector, plan.store_vector) < kOctet) {
+    plan.load_vector = 1;
+    plan.store_vector = 1;
+  }
+  // The halo of a tile is aligned to 4 elements.
+  if (!plan.channels_last && plan.tiled) plan.load_vector = std::min(plan.load_vector, 4);
+
+  const bool may_prefetch = !plan.tiled && plan.load_vector == 8 && plan.store_vector == 8 && params.width % 2 == 0;
+  const int64_t tile_width = std::min<int64_t>(params.width, kSubtile * plan.subtile_cols);
+  const int load_cols = !plan.channels_last ? plan.load_vector : may_prefetch ? 2 : 1;
+  const int store_cols = plan.channels_last ? 1 : plan.store_vector;
+  plan.channel_lanes = plan.channels_last ? plan.channels / plan.load_vector : 1;
+  plan.load_lanes = lanes_for(ceil_div(plan.tiled ? plan.pitch : tile_width, load_cols));
+  plan.store_lanes = lanes_for(ceil_div(tile_width, store_cols));
+  plan.rows_per_step = 32 * plan.warps / plan.channel_lanes / plan.load_lanes;
+
+  const LoaderStep step = loader_step(plan, plan.rows_per_step, params.height);
+  const int max_steps = plan.channels_last ? kPrefetch / 2 : kPrefetch;
+  plan.prefetch = may_prefetch && plan.load_lanes * load_cols >= params.width &&
+                  fits_registers(plan, step, plan.rows_per_step, params.height, max_steps);
+  plan.load_step = distance(step, params.x_stride);
+  plan.input_step = distance(step, StoredMaps{plan.pitch, plan.gap, plan.image_pitch});
+  plan.output_step = distance(step, StoredMaps{plan.out_pitch, plan.out_gap, plan.out_image_pitch});
+  plan.store_step = distance(step, params.y_stride);
+
+  // For maps of one vector or less it is not worth it.
+  const int64_t map_vectors = ceil_div(params.height * params.width, 8);
+  plan.map_elements = static_cast<int>(params.height * params.width);
+  plan.unaligned_rows = !plan.channels_last && !plan.tiled && !plan.prefetch && params.width > 1 && map_vectors > 1 &&
+                        plan.images * map_vectors <= kPrefetch * 32 * plan.warps &&
+                        has_aligned_maps(params, params.x, x_stride) && has_aligned_maps(params, params.y, y_stride);
+  if (plan.unaligned_rows) {
+    plan.map_vectors = divisor(map_vectors);
+    plan.row_elements = divisor(params.width);
+  }
+}
+
+// The launch geometry for these parameters; false leaves them to the direct kernel. device_smem: bytes that a CTA may
+// have on the device.
+inline bool choose_mma_plan(const DepthwiseParams& params, int device_smem, MmaPlan& plan) {
+  if (!is_supported(params)) return false;
+  const int pad_left = static_cast<int>(params.pad_left);
+  plan = {};
+  plan.channels_last = !rows_are_contiguous(params);
+  plan.left = static_cast<int>(std::max<int64_t>(4, round_up(pad_left, 4)));
+  plan.k_steps = static_cast<int>(ceil_div(plan.left - pad_left + params.kernel_w + kSubtile - 1, kMmaK));
+  if (plan.channels_last && plan.k_steps > kMaxChannelsLastKSteps) return false;
+  if (!choose_shape(params, plan.channels_last ? device_smem : kMaxSmem, plan)) return false;
+  set_loader_map(params, plan);
+
+  const int64_t tiles = tiles_per_channel(plan, params.batch);
+  plan.tiles_per_channel = static_cast<int>(tiles);
+  plan.siblings = plan.channels == kOctet && params.channels > kOctet ? 2 : 1;
+  plan.work_tiles = ceil_div(params.channels, plan.channels * plan.siblings) * plan.siblings * tiles;
+  return tiles < int64_t{1} << 31;
+}
+
+// Whether the kernel with so many rows of Toeplitz fragments in registers (0: the ring) has code for unaligned rows.
+// Without GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
+constexpr bool has_unaligned_rows(bool gelu, int rows) { return gelu || rows < 7; }
+
+// Kernel rows for which there is an instantiation with all Toeplitz fragments in registers; 0 if it is the ring, which
+// takes any number of rows.
+inline int unrolled_rows(const DepthwiseParams& params, const MmaPlan& plan) {
   const int rows = static_cast<int>(params.kernel_h);
-  const bool exists = rows % 2 == 1 && rows >= (tile.channels_last ? 7 : 3) && rows <= 9;
-  const bool flat = !tile.flat || has_flat(params.epilogue.activation == Activation::kGelu, rows);
-  return tile.fixed && exists && flat && params.pad_top == (rows - 1) / 2 ? rows : 0;
+  const bool exists = rows % 2 == 1 && rows >= (plan.channels_last ? 7 : 3) && rows <= 9;
+  const bool gelu = params.epilogue.activation == Activation::kGelu;
+  const bool can_load = !plan.unaligned_rows || has_unaligned_rows(gelu, rows);
+  return plan.fixed && exists && can_load && params.pad_top == (rows - 1) / 2 ? rows : 0;
 }
 
 }  // namespace convmixer_fast::cuda

@@ -1,32 +1,36 @@
-// The units that the tensor-core kernels compute, and how they lie in shared memory. Host code, no CUDA.
+// How the maps of a work tile lie in the shared memory of the tensor-core kernels. Host code, no CUDA.
 #pragma once
+#include "shape.h"
 
 namespace convmixer_fast::cuda {
 
-// A unit is 8 x 8 outputs: band b holds rows 8b .. 8b + 7, window q columns 8q .. 8q + 7. The M = 16 rows of an mma are
-// 16 units, of one image or of several images of the same channel; one group of 16 units is what a warp computes at
-// once.
-constexpr int kUnit = 8;
-constexpr int kGroupUnits = 16;
-constexpr int kMmaDepth = 16;  // K of an mma: input columns
-constexpr int kMaxKSteps = 3;  // kernel widths up to 41
-constexpr int kMaxWarps = 4;   // a block that works on one channel
-// Maps or tiles up to 32 wide under kernels up to 9 wide have one shape in shared memory, so that the addresses are
-// constants of the kernel.
-constexpr int kFixedWindows = 4;
-constexpr int kFixedPitch = 40;      // pitch of the inputs
-constexpr int kFixedLeft = 4;        // columns left of the map
-constexpr int kFixedOutPitch = 32;   // pitch of the outputs
-constexpr int kPointwiseBytes = 32;  // bias, scale, shift of prologue and epilogue
-constexpr int kMaxSmem = 96 << 10;   // a block that works on one channel; every GPU since sm_80 gives 99 KB
-constexpr int kOctetGap = 32;  // elements after each octet in shared memory, so that two octets lie in different banks
+// The layout of tiles up to 32 wide under kernels up to 9 wide is known at compile time: addresses become immediates.
+constexpr int kFixedSubtileCols = 4;
+constexpr int kFixedPitch = 40;     // elements from one row of inputs to the next
+constexpr int kFixedLeft = 4;       // stored columns left of the map
+constexpr int kFixedOutPitch = 32;  // elements from one row of outputs to the next
 
-namespace tiles {
+constexpr int kMaxSmem = 96 << 10;  // bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB
 
-// The smallest gap that makes a stride in elements a multiple `slot` of 16 bytes modulo 128: then any 8 consecutive
-// units lie in different banks, for ldmatrix and for the stores of the outputs.
-constexpr int gap_to_slot(int stride, int slot) { return ((8 * slot - stride) % 64 + 64) % 64; }
+// The maps of one channel, image after image. Distances are in elements.
+struct StoredMaps {
+  int pitch;        // from one row to the next
+  int gap;          // left out after every kSubtile rows
+  int image_pitch;  // from one image to the next
+};
 
-}  // namespace tiles
+// The smallest gap that makes a distance in elements a multiple `slot` of 16 bytes modulo 128: then any 8 consecutive
+// subtiles lie in different banks, for ldmatrix and for the stores of the outputs.
+constexpr int gap_to_slot(int distance, int slot) { return ((8 * slot - distance) % 64 + 64) % 64; }
+
+template <class Shape>
+inline StoredMaps stored_maps(const Shape& shape, int rows, int pitch) {
+  StoredMaps maps{};
+  maps.pitch = pitch;
+  maps.gap = gap_to_slot(kSubtile * pitch, shape.subtile_cols);
+  maps.image_pitch = rows * pitch + (rows + kSubtile - 1) / kSubtile * maps.gap;
+  maps.image_pitch += gap_to_slot(maps.image_pitch, shape.subtile_rows * shape.subtile_cols);
+  return maps;
+}
 
 }  // namespace convmixer_fast::cuda

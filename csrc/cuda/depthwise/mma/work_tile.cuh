@@ -1,39 +1,41 @@
-// What the tensor-core kernels share: the items of work, and where they lie.
+// What a CTA of the tensor-core kernels processes at a time, and where it lies.
 #pragma once
-#include "smem.h"
+#include "shape.h"
 
 namespace convmixer_fast::cuda {
 
-// One of the pieces that blocks share out: channel by channel (in channels_last, 16 by 16), and within a channel tile
-// by tile, then image by image.
-struct MmaItem {
-  int channel;  // the first
-  int index;    // among the channel's items
+// Work tiles are numbered channel by channel (in channels_last, 16 channels by 16), and within a channel tile by tile,
+// then image by image.
+struct WorkTile {
+  int channel;  // the first channel
+  int index;    // number among the channel's work tiles
 
-  template <class Tile>
-  __device__ MmaItem following(const Tile& tile, int channel_step) const {
-    const bool last = index + 1 == tile.items_a_channel;
+  template <class Plan>
+  __device__ WorkTile following(const Plan& plan, int channel_step) const {
+    const bool last = index + 1 == plan.tiles_per_channel;
     return {channel + last * channel_step, last ? 0 : index + 1};
   }
 };
 
-// Where an item lies.
-struct MmaPlace {
-  int image;     // the first
-  int images;    // that exist
-  int row, col;  // of the tile in the map
+struct TilePosition {
+  int image;   // the first image
+  int images;  // images that exist
+  int row;     // the first row in the map
+  int col;     // the first column in the map
 
-  template <class Params, class Tile>
-  __device__ MmaPlace(const Params& params, const Tile& tile, int index) : row(0), col(0) {
-    if (tile.tiled) {
-      const int tiles = tile.tiles_h * tile.tiles_w, rest = index % tiles;
+  // `shape` has the fields of TileShape.
+  template <class Params, class Shape>
+  __device__ TilePosition(const Params& params, const Shape& shape, int index) : row(0), col(0) {
+    if (shape.tiled) {
+      const int tiles = shape.tiles_h * shape.tiles_w;
+      const int rest = index % tiles;
       image = index / tiles;
-      row = rest / tile.tiles_w * tile.bands * kUnit;
-      col = rest % tile.tiles_w * tile.windows * kUnit;
+      row = rest / shape.tiles_w * shape.subtile_rows * kSubtile;
+      col = rest % shape.tiles_w * shape.subtile_cols * kSubtile;
     } else {
-      image = index * tile.images;
+      image = index * shape.images;
     }
-    images = min(tile.images, static_cast<int>(params.batch) - image);
+    images = min(shape.images, static_cast<int>(params.batch) - image);
   }
 };
 

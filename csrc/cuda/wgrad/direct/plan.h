@@ -1,40 +1,49 @@
-// How the direct kernel of the gradient of the weight cuts its work. Host code, no CUDA.
+// The launch geometry of the direct kernel for the weight's gradient. Host code, no CUDA.
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "../../../common/math.h"
 #include "../../../params.h"
+#include "../../common/dtype_bytes.h"
 #include "../../common/host_device.h"
 #include "../../depthwise/direct/plan.h"
 #include "../../depthwise/mma/loader.h"
 
 namespace convmixer_fast::cuda {
 
-constexpr int kWgradPairs = 2;  // tap rows of a thread
+constexpr int kWgradDirectTapRows = 2;  // tap rows per thread
 constexpr int kWgradMaxThreads = 256;
 
-struct WgradDirectTile {
-  int channels;                   // of an item: one, or in channels_last a sector of them, along which the lanes run
-  int images;                     // of an item
-  int height, width;              // of its tile of gy, whole strips of 8 columns
-  int tiles_h, tiles_w;           // of a map
-  int taps;                       // tap columns of a thread
-  int row_pairs, col_blocks;      // tap rows by kWgradPairs and tap columns by `taps` that a block sums at once,
-  int passes_h, passes_w;         // and how often it takes all
-  int strip_rows;                 // of gy, which a thread goes down at a time
-  int partners;                   // threads with the same taps of the same channel
-  int x_rows, x_pitch, gy_pitch;  // of a stored image, in elements
-  int x_image, gy_image;          // from one image or channel to the next: whole vectors, but in different banks
-  int lanes;                      // threads that fill one row together
-  int threads;
+struct WgradDirectPlan {
+  int channels;    // channels per work tile: one, or in channels_last a sector of them, along which the lanes run
+  int images;      // images per work tile
+  int height;      // rows of gy per tile
+  int width;       // columns of gy per tile: whole strips
+  int tiles_h;     // tiles along h, per map
+  int tiles_w;     // tiles along w, per map
+  int taps;        // tap columns per thread
+  int row_pairs;   // pairs of tap rows that a CTA sums at a time
+  int col_blocks;  // sets of `taps` tap columns that a CTA sums at a time
+  int passes_h;    // passes over x and gy until all tap rows are summed
+  int passes_w;    // passes over x and gy until all tap columns are summed
+  int strip_rows;  // rows of gy that a thread goes down at a time
+  int partners;    // threads that have the same taps of the same channel
+  int x_rows;      // stored rows of x per image
+  int x_pitch;     // elements from one stored row of x to the next
+  int gy_pitch;    // elements from one stored row of gy to the next
+  int x_image;     // elements from one image or channel of x to the next: whole vectors, but in different banks
+  int gy_image;    // elements from one image or channel of gy to the next, likewise
+  int lanes;       // threads that fill one row together
+  int threads;     // threads per CTA
 
-  CMF_HOST_DEVICE int tap_groups() const { return row_pairs * col_blocks; }
+  // Parts of the taps that threads can have.
+  CMF_HOST_DEVICE int tap_blocks() const { return row_pairs * col_blocks; }
   CMF_HOST_DEVICE int strips() const { return width / kDirectStripW; }
   CMF_HOST_DEVICE int tasks() const { return images * strips() * ((height + strip_rows - 1) / strip_rows); }
   int smem_bytes(int element, int real) const {
-    return std::max(channels * images * (x_image + gy_image) * element, threads * (kWgradPairs * taps + 1) * real);
+    const int tiles = channels * images * (x_image + gy_image) * element;
+    return std::max(tiles, threads * (kWgradDirectTapRows * taps + 1) * real);
   }
 };
 
@@ -48,61 +57,103 @@ inline int wgrad_exact_taps(const WgradParams& params) {
   return params.dtype != DType::kFloat64 && taps % 2 == 1 && 3 <= taps && taps <= 9 ? static_cast<int>(taps) : 0;
 }
 
+// What a CTA takes at a time.
+struct WgradDirectCut {
+  int row_pairs;
+  int col_blocks;
+  int channels;
+  int max_height;
+  int max_width;
+  int images;
+};
+
+// Pairs of tap rows, and blocks of tap columns, that cover the kernel.
+inline int wgrad_row_pairs(const WgradParams& params) {
+  return static_cast<int>(ceil_div(params.kernel_h, kWgradDirectTapRows));
+}
+inline int wgrad_col_blocks(const WgradParams& params, int taps) {
+  return static_cast<int>(ceil_div(params.kernel_w, taps));
+}
+
+// Elements of a row that starts on 16 bytes, rows of one strip in different banks.
+inline int wgrad_row_pitch(int cols, int element) {
+  return static_cast<int>(round_up(cols * element, 32) + 16) / element;
+}
+inline int wgrad_image_pitch(int elements, int element) {
+  return static_cast<int>(round_up(elements * element, 128) + 16) / element;
+}
+
+// Sets everything that depends on the cut; false if it needs too many threads.
+inline bool set_tile(const WgradParams& params, const WgradDirectCut& cut, WgradDirectPlan& plan) {
+  const int element = bytes_of(params.dtype);
+  plan.row_pairs = cut.row_pairs;
+  plan.col_blocks = cut.col_blocks;
+  plan.channels = cut.channels;
+  plan.images = cut.images;
+  plan.passes_h = static_cast<int>(ceil_div(wgrad_row_pairs(params), cut.row_pairs));
+  plan.passes_w = static_cast<int>(ceil_div(wgrad_col_blocks(params, plan.taps), cut.col_blocks));
+  plan.tiles_h = static_cast<int>(ceil_div(params.height, cut.max_height));
+  plan.height = static_cast<int>(ceil_div(params.height, plan.tiles_h));
+  plan.width = static_cast<int>(round_up(split_evenly(params.width, cut.max_width), kDirectStripW));
+  plan.tiles_w = static_cast<int>(ceil_div(params.width, plan.width));
+
+  const int window = static_cast<int>(round_up(kDirectStripW + plan.taps - 1, 8));
+  const int x_cols = plan.width - kDirectStripW + (cut.col_blocks - 1) * plan.taps + window;
+  plan.x_rows = plan.height + kWgradDirectTapRows * cut.row_pairs - 1;
+  plan.x_pitch = wgrad_row_pitch(x_cols, element);
+  plan.gy_pitch = wgrad_row_pitch(plan.width, element);
+  plan.x_image = wgrad_image_pitch(plan.x_rows * plan.x_pitch, element);
+  plan.gy_image = wgrad_image_pitch(plan.height * plan.gy_pitch, element);
+
+  const int teams = cut.channels * plan.tap_blocks();
+  if (teams > kWgradMaxThreads) return false;
+  plan.partners = kWgradMaxThreads / teams;
+  plan.strip_rows = std::min(plan.height, 16);  // bounds the chain of additions, too
+  while (plan.strip_rows > 2 && plan.tasks() < 2 * plan.partners) plan.strip_rows = (plan.strip_rows + 1) / 2;
+  plan.partners = std::min(plan.partners, plan.tasks());
+  plan.threads = static_cast<int>(round_up(teams * plan.partners, 32));
+  plan.lanes = std::min(32, lanes_for(plan.x_pitch) * cut.channels);
+  return true;
+}
+
 // The first of these that fits shared memory: all taps at once, or some tap columns, or some of both; in channels_last
 // a sector of channels before some; large tiles before small ones.
-inline WgradDirectTile choose_wgrad_direct_tile(const WgradParams& params, int block_smem) {
-  using namespace tiles;
-  constexpr int kSmem = 48 << 10, kSmemChannelsLast = 113 << 10;  // on sm_90 four and two blocks an SM
-  constexpr int kStrip = kDirectStripW;
+inline WgradDirectPlan choose_wgrad_direct_plan(const WgradParams& params, int cta_smem) {
+  constexpr int kSmem = 48 << 10;               // bytes: four CTAs per SM on sm_90
+  constexpr int kSmemChannelsLast = 113 << 10;  // bytes: two CTAs per SM on sm_90
   const bool channels_last = wgrad_is_channels_last(params);
-  const int element = bytes_of(params.dtype), real = params.dtype == DType::kFloat64 ? 8 : 4;
+  const int element = bytes_of(params.dtype);
+  const int real = arithmetic_bytes_of(params.dtype);
   const int exact_taps = wgrad_exact_taps(params);
-  const auto ceil = [](int64_t a, int64_t b) { return static_cast<int>(ceil_div(a, b)); };
+  WgradDirectPlan plan{};
+  plan.taps = exact_taps ? exact_taps : kDirectTapBlock;
 
-  WgradDirectTile tile{};
-  tile.taps = exact_taps ? exact_taps : kDirectTapBlock;
-  const int row_pairs = ceil(params.kernel_h, kWgradPairs), col_blocks = ceil(params.kernel_w, tile.taps);
-  const int window = static_cast<int>(round_up(kStrip + tile.taps - 1, 8));
-  const auto fits = [&](int pairs, int blocks, int channels, int most_height, int most_width, int images, int smem) {
-    tile.row_pairs = pairs, tile.col_blocks = blocks, tile.channels = channels, tile.images = images;
-    tile.passes_h = ceil(row_pairs, pairs), tile.passes_w = ceil(col_blocks, blocks);
-    tile.tiles_h = ceil(params.height, most_height), tile.tiles_w = ceil(params.width, most_width);
-    tile.height = ceil(params.height, tile.tiles_h);
-    tile.width = static_cast<int>(round_up(ceil(params.width, tile.tiles_w), kStrip));
-    tile.tiles_w = ceil(params.width, tile.width);
-    tile.x_rows = tile.height + kWgradPairs * pairs - 1;
-    const auto pitch = [&](int cols) { return static_cast<int>(round_up(cols * element, 32) + 16) / element; };
-    tile.x_pitch = pitch(tile.width - kStrip + (blocks - 1) * tile.taps + window);
-    tile.gy_pitch = pitch(tile.width);
-    const auto image_pitch = [&](int elements) {
-      return static_cast<int>(round_up(elements * element, 128) + 16) / element;
-    };
-    tile.x_image = image_pitch(tile.x_rows * tile.x_pitch);
-    tile.gy_image = image_pitch(tile.height * tile.gy_pitch);
-    if (channels * tile.tap_groups() > kWgradMaxThreads) return false;
-    tile.partners = kWgradMaxThreads / (channels * tile.tap_groups());
-    tile.strip_rows = std::min(tile.height, 16);  // a bound on the chain of additions, too
-    while (tile.strip_rows > 2 && tile.tasks() < 2 * tile.partners) tile.strip_rows = (tile.strip_rows + 1) / 2;
-    tile.partners = std::min(tile.partners, tile.tasks());
-    tile.threads = static_cast<int>(round_up(channels * tile.tap_groups() * tile.partners, 32));
-    const int col_lanes = lanes_for(tile.x_pitch);
-    tile.lanes = std::min(32, col_lanes * channels);
-    return tile.smem_bytes(element, real) <= smem;
+  struct TapCut {
+    int row_pairs;
+    int col_blocks;
   };
-
-  constexpr int kTiles[][2] = {{32, 64}, {32, 32}, {16, 32}, {16, 16}, {8, 16}, {8, 8}, {4, 8}, {2, 8}};
+  struct TileSize {
+    int height;
+    int width;
+  };
+  const int row_pairs = wgrad_row_pairs(params);
+  const int col_blocks = wgrad_col_blocks(params, plan.taps);
+  const TapCut tap_cuts[] = {{row_pairs, col_blocks}, {row_pairs, 1}, {std::min(row_pairs, 8), 1}, {1, 1}};
+  constexpr TileSize kSizes[] = {{32, 64}, {32, 32}, {16, 32}, {16, 16}, {8, 16}, {8, 8}, {4, 8}, {2, 8}};
   const int sector = channels_last ? 32 / element : 1;
   const bool small = params.height * params.width <= 256;
-  const int most_images = !channels_last ? 8 : small ? 4 : 1;
-  const int smem = channels_last ? std::min(block_smem, kSmemChannelsLast) : kSmem;
-  for (const auto& [pairs, blocks] : {std::pair{row_pairs, col_blocks}, std::pair{row_pairs, 1},
-                                      std::pair{std::min(row_pairs, 8), 1}, std::pair{1, 1}})
+  const int max_images = !channels_last ? 8 : small ? 4 : 1;
+  const int smem = channels_last ? std::min(cta_smem, kSmemChannelsLast) : kSmem;
+  for (const TapCut& taps : tap_cuts)
     for (int channels = sector; channels > 0; channels /= 2)
-      for (const auto& [height, width] : kTiles)
-        for (int images = most_images; images > 0; images /= 2)
-          if (images <= params.batch && fits(pairs, blocks, channels, height, width, images, smem)) return tile;
-  tile.threads = 0;  // not reached: one channel, 2 x 8 outputs and 2 tap rows fit
-  return tile;
+      for (const TileSize& size : kSizes)
+        for (int images = max_images; images > 0; images /= 2) {
+          if (images > params.batch) continue;
+          const WgradDirectCut cut{taps.row_pairs, taps.col_blocks, channels, size.height, size.width, images};
+          if (set_tile(params, cut, plan) && plan.smem_bytes(element, real) <= smem) return plan;
+        }
+  plan.threads = 0;  // not reached: one channel, 2 x 8 outputs and 2 tap rows fit
+  return plan;
 }
 
 }  // namespace convmixer_fast::cuda

@@ -1,4 +1,5 @@
-// How the tensor-core kernel of the gradient of the weight cuts its work. Host code, no CUDA.
+// The launch geometry of the tensor-core kernel for the weight's gradient, and for which parameters there is one. Host
+// code, no CUDA.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -7,138 +8,163 @@
 #include "../../../params.h"
 #include "../../common/host_device.h"
 #include "../../depthwise/mma/loader.h"
+#include "../../depthwise/mma/shape.h"
 #include "../../depthwise/mma/smem.h"
 
 namespace convmixer_fast::cuda {
 
-constexpr int kWgradRows = 8;          // tap rows of a warp where no instantiation has all of them
-constexpr int kWgradMaxWarps = 16;     // of a block; and of an SM, by the registers
-constexpr int kWgradFixedWarps = 4;    // of a block in which every warp has all taps
-constexpr int kWgradDiagonals = 24;    // of a 16 x 8 product there are 23; the last is the sum of gy
-constexpr int kWgradScratchPitch = 9;  // of a product in shared memory, so that neither rows nor diagonals share banks
+constexpr int kWgradMmaTapRows = 8;    // tap rows per warp if no instantiation has all of them
+constexpr int kWgradMaxWarps = 16;     // warps per CTA; and per SM, by the registers
+constexpr int kWgradFixedWarps = 4;    // warps of a CTA in which every warp has all taps
+constexpr int kWgradDiagonals = 24;    // a 16 x 8 product has 23; the last is the sum of gy
+constexpr int kWgradScratchPitch = 9;  // pitch of a product in shared memory: neither rows nor diagonals share banks
 
-// One of the two tensors in shared memory.
+// One of the two tensors, x or gy, in shared memory. Distances are in elements.
 struct WgradOperand {
-  int rows, cols;                    // loaded of one image: the map, or a tile with its halo
-  int top, left;                     // stored rows above and columns left of the map or tile
-  int pitch, band_gap, image_pitch;  // in elements
-  int zero_unit;                     // where a unit that does not exist lies: zeros
-  int elements;
-  int load_step, store_step;  // of a prefetched item: from one piece of a thread to its next, in memory and here
+  int rows;          // rows loaded per image: the map, or a tile with its halo
+  int cols;          // columns loaded per image, likewise
+  int top;           // stored rows above the map or tile
+  int left;          // stored columns left of the map or tile
+  StoredMaps maps;   // where rows and images lie
+  int zero_subtile;  // where a subtile that does not exist lies: zeros
+  int elements;      // size in elements
+  int load_step;     // from one prefetched vector of a thread to its next: in the tensor
+  int store_step;    // in shared memory
 };
 
-struct WgradTile {
-  bool fixed;                  // all tap rows in the registers of each warp, pitches kFixedPitch and kFixedOutPitch
-  int tap_rows;                // of a warp
-  int k_steps;                 // products of 16 stored columns that one row of taps needs
-  int row_groups, passes;      // a pass takes this many groups of tap rows: one unless there are more than warps
-  int images, bands, windows;  // of an item
-  int tiles_h, tiles_w;        // of a map
-  bool tiled;
-  int units, groups;  // of an item, 16 units a group
-  int splits;         // warps with the same taps share the groups
-  int warps;          // splits x row_groups x k_steps
-  WgradOperand x, gy;
-  int lead;                                  // stored columns before the first tap of a window
-  int load_vector, load_lanes, rows_a_step;  // as in MmaTile
-  bool prefetch;
-  int items_a_channel;
+// How the taps are divided among the warps of a CTA.
+struct WgradTaps {
+  bool fixed;          // each warp has all tap rows in its registers; pitches are kFixedPitch and kFixedOutPitch
+  int tap_rows;        // tap rows per warp
+  int k_steps;         // products of 16 stored columns that one row of taps needs
+  int tap_row_blocks;  // sets of tap_rows tap rows that a pass takes
+  int passes;          // passes over x and gy: one unless there are more tap row blocks than warps
 
-  CMF_HOST_DEVICE int tap_groups() const { return row_groups * k_steps; }
+  // The parts of the taps that warps can have: tap row blocks by 16 stored columns.
+  CMF_HOST_DEVICE int tap_blocks() const { return tap_row_blocks * k_steps; }
+};
+
+struct WgradMmaPlan {
+  WgradTaps taps;         // how the taps are divided among warps
+  TileShape shape;        // elements of gy in a work tile
+  int splits;             // warps that have the same taps and share the M blocks
+  int warps;              // warps per CTA: splits x tap blocks
+  WgradOperand x;         // x in shared memory
+  WgradOperand gy;        // gy in shared memory
+  int lead;               // stored columns before the first tap of a subtile
+  int load_vector;        // elements per load
+  int load_lanes;         // threads that load one row together
+  int rows_per_step;      // rows that the CTA loads at a time
+  bool prefetch;          // a thread's share of a work tile is kPrefetch vectors of 8 elements, at equal distances
+  int tiles_per_channel;  // work tiles per channel
+
   int smem_bytes() const {
-    return 2 * (x.elements + gy.elements) + 4 * warps * (tap_rows * kWgradDiagonals + kMmaDepth * kWgradScratchPitch);
+    return 2 * (x.elements + gy.elements) + 4 * warps * (taps.tap_rows * kWgradDiagonals + kMmaK * kWgradScratchPitch);
   }
 };
 
-// The geometry for these params; false where the tensor-core kernel does not apply: float32 and float64, rows that are
-// not contiguous, kernels over 240 wide.
-inline bool choose_wgrad_tile(const WgradParams& params, WgradTile& tile) {
-  using namespace tiles;
+// Whether the kernel can run at all: float16 and bfloat16, contiguous rows, kernels up to about 240 high or wide,
+// indices and offsets inside a work tile in 32 bits.
+inline bool is_supported(const WgradParams& params) {
   constexpr int64_t kMaxOffset = int64_t{1} << 31;
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
   if (params.width > 1 && (params.x_stride.w != 1 || params.gy_stride.w != 1)) return false;
-  // Indices and the offsets inside one item are 32-bit.
   for (const Strides& stride : {params.x_stride, params.gy_stride})
-    if (std::max(kGroupUnits * stride.n, params.height * stride.h) >= kMaxOffset) return false;
+    if (std::max(kSubtilesPerMma * stride.n, params.height * stride.h) >= kMaxOffset) return false;
   if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return false;
-  if (std::max(params.kernel_h, params.kernel_w) > kMmaDepth * kWgradMaxWarps) return false;
+  return std::max(params.kernel_h, params.kernel_w) <= kMmaK * kWgradMaxWarps;
+}
 
-  const int kernel_h = static_cast<int>(params.kernel_h), kernel_w = static_cast<int>(params.kernel_w);
-  const int pad_top = static_cast<int>(params.pad_top), pad_left = static_cast<int>(params.pad_left);
-  tile = {};
-  tile.x.top = pad_top;
-  tile.x.left = static_cast<int>(std::max<int64_t>(kFixedLeft, round_up(pad_left, 4)));
-  tile.lead = tile.x.left - pad_left;
-  tile.k_steps = static_cast<int>(ceil_div(tile.lead + kernel_w + kUnit - 1, kMmaDepth));
-  if (tile.k_steps > kWgradMaxWarps) return false;
+inline WgradTaps divide_taps(int kernel_h, int k_steps, const TileShape& shape) {
+  WgradTaps taps{};
+  taps.k_steps = k_steps;
+  taps.fixed =
+      k_steps == 1 && shape.subtile_cols <= kFixedSubtileCols && kernel_h % 2 == 1 && 3 <= kernel_h && kernel_h <= 9;
+  taps.tap_rows = taps.fixed ? kernel_h : kWgradMmaTapRows;
+  const int tap_row_blocks = static_cast<int>(ceil_div(kernel_h, taps.tap_rows));
+  taps.passes = static_cast<int>(ceil_div(tap_row_blocks, kWgradMaxWarps / k_steps));
+  taps.tap_row_blocks = static_cast<int>(ceil_div(tap_row_blocks, taps.passes));
+  return taps;
+}
 
-  const auto set_units = [&](int64_t bands, int64_t windows, int64_t images) {
-    tile.bands = static_cast<int>(bands), tile.windows = static_cast<int>(windows);
-    tile.images = static_cast<int>(images);
-    tile.tiles_h = static_cast<int>(ceil_div(params.height, bands * kUnit));
-    tile.tiles_w = static_cast<int>(ceil_div(params.width, windows * kUnit));
-    tile.tiled = tile.tiles_h * tile.tiles_w > 1;
-    tile.units = tile.images * tile.bands * tile.windows;
-    tile.groups = static_cast<int>(ceil_div(tile.units, kGroupUnits));
-    tile.fixed =
-        tile.k_steps == 1 && tile.windows <= kFixedWindows && kernel_h % 2 == 1 && 3 <= kernel_h && kernel_h <= 9;
-    tile.tap_rows = tile.fixed ? kernel_h : kWgradRows;
-    const int row_groups = static_cast<int>(ceil_div(kernel_h, tile.tap_rows));
-    tile.passes = static_cast<int>(ceil_div(row_groups, kWgradMaxWarps / tile.k_steps));
-    tile.row_groups = static_cast<int>(ceil_div(row_groups, tile.passes));
-    tile.splits = std::min(tile.groups, std::max(1, kWgradFixedWarps / tile.tap_groups()));
-    tile.warps = tile.splits * tile.tap_groups();
+// What lies in shared memory of one tensor: `rows` stored rows per map, and if subtiles are missing from the last M
+// block zeros for one subtile of zero_rows + 1 rows and zero_cols columns.
+inline void set_layout(const TileShape& shape, int rows, int pitch, int zero_rows, int zero_cols,
+                       WgradOperand& operand) {
+  operand.maps = stored_maps(shape, rows, pitch);
+  operand.zero_subtile = shape.images * operand.maps.image_pitch;
+  const bool is_complete = shape.subtiles % kSubtilesPerMma == 0;
+  const int zeros = is_complete ? 0 : zero_rows * pitch + operand.maps.gap + zero_cols;
+  operand.elements = operand.zero_subtile + static_cast<int>(round_up(zeros, kSubtile));
+}
 
-    const auto set_operand = [&](WgradOperand& operand, int rows, int pitch, int zero_rows, int zero_cols) {
-      operand.rows =
-          static_cast<int>(tile.tiled ? kUnit * bands + (&operand == &tile.x ? kernel_h - 1 : 0) : params.height);
-      operand.pitch = pitch;
-      operand.cols = static_cast<int>(tile.tiled ? pitch : params.width);
-      operand.band_gap = gap_to_slot(kUnit * pitch, tile.windows);
-      operand.image_pitch = rows * pitch + (rows + kUnit - 1) / kUnit * operand.band_gap;
-      operand.image_pitch += gap_to_slot(operand.image_pitch, tile.bands * tile.windows);
-      operand.zero_unit = tile.images * operand.image_pitch;
-      const int zeros = tile.units % kGroupUnits == 0 ? 0 : zero_rows * pitch + operand.band_gap + zero_cols;
-      operand.elements = operand.zero_unit + static_cast<int>(round_up(zeros, kUnit));
-    };
-    set_operand(tile.x, kUnit * tile.bands + tile.passes * tile.row_groups * tile.tap_rows - 1,
-                tile.fixed ? kFixedPitch : kUnit * (tile.windows - 1) + kMmaDepth * tile.k_steps,
-                kUnit + tile.tap_rows - 2, kMmaDepth);
-    set_operand(tile.gy, kUnit * tile.bands, tile.fixed ? kFixedOutPitch : kUnit * tile.windows, kUnit - 1, kUnit);
-    return tile.smem_bytes() <= kMaxSmem;
+// Sets taps, tile and shared memory to the first of these that fits: the whole map of as many images as fill an M
+// block, else a tile of 64 x 64, 32 x 32 or 16 x 16.
+inline bool choose_shape(const WgradParams& params, int k_steps, WgradMmaPlan& plan) {
+  const int kernel_h = static_cast<int>(params.kernel_h);
+  const auto fits = [&](int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
+    set_shape(params.height, params.width, subtile_rows, subtile_cols, images, plan.shape);
+    plan.taps = divide_taps(kernel_h, k_steps, plan.shape);
+    plan.splits = std::min(plan.shape.m_blocks, std::max(1, kWgradFixedWarps / plan.taps.tap_blocks()));
+    plan.warps = plan.splits * plan.taps.tap_blocks();
+
+    const int rows = kSubtile * plan.shape.subtile_rows;
+    const int gy_cols = kSubtile * plan.shape.subtile_cols;
+    const int x_cols = gy_cols - kSubtile + kMmaK * k_steps;
+    const int tap_rows = plan.taps.passes * plan.taps.tap_row_blocks * plan.taps.tap_rows;
+    set_layout(plan.shape, rows + tap_rows - 1, plan.taps.fixed ? kFixedPitch : x_cols,
+               kSubtile + plan.taps.tap_rows - 2, kMmaK, plan.x);
+    set_layout(plan.shape, rows, plan.taps.fixed ? kFixedOutPitch : gy_cols, kSubtile - 1, kSubtile, plan.gy);
+
+    const bool tiled = plan.shape.tiled;
+    plan.x.rows = static_cast<int>(tiled ? rows + kernel_h - 1 : params.height);
+    plan.gy.rows = static_cast<int>(tiled ? rows : params.height);
+    plan.x.cols = static_cast<int>(tiled ? plan.x.maps.pitch : params.width);
+    plan.gy.cols = static_cast<int>(tiled ? plan.gy.maps.pitch : params.width);
+    return plan.smem_bytes() <= kMaxSmem;
   };
+  const int64_t subtile_rows = ceil_div(params.height, kSubtile);
+  const int64_t subtile_cols = ceil_div(params.width, kSubtile);
+  const int64_t subtiles = subtile_rows * subtile_cols;
+  if (subtiles <= kMaxWholeMapSubtiles)
+    for (int64_t images = std::min(params.batch, images_per_m_block(subtiles)); images > 0; images /= 2)
+      if (fits(subtile_rows, subtile_cols, images)) return true;
+  for (const int64_t side : {8, 4, 2})
+    if (fits(std::min(subtile_rows, side), std::min(subtile_cols, side), 1)) return true;
+  return false;
+}
 
-  // As in the forward pass: the whole map of as many images as fill a group, else a tile of 64 x 64 or 32 x 32.
-  const int64_t bands = ceil_div(params.height, kUnit), windows = ceil_div(params.width, kUnit);
-  const int64_t images = std::max<int64_t>(1, kGroupUnits / std::min<int64_t>(kGroupUnits, bands * windows));
-  bool found = false;
-  for (int64_t some = std::min(params.batch, images); some > 0 && !found; some /= 2)
-    found = bands * windows <= 16 * kGroupUnits && set_units(bands, windows, some);
-  for (const int64_t side : {8, 4, 2}) found = found || set_units(std::min(bands, side), std::min(windows, side), 1);
-  if (!found) return false;
-
-  tile.load_vector = std::min(vector_width(params.x, params.width, params.x_stride, false),
+// Sets which thread loads what of a plan's shape.
+inline void choose_loader(const WgradParams& params, WgradMmaPlan& plan) {
+  plan.load_vector = std::min(vector_width(params.x, params.width, params.x_stride, false),
                               vector_width(params.gy, params.width, params.gy_stride, false));
-  if (tile.tiled) tile.load_vector = std::min(tile.load_vector, 4);  // as the halo is aligned
-  tile.load_lanes = lanes_for(ceil_div(tile.x.cols, tile.load_vector));
-  tile.rows_a_step = 32 * tile.warps / tile.load_lanes;
-  const bool within_image = tile.images == 1 && tile.rows_a_step % kUnit == 0;
-  tile.prefetch = !tile.tiled && tile.load_vector == 8 && tile.load_lanes * 8 >= params.width &&
-                  (within_image || tile.rows_a_step % params.height == 0) &&
-                  ceil_div(tile.images * params.height, tile.rows_a_step) <= kPrefetch;
-  const int step_rows = within_image ? tile.rows_a_step : 0;
-  const int step_images = within_image ? 0 : static_cast<int>(tile.rows_a_step / params.height);
-  const auto set_steps = [&](WgradOperand& operand, const Strides& stride) {
-    operand.load_step = static_cast<int>(step_images * stride.n + step_rows * stride.h);
-    operand.store_step =
-        step_images * operand.image_pitch + step_rows * operand.pitch + step_rows / kUnit * operand.band_gap;
-  };
-  set_steps(tile.x, params.x_stride);
-  set_steps(tile.gy, params.gy_stride);
+  if (plan.shape.tiled) plan.load_vector = std::min(plan.load_vector, 4);  // the halo is aligned to 4 elements
+  plan.load_lanes = lanes_for(ceil_div(plan.x.cols, plan.load_vector));
+  plan.rows_per_step = 32 * plan.warps / plan.load_lanes;
+  const LoaderStep step = loader_step(plan.shape, plan.rows_per_step, params.height);
+  plan.prefetch = !plan.shape.tiled && plan.load_vector == 8 && plan.load_lanes * 8 >= params.width &&
+                  fits_registers(plan.shape, step, plan.rows_per_step, params.height, kPrefetch);
+  plan.x.load_step = distance(step, params.x_stride);
+  plan.x.store_step = distance(step, plan.x.maps);
+  plan.gy.load_step = distance(step, params.gy_stride);
+  plan.gy.store_step = distance(step, plan.gy.maps);
+}
 
-  const int64_t items = ceil_div(params.batch, tile.images) * tile.tiles_h * tile.tiles_w;
-  tile.items_a_channel = static_cast<int>(items);
-  return items * params.channels < kMaxOffset;
+// The launch geometry for these parameters; false leaves them to the direct kernel.
+inline bool choose_wgrad_mma_plan(const WgradParams& params, WgradMmaPlan& plan) {
+  if (!is_supported(params)) return false;
+  const int pad_left = static_cast<int>(params.pad_left);
+  plan = {};
+  plan.x.top = static_cast<int>(params.pad_top);
+  plan.x.left = static_cast<int>(std::max<int64_t>(kFixedLeft, round_up(pad_left, 4)));
+  plan.lead = plan.x.left - pad_left;
+  const int k_steps = static_cast<int>(ceil_div(plan.lead + params.kernel_w + kSubtile - 1, kMmaK));
+  if (k_steps > kWgradMaxWarps || !choose_shape(params, k_steps, plan)) return false;
+  choose_loader(params, plan);
+
+  const int64_t tiles = tiles_per_channel(plan.shape, params.batch);
+  plan.tiles_per_channel = static_cast<int>(tiles);
+  return tiles * params.channels < int64_t{1} << 31;
 }
 
 }  // namespace convmixer_fast::cuda

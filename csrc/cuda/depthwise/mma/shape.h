@@ -1,0 +1,55 @@
+// How the tensor-core kernels cut maps into tiles, and tiles into subtiles. Host code, no CUDA.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../../../common/math.h"
+
+namespace convmixer_fast::cuda {
+
+// A subtile is 8 x 8 outputs: subtile row r holds rows 8r .. 8r + 7, subtile column q columns 8q .. 8q + 7. The M = 16
+// rows of an mma are 16 subtiles, of one image or of several images of the same channel; such an M block is what a warp
+// computes at a time. In the gradient of the weight the same 16 subtiles are the K of an mma.
+constexpr int kSubtile = 8;
+constexpr int kSubtilesPerMma = 16;
+constexpr int kMmaK = 16;                                   // stored input columns that one mma covers
+constexpr int kMaxWholeMapSubtiles = 16 * kSubtilesPerMma;  // larger maps are cut into tiles
+
+// The outputs of one work tile, per channel.
+struct TileShape {
+  int images;        // images per work tile
+  int subtile_rows;  // subtiles along h, per image
+  int subtile_cols;  // subtiles along w, per image
+  int tiles_h;       // tiles along h, per map
+  int tiles_w;       // tiles along w, per map
+  bool tiled;        // a map has more than one tile: inputs come with a halo
+  int subtiles;      // subtiles per work tile
+  int m_blocks;      // sets of kSubtilesPerMma subtiles
+};
+
+// Sets the fields of a TileShape, or of what has the same.
+template <class Shape>
+inline void set_shape(int64_t height, int64_t width, int64_t subtile_rows, int64_t subtile_cols, int64_t images,
+                      Shape& shape) {
+  shape.images = static_cast<int>(images);
+  shape.subtile_rows = static_cast<int>(subtile_rows);
+  shape.subtile_cols = static_cast<int>(subtile_cols);
+  shape.tiles_h = static_cast<int>(ceil_div(height, subtile_rows * kSubtile));
+  shape.tiles_w = static_cast<int>(ceil_div(width, subtile_cols * kSubtile));
+  shape.tiled = shape.tiles_h * shape.tiles_w > 1;
+  shape.subtiles = shape.images * shape.subtile_rows * shape.subtile_cols;
+  shape.m_blocks = static_cast<int>(ceil_div(shape.subtiles, kSubtilesPerMma));
+}
+
+// Images whose maps of this many subtiles fill an M block.
+inline int64_t images_per_m_block(int64_t subtiles) {
+  return std::max<int64_t>(1, kSubtilesPerMma / std::min<int64_t>(kSubtilesPerMma, subtiles));
+}
+
+// Work tiles per channel.
+template <class Shape>
+inline int64_t tiles_per_channel(const Shape& shape, int64_t batch) {
+  return ceil_div(batch, shape.images) * shape.tiles_h * shape.tiles_w;
+}
+
+}  // namespace convmixer_fast::cuda
