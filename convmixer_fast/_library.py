@@ -13,7 +13,7 @@ import torch
 from ._version import __version__
 from .files import open_regular, printable
 
-ALLOCATION_FAILED = "out of memory: could not allocate"  # csrc/bindings/operators.h
+ALLOCATION_FAILED = "out of memory: could not allocate"  # csrc/bindings/allocation.h
 
 _OLDEST_TORCH = (2, 10)  # the stable ABI that setup.py builds against, TORCH_TARGET_VERSION
 _NEEDS = f"convmixer_fast needs torch {'.'.join(map(str, _OLDEST_TORCH))} or newer"

@@ -1,8 +1,8 @@
 """The operators on tensors without numbers, for torch.export, torch.compile and the meta device: what a result looks
 like, and the same errors.
 
-The checks are those of csrc/bindings/operators.h, in its order and its words; tests hold the two to the same verdict.
-Where sizes are symbols, a check becomes a condition of the traced program.
+The checks are those of tensor_checks.h and operators.h in csrc/bindings, in their order and their words; tests hold
+both sides to the same verdict. Where sizes are symbols, a check becomes a condition of the traced program.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-// New tensors beside a given one: outputs in its memory format, contiguous copies, workspaces.
+// New tensors on a given one's device: outputs in its memory format, contiguous copies, workspaces.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,13 +25,14 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// convmixer_fast/_library.py turns such errors into torch.OutOfMemoryError.
+// convmixer_fast/_library.py turns errors that begin so into torch.OutOfMemoryError.
 constexpr const char* kAllocationFailed = "out of memory: could not allocate ";
 
-// On x's device; null if there is no memory for it.
+// An uninitialised tensor on x's device; null if there is no memory for it.
 inline AtenTensorHandle allocate(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides,
                                  int32_t dtype) {
-  int32_t device_type, device_index;
+  int32_t device_type;
+  int32_t device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle handle = nullptr;
@@ -40,7 +41,7 @@ inline AtenTensorHandle allocate(const Tensor& x, int64_t dims, const int64_t* s
   return status == AOTI_TORCH_SUCCESS ? handle : nullptr;
 }
 
-// what: for the message if there is no memory for it.
+// An uninitialised tensor with x's dtype and device. `what` names it in the error if there is no memory for it.
 template <size_t kDims>
 Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std::array<int64_t, kDims> strides,
                           const char* what = "the output") {
@@ -52,11 +53,12 @@ Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std
   return Tensor(handle);
 }
 
-// The tensor itself, or a copy where it is not contiguous.
+// The tensor itself if it is contiguous, else a copy that is.
 template <size_t kDims>
 Tensor contiguous(const char* argument, const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
-  std::array<int64_t, kDims> sizes, strides;
+  std::array<int64_t, kDims> sizes;
+  std::array<int64_t, kDims> strides;
   int64_t stride = 1;
   for (size_t d = kDims; d-- > 0;) {
     sizes[d] = tensor.size(d);
@@ -68,6 +70,7 @@ Tensor contiguous(const char* argument, const Tensor& tensor) {
   return torch::stable::copy_(copy, tensor);
 }
 
+// Uninitialised bytes on x's device.
 inline Tensor empty_workspace(const Tensor& x, int64_t bytes) {
   const int64_t stride = 1;
   const AtenTensorHandle handle = allocate(x, 1, &bytes, &stride, aoti_torch_dtype_uint8());
@@ -77,7 +80,10 @@ inline Tensor empty_workspace(const Tensor& x, int64_t bytes) {
 
 // An output of x's shape in x's memory format.
 inline Tensor empty_output(const Tensor& x) {
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t n = x.size(0);
+  const int64_t c = x.size(1);
+  const int64_t h = x.size(2);
+  const int64_t w = x.size(3);
   const auto or_one = [](int64_t size) { return size > 0 ? size : 1; };
   if (is_channels_last(x)) return empty_strided_like<4>(x, {n, c, h, w}, {h * w * c, 1, w * c, c});
   return empty_strided_like<4>(x, {n, c, h, w},

@@ -1,4 +1,4 @@
-// Error messages: a check that throws one, and how shapes, strides, devices and types are printed in it.
+// Error messages: check(), which throws one, and how shapes, strides, devices and types are printed in it.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -13,8 +13,9 @@ namespace convmixer_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class... Parts>
-void check(bool condition, const Parts&... message) {
+// Throws std::runtime_error with the message, which is all that follows the condition, unless the condition holds.
+template <class... Printed>
+void check(bool condition, const Printed&... message) {
   if (condition) return;
   std::ostringstream text;
   (text << ... << message);

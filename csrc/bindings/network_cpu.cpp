@@ -1,5 +1,5 @@
-// A whole ConvMixer on the CPU, from torch's side. convmixer_fast/cpu_engine.py calls these operators; so may anyone,
-// with anything.
+// The operators that run a whole ConvMixer on the CPU. convmixer_fast/cpu_engine.py calls them, but anyone may, with
+// any arguments: everything is checked.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -21,33 +21,41 @@
 namespace convmixer_fast {
 namespace {
 
-constexpr uintptr_t kAlignment = 64;
+constexpr uintptr_t kAlignment = 64;  // bytes; what the kernels demand of their memory
 
-// Sizes whose memory would have this many bytes or more are refused: all that is counted then fits 64 bits.
+// Sizes that need this many bytes or more are refused, so that no count overflows 64 bits.
 constexpr double kTooManyBytes = 0x1p62;
 constexpr int64_t kTooManyTasks = int64_t(1) << 32;
 
-// The kernels round sizes up to whole vectors, tiles and panels, by less than this.
+// Bounds what the kernels round a size up to: whole channel vectors, packed A panels, packed B tiles.
 double padded(int64_t size) { return double(size) + 128; }
 
-// At least what the packed weights have, and one layer more: its size is counted where there is none.
+// An upper bound of the packed weights' size. It counts one layer more than there are, because the kernels compute the
+// size of a layer even if depth is 0.
 double bound_of_packed_bytes(const MixerSizes& s) {
-  const double dim = padded(s.dim), classes = padded(s.classes), depth = double(s.depth) + 1;
-  const double patch = padded(s.in_channels * s.patch_h * s.patch_w), taps = padded(s.kernel_h) * double(s.kernel_w);
-  const double layer = 2 * dim * dim + dim * taps + 16 * dim;  // Strassen's products have 7/4 dim^2 weights
+  const double dim = padded(s.dim);
+  const double classes = padded(s.classes);
+  const double depth = double(s.depth) + 1;
+  const double patch = padded(s.in_channels * s.patch_h * s.patch_w);
+  const double taps = padded(s.kernel_h) * double(s.kernel_w);
+  const double layer = 2 * dim * dim + dim * taps + 16 * dim;  // Strassen's sub-products have 7/4 dim^2 weights
   return sizeof(float) * (dim * patch + depth * layer + (classes + 16) * dim + classes);
 }
 
-// At least what a run keeps in its workspace.
+// An upper bound of the workspace's size.
 double bound_of_workspace_bytes(const MixerParams& p) {
   const MixerSizes& s = p.sizes;
-  const double dim = padded(s.dim), patch = padded(s.in_channels * s.patch_h * s.patch_w);
-  const double rows = double(p.batch) * double(p.height / s.patch_h), width = double(p.width / s.patch_w);
-  const double planes = rows * (width + double(s.kernel_w)) * dim, panels = (rows * width + 16) * (patch + 2 * dim);
-  return sizeof(float) * (planes + panels + (double(p.batch) + 16) * dim) + kHugePage;
+  const double dim = padded(s.dim);
+  const double patch = padded(s.in_channels * s.patch_h * s.patch_w);
+  const double rows = double(p.batch) * double(p.height / s.patch_h);
+  const double width = double(p.width / s.patch_w);
+  const double blocked_maps = rows * (width + double(s.kernel_w)) * dim;
+  const double packed_panels = (rows * width + 16) * (patch + 2 * dim);
+  const double pooled = (double(p.batch) + 16) * dim;
+  return sizeof(float) * (blocked_maps + packed_panels + pooled) + kHugePage;
 }
 
-// Contiguous, so that its elements are all in memory: strides of 0 would allow for any number of them.
+// Weights must be contiguous, so that a shape as large as this is really in memory: strides of 0 allow for any shape.
 void check_weight(const char* argument, const Tensor& tensor, ScalarType type) {
   check(tensor.scalar_type() == type && tensor.is_contiguous(), argument, " must be contiguous, ", name_of(type),
         " as patch, got ", tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ',
@@ -74,9 +82,13 @@ MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& 
   check_weight("patch", patch, patch.scalar_type());
   check_weight("depthwise", depthwise, patch.scalar_type());
   check_weight("head_weight", head_weight, patch.scalar_type());
-  sizes.in_channels = patch.size(1), sizes.patch_h = patch.size(2), sizes.patch_w = patch.size(3);
-  sizes.dim = depthwise.size(1), sizes.depth = depthwise.size(0);
-  sizes.kernel_h = depthwise.size(3), sizes.kernel_w = depthwise.size(4);
+  sizes.in_channels = patch.size(1);
+  sizes.patch_h = patch.size(2);
+  sizes.patch_w = patch.size(3);
+  sizes.dim = depthwise.size(1);
+  sizes.depth = depthwise.size(0);
+  sizes.kernel_h = depthwise.size(3);
+  sizes.kernel_w = depthwise.size(4);
   sizes.classes = head_weight.size(0);
   sizes.activation = activation_of(activation);
   check(bound_of_packed_bytes(sizes) < kTooManyBytes,
@@ -94,7 +106,9 @@ MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
   params.sizes = sizes;
   params.x = x.const_data_ptr();
   params.x_stride = strides_of(x);
-  params.batch = x.size(0), params.height = x.size(2), params.width = x.size(3);
+  params.batch = x.size(0);
+  params.height = x.size(2);
+  params.width = x.size(3);
   params.threads = torch::stable::get_num_threads();
   const double patches =
       double(params.batch) * double(params.height / sizes.patch_h) * double(params.width / sizes.patch_w);
@@ -119,6 +133,7 @@ void check_shape(const char* argument, const Tensor& tensor, std::initializer_li
         tensor.is_contiguous() ? "" : "strided ", name_of(tensor.scalar_type()), ' ', ShapeOf{tensor});
 }
 
+// The weights as the kernels read them.
 Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& pointwise, const Tensor& vectors,
                   const Tensor& head_weight, const Tensor& head_bias) {
   const MixerSizes s = sizes_of(patch, depthwise, head_weight, 0);
@@ -127,58 +142,64 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   check_shape("vectors", vectors, {2 * s.depth + 1, 3, s.dim}, ScalarType::Double);
   check_shape("head_bias", head_bias, {s.classes}, type);
   const cpu::NetworkKernels& kernels = cpu::kernels().network(s.dtype);
-  Tensor packed = empty_bytes(patch, kernels.packed_bytes(s));
-  const MixerWeights weights{patch.const_data_ptr(),       depthwise.const_data_ptr(),
-                             pointwise.const_data_ptr(),   static_cast<const double*>(vectors.const_data_ptr()),
-                             head_weight.const_data_ptr(), head_bias.const_data_ptr()};
+  Tensor packed = empty_on_huge_pages(patch, kernels.packed_bytes(s));
+  MixerWeights weights{};
+  weights.patch = patch.const_data_ptr();
+  weights.depthwise = depthwise.const_data_ptr();
+  weights.pointwise = pointwise.const_data_ptr();
+  weights.vectors = static_cast<const double*>(vectors.const_data_ptr());
+  weights.head = head_weight.const_data_ptr();
+  weights.head_bias = head_bias.const_data_ptr();
   reporting_no_memory([&] { kernels.pack(s, weights, packed.mutable_data_ptr()); });
   return packed;
 }
 
+// The bytes of workspace that a run on x needs.
 int64_t mixer_workspace_bytes(const Tensor& x, const Tensor& patch, const Tensor& depthwise,
                               const Tensor& head_weight) {
   const MixerParams params = params_of(x, sizes_of(patch, depthwise, head_weight, 0));
   return cpu::kernels().network(params.sizes.dtype).workspace_bytes(params) + kHugePage;
 }
 
-// Zeros, beside the weights that mixer_pack has packed.
+// A workspace of zeros, on the device of the packed weights.
 Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
   check(packed.scalar_type() == ScalarType::Byte, "packed must be uint8, got ", name_of(packed.scalar_type()));
   check(bytes >= 0, "bytes must be at least 0, got ", bytes);
-  Tensor workspace = empty_bytes(packed, bytes);
+  Tensor workspace = empty_on_huge_pages(packed, bytes);
   std::memset(workspace.mutable_data_ptr(), 0, workspace.numel());
   return workspace;
 }
 
-void run_steps(const cpu::NetworkKernels& kernels, const MixerParams& params, double* seconds) {
-  std::vector<MixerStep> steps = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
+// Runs all stages. If `seconds` is not null, it receives the time of each.
+void run_stages(const cpu::NetworkKernels& kernels, const MixerParams& params, double* seconds) {
+  std::vector<MixerStep> stages = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
   for (int64_t layer = 0; layer < params.sizes.depth; ++layer) {
-    steps.push_back({MixerStep::kDepthwise, layer});
-    steps.push_back({MixerStep::kPointwise, layer});
+    stages.push_back({MixerStep::kDepthwise, layer});
+    stages.push_back({MixerStep::kPointwise, layer});
   }
-  steps.push_back({MixerStep::kPool, 0});
-  steps.push_back({MixerStep::kHead, 0});
+  stages.push_back({MixerStep::kPool, 0});
+  stages.push_back({MixerStep::kHead, 0});
   std::vector<int64_t> tasks;
-  for (const MixerStep& step : steps) {
-    tasks.push_back(kernels.tasks(params, step));
+  for (const MixerStep& stage : stages) {
+    tasks.push_back(kernels.tasks(params, stage));
     check(tasks.back() < kTooManyTasks, "x must make fewer than 2^32 tasks of every step, got ", tasks.back(),
           " of one for ", params.batch, " images and ", params.sizes.dim, " channels");
   }
 
   cpu::WorkStealing shared(tasks, params.threads);
   auto start = cpu::WorkStealing::Clock::now();
-  const auto run = [&](size_t step, int64_t begin, int64_t end) { kernels.run(params, steps[step], begin, end); };
+  const auto run = [&](size_t stage, int64_t begin, int64_t end) { kernels.run(params, stages[stage], begin, end); };
   parallel_for(params.threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) shared.work(thread, run);
   });
-  for (size_t step = 0; seconds && step < steps.size(); ++step) {
-    seconds[step] = std::chrono::duration<double>(shared.end(step) - start).count();
-    start = shared.end(step);
+  for (size_t stage = 0; seconds && stage < stages.size(); ++stage) {
+    seconds[stage] = std::chrono::duration<double>(shared.end(stage) - start).count();
+    start = shared.end(stage);
   }
 }
 
-// `seconds`, if it is given, float64 (2 depth + 4), receives the time of every step: patches, project, depthwise and
-// pointwise of each layer, pool, head.
+// The logits of x. `seconds`, if it is given, is float64 (2 depth + 4,) and receives the time of every stage: patches,
+// project, depthwise and conv1x1 of each layer, pool, head.
 Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, const Tensor& head_weight,
              const Tensor& packed, const Tensor& workspace, int64_t activation, bool residual,
              const std::optional<Tensor>& seconds) {
@@ -197,11 +218,11 @@ Tensor mixer(const Tensor& x, const Tensor& patch, const Tensor& depthwise, cons
     check_apart("seconds", *seconds, "workspace", workspace);
   }
   params.packed = packed.const_data_ptr();
-  params.workspace = aligned(workspace);
+  params.workspace = huge_page_aligned(workspace);
   Tensor y = empty_strided_like<2>(x, {params.batch, s.classes}, {s.classes > 0 ? s.classes : 1, 1});
   params.y = y.mutable_data_ptr();
   double* const times = seconds ? static_cast<double*>(seconds->mutable_data_ptr()) : nullptr;
-  if (y.numel() > 0) reporting_no_memory([&] { run_steps(kernels, params, times); });
+  if (y.numel() > 0) reporting_no_memory([&] { run_stages(kernels, params, times); });
   return y;
 }
 

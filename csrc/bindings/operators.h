@@ -1,8 +1,9 @@
-// The operators from torch's side: arguments checked, output allocated, params filled, a backend's kernels run.
-// One implementation for every backend; a backend is a type with
+// The operators as torch calls them. Each checks its arguments, allocates its output, fills the params and has a
+// backend run its kernels. There is one implementation for all backends; a backend is a type with
 //   static void depthwise(const DepthwiseParams&, const Tensor& x);
-//   static void depthwise_wgrad(WgradParams&, const Tensor& x);  // which sets the workspace
+//   static void depthwise_wgrad(WgradParams&, const Tensor& x);  // allocates the workspace
 //   static void activate_pool(const PoolParams&, const Tensor& x);
+// in which x tells the device.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,17 +24,19 @@ constexpr const char* kPrologueBias = "prologue[0] (bias)";
 constexpr const char* kPrologueScale = "prologue[1] (scale)";
 constexpr const char* kPrologueShift = "prologue[2] (shift)";
 
-// bias, scale and shift of one pointwise step, checked; owns contiguous copies where they were needed.
-struct Pointwise {
-  Tensor bias, scale, shift;
-  PointwiseParams params;
+// Checked bias, scale and shift of one elementwise step, and contiguous copies of those that were strided.
+struct Elementwise {
+  Tensor bias;
+  Tensor scale;
+  Tensor shift;
+  PointwiseParams params;  // points into the three tensors
 
-  Pointwise(const Tensor& x, const Tensor& bias_, const char* bias_name, const Tensor& scale_, const char* scale_name,
-            const Tensor& shift_, const char* shift_name, Activation activation) {
+  Elementwise(const Tensor& x, const Tensor& bias_, const char* bias_name, const Tensor& scale_, const char* scale_name,
+              const Tensor& shift_, const char* shift_name, Activation activation) {
     const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    bias = checked_vector(bias_name, bias_, x, type);
-    scale = checked_vector(scale_name, scale_, x, type);
-    shift = checked_vector(shift_name, shift_, x, type);
+    bias = checked_affine(bias_name, bias_, x, type);
+    scale = checked_affine(scale_name, scale_, x, type);
+    shift = checked_affine(shift_name, shift_, x, type);
     params = {bias.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
               type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32, activation};
   }
@@ -44,10 +47,16 @@ inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, c
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.y = y.mutable_data_ptr();
-  params.batch = x.size(0), params.channels = x.size(1), params.height = x.size(2), params.width = x.size(3);
-  params.x_stride = strides_of(x), params.y_stride = strides_of(y);
-  params.kernel_h = weight.size(2), params.kernel_w = weight.size(3);
-  params.pad_top = (params.kernel_h - 1) / 2, params.pad_left = (params.kernel_w - 1) / 2;
+  params.batch = x.size(0);
+  params.channels = x.size(1);
+  params.height = x.size(2);
+  params.width = x.size(3);
+  params.x_stride = strides_of(x);
+  params.y_stride = strides_of(y);
+  params.kernel_h = weight.size(2);
+  params.kernel_w = weight.size(3);
+  params.pad_top = (params.kernel_h - 1) / 2;
+  params.pad_left = (params.kernel_w - 1) / 2;
   params.dtype = dtype_of("x", x);
   return params;
 }
@@ -57,17 +66,17 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   check_map("x", x);
   dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
-  Tensor bias_vector;
-  if (bias) bias_vector = checked_vector("bias", *bias, x, x.scalar_type());
+  Tensor contiguous_bias;
+  if (bias) contiguous_bias = checked_affine("bias", *bias, x, x.scalar_type());
   Tensor y = empty_output(x);
   DepthwiseParams params = depthwise_params(x, taps, y);
-  params.epilogue.bias = bias ? bias_vector.const_data_ptr() : nullptr;
+  params.epilogue.bias = bias ? contiguous_bias.const_data_ptr() : nullptr;
   params.epilogue.vector_dtype = params.dtype;
   if (y.numel() > 0) Backend::depthwise(params, x);
   return y;
 }
 
-// The gradient of depthwise_conv2d's x, given that of its output.
+// The gradient of depthwise_conv2d's x, given that of its output: the convolution of gy with the mirrored taps.
 template <class Backend>
 Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
   check_map("gy", gy);
@@ -76,19 +85,20 @@ Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
   Tensor gx = empty_output(gy);
   DepthwiseParams params = depthwise_params(gy, taps, gx);
   params.flip_taps = true;
-  params.pad_top = params.kernel_h / 2, params.pad_left = params.kernel_w / 2;
+  params.pad_top = params.kernel_h / 2;
+  params.pad_left = params.kernel_w / 2;
   params.epilogue.vector_dtype = params.dtype;
   if (gx.numel() > 0) Backend::depthwise(params, gy);
   return gx;
 }
 
-// The gradients of depthwise_conv2d's weight and, if `bias`, of its bias (else of no elements).
+// The gradients of depthwise_conv2d's weight and bias; without `bias` the second has no elements.
 template <class Backend>
 std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor& gy, int64_t kernel_h, int64_t kernel_w,
                                                   bool bias) {
   check_map("x", x);
   const DType dtype = dtype_of("x", x);
-  check_beside("gy", gy, x);
+  check_same_device("gy", gy, x);
   check(gy.scalar_type() == x.scalar_type(), "gy must have x's dtype ", name_of(x.scalar_type()), ", got ",
         name_of(gy.scalar_type()));
   check_map("gy", gy);
@@ -107,18 +117,26 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor&
     return {gweight, gbias};
   }
   WgradParams params{};
-  params.x = x.const_data_ptr(), params.gy = gy.const_data_ptr();
+  params.x = x.const_data_ptr();
+  params.gy = gy.const_data_ptr();
   params.gweight = gweight.mutable_data_ptr();
   params.gbias = bias ? gbias.mutable_data_ptr() : nullptr;
-  params.batch = x.size(0), params.channels = channels, params.height = x.size(2), params.width = x.size(3);
-  params.x_stride = strides_of(x), params.gy_stride = strides_of(gy);
-  params.kernel_h = kernel_h, params.kernel_w = kernel_w;
-  params.pad_top = (kernel_h - 1) / 2, params.pad_left = (kernel_w - 1) / 2;
+  params.batch = x.size(0);
+  params.channels = channels;
+  params.height = x.size(2);
+  params.width = x.size(3);
+  params.x_stride = strides_of(x);
+  params.gy_stride = strides_of(gy);
+  params.kernel_h = kernel_h;
+  params.kernel_w = kernel_w;
+  params.pad_top = (kernel_h - 1) / 2;
+  params.pad_left = (kernel_w - 1) / 2;
   params.dtype = dtype;
   Backend::depthwise_wgrad(params, x);
   return {gweight, gbias};
 }
 
+// `out` receives the result; if it is null, a new tensor does.
 template <class Backend>
 Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& weight, const Tensor& bias,
                             const Tensor& scale, const Tensor& shift, int64_t activation, bool residual,
@@ -127,11 +145,11 @@ Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& we
   check_map("x", x);
   dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
-  const Pointwise epilogue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
+  const Elementwise epilogue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   check(prologue_bias.has_value() == prologue_scale.has_value() &&
             prologue_bias.has_value() == prologue_shift.has_value(),
         "prologue must give all of bias, scale and shift, or none");
-  std::optional<Pointwise> prologue;
+  std::optional<Elementwise> prologue;
   if (prologue_bias)
     prologue.emplace(x, *prologue_bias, kPrologueBias, *prologue_scale, kPrologueScale, *prologue_shift, kPrologueShift,
                      activation_of(activation));
@@ -178,7 +196,7 @@ Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias
                           const Tensor& shift, int64_t activation) {
   check_map("x", x);
   const DType dtype = dtype_of("x", x);
-  const Pointwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
+  const Elementwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   const int64_t channels = x.size(1);
   if (out) {
     check_output<2>(*out, {x.size(0), channels}, {{"x", x}, {"bias", bias}, {"scale", scale}, {"shift", shift}});
@@ -186,8 +204,16 @@ Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias
     count_write(*out);
   }
   Tensor y = out ? *out : empty_strided_like<2>(x, {x.size(0), channels}, {channels > 0 ? channels : 1, 1});
-  PoolParams params{x.const_data_ptr(), y.mutable_data_ptr(), x.size(0), channels,       x.size(2),
-                    x.size(3),          strides_of(x),        dtype,     prologue.params};
+  PoolParams params{};
+  params.x = x.const_data_ptr();
+  params.y = y.mutable_data_ptr();
+  params.batch = x.size(0);
+  params.channels = channels;
+  params.height = x.size(2);
+  params.width = x.size(3);
+  params.x_stride = strides_of(x);
+  params.dtype = dtype;
+  params.prologue = prologue.params;
   if (y.numel() > 0) Backend::activate_pool(params, x);
   return y;
 }
@@ -206,6 +232,7 @@ void activate_pool_out(const Tensor& x, const Tensor& bias, const Tensor& scale,
 
 }  // namespace convmixer_fast
 
+// Registers the operators above for a dispatch key of torch, as BACKEND runs them.
 #define CONVMIXER_FAST_IMPL(DISPATCH_KEY, BACKEND)                                 \
   STABLE_TORCH_LIBRARY_IMPL(convmixer_fast, DISPATCH_KEY, m) {                     \
     using namespace convmixer_fast;                                                \

@@ -1,5 +1,5 @@
-// What the CPU kernels throw, from torch's threads to the caller: torch's C interface would keep nothing but that one
-// of them threw.
+// Work on torch's threads. Exceptions of the CPU kernels reach the caller as they were thrown; torch's C interface
+// alone would report only that there was one.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -14,7 +14,8 @@
 
 namespace convmixer_fast {
 
-// f(), or where it finds no memory the error that convmixer_fast/_library.py turns into torch.OutOfMemoryError.
+// Returns f(). If f finds no memory, throws the error that convmixer_fast/_library.py turns into
+// torch.OutOfMemoryError.
 template <class F>
 auto reporting_no_memory(F f) {
   try {
@@ -27,7 +28,8 @@ auto reporting_no_memory(F f) {
   __builtin_unreachable();
 }
 
-// f(begin, end) on torch's threads, for parts of [0, tasks); throws what the first of them throws.
+// Calls f(begin, end) on torch's threads for ranges that make up [0, tasks). If calls throw, rethrows the first
+// exception.
 template <class F>
 void parallel_for(int64_t tasks, F f) {
   std::atomic_flag failed = ATOMIC_FLAG_INIT;

@@ -1,3 +1,4 @@
+// Registers the operators for CPU tensors. (The network's operators are in network_cpu.cpp.)
 #include "../cpu/dispatch.h"
 
 #include <stdexcept>
@@ -36,10 +37,11 @@ struct Cpu {
 
 CONVMIXER_FAST_IMPL(CPU, Cpu)
 
-// For convmixer_fast._library, through ctypes.
+// The name of the instruction set in use, or why there is none; convmixer_fast._library calls it through ctypes, which
+// cannot pass exceptions on.
 extern "C" __attribute__((visibility("default"))) const char* convmixer_fast_cpu_isa() try {
   return convmixer_fast::cpu::kernels().name;
-} catch (const std::runtime_error& error) {  // ctypes knows no exceptions
+} catch (const std::runtime_error& error) {
   static const std::string message = error.what();
   return message.c_str();
 }

@@ -1,10 +1,12 @@
+// Registers the operators for CUDA tensors.
 #include "../cuda/common/launch.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
 #include "operators.h"
 
-// Weak: this library then also links and loads where torch has no CUDA, and its registration can be tested there.
+// A weak symbol, so that this library also links and loads if torch has no CUDA and its registration can be tested
+// there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace convmixer_fast {
@@ -26,7 +28,7 @@ struct Cuda {
   }
 
  private:
-  // On x's device and its current stream.
+  // Calls launcher(stream) with the current stream of x's device.
   template <class Launcher>
   static void launch(const Tensor& x, const Launcher& launcher) {
     check(aoti_torch_get_current_cuda_stream != nullptr, "x is on CUDA, but this build of torch has no CUDA");
@@ -44,5 +46,5 @@ struct Cuda {
 
 CONVMIXER_FAST_IMPL(CUDA, Cuda)
 
-// The version of the CUDA runtime that is linked in, such as 13000 for 13.0; for convmixer_fast._library.
+// The version of the CUDA runtime that is linked in, such as 13000 for 13.0; convmixer_fast._library reads it.
 extern "C" __attribute__((visibility("default"))) int convmixer_fast_cuda_runtime() { return CUDART_VERSION; }

@@ -1,4 +1,4 @@
-// The operators' schemas.
+// The schemas of all operators; the other files of this folder register implementations.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(convmixer_fast, m) {

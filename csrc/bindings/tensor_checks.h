@@ -1,4 +1,5 @@
-// What the operators demand of their arguments: types, shapes, devices, and outputs apart from inputs.
+// Checks of the operators' arguments: dtypes, shapes, devices, and that an output shares no memory with an input.
+// convmixer_fast/fakes.py has the same checks for tensors without data.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -41,13 +42,14 @@ inline void check_map(const char* argument, const Tensor& x) {
   check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
 }
 
-inline void check_beside(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
+inline void check_same_device(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
   check(tensor.device() == x.device(), argument, " must be on ", x_name, "'s device ", DeviceOf{x}, ", got ",
         DeviceOf{tensor});
 }
 
+// The weight, contiguous, for the convolution of x.
 inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* x_name = "x") {
-  check_beside("weight", weight, x, x_name);
+  check_same_device("weight", weight, x, x_name);
   check(weight.scalar_type() == x.scalar_type(), "weight must have ", x_name, "'s dtype ", name_of(x.scalar_type()),
         ", got ", name_of(weight.scalar_type()));
   check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && is_kernel_size(weight.size(2)) &&
@@ -57,22 +59,24 @@ inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* 
   return contiguous<4>("weight", weight);
 }
 
-inline Tensor checked_vector(const char* argument, const Tensor& vector, const Tensor& x, ScalarType type) {
-  check_beside(argument, vector, x);
-  check(vector.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()),
-        " x, got ", name_of(vector.scalar_type()));
-  check(vector.dim() == 1 && vector.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
-        " channels as x, got ", ShapeOf{vector});
-  return contiguous<1>(argument, vector);
+// A bias, scale or shift, contiguous, with one value per channel of x.
+inline Tensor checked_affine(const char* argument, const Tensor& values, const Tensor& x, ScalarType type) {
+  check_same_device(argument, values, x);
+  check(values.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()),
+        " x, got ", name_of(values.scalar_type()));
+  check(values.dim() == 1 && values.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
+        " channels as x, got ", ShapeOf{values});
+  return contiguous<1>(argument, values);
 }
 
-// An argument by its name.
+// An argument and its name.
 struct Input {
   const char* name;
   const Tensor& tensor;
 };
 
-// Whether no two elements may share memory: true only where each dimension strides over all that the nearer ones span.
+// Whether no two elements can share memory: true only if the stride of each dimension exceeds all that the dimensions
+// with smaller strides span.
 inline bool is_injective(const Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
   for (int64_t d = 0; d < tensor.dim(); d++) {
@@ -104,12 +108,12 @@ inline void check_apart(const char* argument, const Tensor& tensor, const char* 
   check(!share_memory(tensor, other), argument, " must not share memory with ", other_argument);
 }
 
-// The caller's own output. Kernels read their inputs while others write it, so that they must not overlap; of strided
-// tensors the extents are compared. fakes.py has the same checks.
+// Checks an output that the caller has allocated. Threads write it while others still read the inputs, so it must not
+// overlap these; extents are compared, also those of strided tensors.
 template <size_t kDims>
 void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std::vector<Input>& inputs) {
   const Tensor& x = inputs.front().tensor;
-  check_beside("out", out, x);
+  check_same_device("out", out, x);
   check(out.scalar_type() == x.scalar_type(), "out must have x's dtype ", name_of(x.scalar_type()), ", got ",
         name_of(out.scalar_type()));
   bool fits = out.dim() == static_cast<int64_t>(kDims);
@@ -119,8 +123,8 @@ void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std
   for (const Input& input : inputs) check_apart("out", out, input.name, input.tensor);
 }
 
-// Has autograd see that a tensor was written, by a write of none of its elements: its version counter is not part of
-// the stable ABI.
+// Tells autograd that a tensor is written. Its version counter is not part of the stable ABI, but zeroing none of its
+// elements advances it.
 inline void count_write(const Tensor& tensor) {
   Tensor nothing = torch::stable::narrow(const_cast<Tensor&>(tensor), 0, 0, 0);
   torch::stable::zero_(nothing);
