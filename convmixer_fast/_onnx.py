@@ -11,6 +11,7 @@ import torch
 from torch import onnx
 from torch._C import TensorType, Value
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.onnx import symbolic_opset9
 from torch.onnx.symbolic_helper import parse_args
 
 from .export import ACTIVATION_NAMES, decompositions
@@ -74,20 +75,13 @@ def _conv(g: Any, x: Value, weight: Value, sizes: list[int] | None, *bias: Value
     )
 
 
-def _activate_and_normalize(
-    g: Any, v: Value, bias: Value, scale: Value, shift: Value, activation: int, dtype: torch.dtype
-) -> Value:
-    def constant(value: float) -> Value:
-        return g.op("Constant", value_t=torch.tensor(value, dtype=dtype))
-
+def _activate_and_normalize(g: Any, v: Value, bias: Value, scale: Value, shift: Value, activation: int) -> Value:
     over_channels = g.op("Constant", value_t=torch.tensor([-1, 1, 1]))
     bias, scale, shift = (g.op("Reshape", vector, over_channels) for vector in (bias, scale, shift))
     v = g.op("Add", v, bias)
-    if ACTIVATION_NAMES[activation] == "gelu":
-        cdf = g.op("Mul", constant(0.5), g.op("Add", constant(1), g.op("Erf", g.op("Mul", v, constant(0.5**0.5)))))
-        v = g.op("Mul", v, cdf)
-    elif ACTIVATION_NAMES[activation] == "relu":
-        v = g.op("Relu", v)
+    name = ACTIVATION_NAMES[activation]
+    if name != "none":
+        v = getattr(symbolic_opset9, name)(g, v)  # as torch translates its own activation
     return g.op("Add", g.op("Mul", v, scale), shift)
 
 
@@ -118,17 +112,17 @@ def fused_depthwise(
     (dtype, _), (arithmetic, _), (_, sizes) = _known("x", x), _known("bias", bias), _known("weight", weight)
     z = _cast(g, x, dtype, arithmetic)
     if not _is_none(prologue_bias):
-        z = _activate_and_normalize(g, z, prologue_bias, prologue_scale, prologue_shift, activation, arithmetic)
+        z = _activate_and_normalize(g, z, prologue_bias, prologue_scale, prologue_shift, activation)
         z = _cast(g, _cast(g, z, arithmetic, dtype), dtype, arithmetic)  # rounded to x's dtype
     y = _conv(g, z, _cast(g, weight, dtype, arithmetic), sizes)
-    y = _activate_and_normalize(g, y, bias, scale, shift, activation, arithmetic)
+    y = _activate_and_normalize(g, y, bias, scale, shift, activation)
     return _cast(g, g.op("Add", y, z) if residual else y, arithmetic, dtype)
 
 
 @parse_args("v", "v", "v", "v", "i")
 def activate_pool(g: Any, x: Value, bias: Value, scale: Value, shift: Value, activation: int) -> Value:
     (dtype, _), (arithmetic, _) = _known("x", x), _known("bias", bias)
-    y = _activate_and_normalize(g, _cast(g, x, dtype, arithmetic), bias, scale, shift, activation, arithmetic)
+    y = _activate_and_normalize(g, _cast(g, x, dtype, arithmetic), bias, scale, shift, activation)
     return _cast(g, g.op("Flatten", g.op("GlobalAveragePool", y), axis_i=1), arithmetic, dtype)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._types import DTYPES, either
 from .files import open_regular, printable
 from .model import ACTIVATIONS, ALIASES, VARIANTS, ConvMixer, check_activation
 from .stored import read_content
@@ -22,7 +23,6 @@ MAX_DEPTH = 1024  # layers, which are built one by one; the paper's deepest mode
 _MAX_NESTING = 4  # levels of dicts and lists in which weights are looked for
 _MAX_PREFIX = 200  # characters
 _MAX_FOUND = 16
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Where a file has several, as trainers name what they go on with: timm and Lightning, torchvision, and many more.
 _ENTRIES = ("state_dict", "state_dict_ema", "model", "model_ema", "model_state_dict", "ema_state_dict")
 
@@ -49,8 +49,8 @@ def load_checkpoint(
 
     Args:
         path: the file.
-        activation: "gelu" or "relu", which no tensor tells. None: as the file name says, by the name of a model of
-            these sizes (see list_models; convmixer_768_32 has ReLU) or by the word "gelu" or "relu".
+        activation: that of ConvMixer, such as "gelu", which no tensor tells. None: as the file name says, by the name
+            of a model of these sizes (see list_models; convmixer_768_32 has ReLU) or by the activation's own.
         ema: which weights to take, where training also kept an average of them (EMA, SWA), as in timm's entry
             "state_dict_ema", torchvision's "model_ema", AveragedModel. True: the averaged ones; False: those that were
             trained; None: the averaged ones if there are any, as timm does, with a warning if there are both.
@@ -289,7 +289,7 @@ def _activation_of_name(path: Path, sizes: dict[str, int]) -> str:
     said |= {activation for activation in ACTIVATIONS if activation in path.name.lower()}
     if len(said) != 1:
         raise ValueError(
-            f"activation must be given, 'gelu' or 'relu': the file name {printable(path.name)} "
+            f"activation must be given, {either(map(repr, ACTIVATIONS))}: the file name {printable(path.name)} "
             + ("says both" if said else f"is not that of a known model of these sizes, {sizes}")
         )
     return said.pop()
@@ -305,7 +305,7 @@ def _check_fits(state: State, model: ConvMixer, name: str) -> None:
             raise ValueError(f"{name} lacks {key}, which a ConvMixer of depth {model.depth} has")
         if state[key].shape != like.shape:
             raise ValueError(f"{name}: {key} has shape {_shown(tuple(state[key].shape))}, expected {tuple(like.shape)}")
-        accepted = (torch.int64, *_DTYPES) if _is_counter(key) else _DTYPES
+        accepted = (torch.int64, *DTYPES) if _is_counter(key) else tuple(DTYPES)
         if state[key].dtype not in accepted:
             raise ValueError(f"{name}: {key} is {state[key].dtype}, accepted: {', '.join(map(str, accepted))}")
     for key in state:

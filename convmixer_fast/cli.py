@@ -14,9 +14,11 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from . import ConvMixer, __version__, build_info, load_checkpoint, optimize, ranks
+from . import ConvMixer, __version__, build_info, load_checkpoint, ops, optimize, ranks
+from ._types import DTYPES, NETWORK_DTYPES, name_of
 from .explain import GPUS, explain
 from .files import open_regular, printable
+from .model import ACTIVATIONS
 
 # Characters printed at most: of a file's name, which Linux bounds so; of a class's; of a message.
 NAME_LIMIT, LABEL_LIMIT, MESSAGE_LIMIT = 4096, 1000, 2000
@@ -278,13 +280,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argument = command.add_argument
     argument("images", metavar="IMAGE", nargs="+", type=file_path, help="image file, or folder of them")
     argument("--checkpoint", metavar="F", type=file_path, required=True, help="the model's weights")
-    argument("--activation", choices=("gelu", "relu"), help="needed where the checkpoint's name does not tell")
+    argument("--activation", choices=tuple(ACTIVATIONS), help="needed where the checkpoint's name does not tell")
     argument("--ema", **ema)
     argument("--labels", metavar="F", type=file_path, help="the classes' names, one a line")
     argument("--topk", metavar="K", type=positive, default=5, help="lines an image at most (%(default)s)")
     argument("--image-size", metavar="S", type=positive, default=224, help="side of the input (%(default)s pixels)")
     argument("--batch-size", metavar="N", type=positive, default=16, help="images a pass (%(default)s)")
-    argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
+    dtypes = tuple(map(name_of, NETWORK_DTYPES))
+    argument("--dtype", choices=dtypes, default="float32", help="(%(default)s)")
     argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     command.set_defaults(run=classify, parser=command)
 
@@ -301,9 +304,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argument = command.add_argument
     argument("shape", metavar="SIZE", nargs=4, type=positive, help="of the input: N C H W")
     argument("--kernel-size", metavar="K", type=kernel_sizes, required=True, help="rows and columns: 9, or 9x7")
-    argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float16", help="(%(default)s)")
+    argument("--dtype", choices=tuple(map(name_of, DTYPES)), default="float16", help="(%(default)s)")
     argument("--layout", choices=("contiguous", "channels_last"), default="contiguous", help="(%(default)s)")
-    argument("--activation", choices=("none", "gelu", "relu"), default="gelu", help="(%(default)s)")
+    argument("--activation", choices=tuple(ops.ACTIVATIONS), default="gelu", help="(%(default)s)")
     argument("--prologue", action="store_true", help="with the prologue of fused_depthwise")
     argument("--device", choices=tuple(GPUS), default="H200", help="(%(default)s)")
     command.set_defaults(run=explain_launch, parser=command)

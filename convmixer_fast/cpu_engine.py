@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._types import NETWORK_DTYPES
 from .locks import give_lock
 
 if TYPE_CHECKING:
     from .inference import OptimizedConvMixer
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_IDLE_WORKSPACES = 4
 
 _ops = torch.ops.convmixer_fast
@@ -39,7 +39,7 @@ class CpuEngine:
     @staticmethod
     def runs(x: Tensor) -> bool:
         """Whether x can be run: a plain CPU tensor that nobody traces, and not float64."""
-        plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _DTYPES
+        plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in NETWORK_DTYPES
         return plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
     @staticmethod

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._types import ACTIVATIONS, DTYPES, either, name_of
+
 _library = torch.library.Library("convmixer_fast", "FRAGMENT")
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_KERNEL = 2**24  # rows or columns
 _PROLOGUE = ("prologue[0] (bias)", "prologue[1] (scale)", "prologue[2] (shift)")
 
@@ -26,16 +27,12 @@ def _listed(sizes: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, sizes))})"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_map(name: str, x: Tensor) -> None:
     _require(x.dim() == 4, lambda: f"{name} must be (N, C, H, W), got {x.dim()} dimensions: {_listed(x.shape)}")
 
 
 def _check_dtype(name: str, x: Tensor) -> None:
-    _require(x.dtype in _DTYPES, lambda: f"{name} must be float64, float32, float16 or bfloat16, got {_name(x.dtype)}")
+    _require(x.dtype in DTYPES, lambda: f"{name} must be {either(map(name_of, DTYPES))}, got {name_of(x.dtype)}")
 
 
 def _check_beside(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
@@ -45,7 +42,7 @@ def _check_beside(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> No
 def _check_same_dtype(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
     _require(
         tensor.dtype == x.dtype,
-        lambda: f"{name} must have {x_name}'s dtype {_name(x.dtype)}, got {_name(tensor.dtype)}",
+        lambda: f"{name} must have {x_name}'s dtype {name_of(x.dtype)}, got {name_of(tensor.dtype)}",
     )
 
 
@@ -71,7 +68,7 @@ def _check_vector(name: str, vector: Tensor, x: Tensor, dtype: torch.dtype) -> N
     _check_beside(name, vector, x)
     _require(
         vector.dtype == dtype,
-        lambda: f"{name} must be {_name(dtype)} for {_name(x.dtype)} x, got {_name(vector.dtype)}",
+        lambda: f"{name} must be {name_of(dtype)} for {name_of(x.dtype)} x, got {name_of(vector.dtype)}",
     )
 
     def message() -> str:
@@ -84,11 +81,15 @@ def _check_vector(name: str, vector: Tensor, x: Tensor, dtype: torch.dtype) -> N
 def _check_vectors(x: Tensor, vectors: dict[str, Tensor]) -> None:
     """Those of a pointwise step: bias, scale and shift, by name."""
     for name, vector in vectors.items():
-        _check_vector(name, vector, x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        _check_vector(name, vector, x, DTYPES[x.dtype].arithmetic)
 
 
 def _check_activation(activation: int) -> None:
-    _require(activation in (0, 1, 2), lambda: f"activation must be 0 (none), 1 (gelu) or 2 (relu), got {activation}")
+    accepted = {known.code: name for name, known in ACTIVATIONS.items()}
+    _require(
+        activation in accepted,
+        lambda: f"activation must be {either(f'{code} ({name})' for code, name in accepted.items())}, got {activation}",
+    )
 
 
 def _is_injective(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from ._types import DTYPES
 from .locks import give_lock
 from .operator_pass import unit_filters
 
@@ -46,7 +47,7 @@ class Weights:
         after_patch: bias, scale, shift after the patch convolution.
         layers: (depthwise (dim, 1, kh, kw), its vectors, pointwise (dim, dim), its vectors), one a layer.
         head: weight (features, n_classes) and bias (n_classes,), or None.
-        activation: "gelu" or "relu".
+        activation: a key of model.ACTIVATIONS.
         residual: whether the depthwise half of a layer adds its input.
         pool, flatten: as OptimizedConvMixer has them.
         unit: (dim, 1, 1, 1), ones: filters that change nothing, for the map where it is needed as such; or None.
@@ -108,8 +109,7 @@ class Weights:
 
 def unbound(vectors: Tensor, dtype: torch.dtype) -> list[Vectors]:
     """Bias, scale and shift after each convolution, of vectors (n, 3, C), as float32, or float64 for float64."""
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    each = (stacked.unbind() for stacked in vectors.to(arithmetic).unbind())
+    each = (stacked.unbind() for stacked in vectors.to(DTYPES[dtype].arithmetic).unbind())
     return [(bias, scale, shift) for bias, scale, shift in each]
 
 

@@ -74,7 +74,7 @@ class OptimizedConvMixer(nn.Module):
             vectors: (2 depth + 1, 3, dim), float64: bias, scale and shift after each convolution, as they run.
             head_weight: (n_classes, features); None: the result is the features.
             head_bias: (n_classes,), or None with head_weight.
-            activation: "gelu" or "relu".
+            activation: a key of model.ACTIVATIONS.
             residual: whether the spatial half of a layer adds its input.
             chunk, cuda_graphs: see :func:`convmixer_fast.optimize`.
             pool: what makes features of the map: "avg", "max" (dim of them), "avgmax", half the sum of the two,

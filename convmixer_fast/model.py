@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import _types
 from .nn import DepthwiseConv2d, check_size
 
-ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS = {name: known.module for name, known in _types.ACTIVATIONS.items() if known.module}
 HALVES = ("spatial", "channel")  # of a layer: equations 2 and 3
 
 
@@ -52,7 +53,7 @@ class ConvMixer(nn.Module):
         patch_size: p, side and stride of the patches.
         n_classes: number of logits.
         in_channels: channels of the images.
-        activation: "gelu" (erf form) or "relu".
+        activation: a key of ACTIVATIONS, such as "gelu" (erf form).
         residual: the halves of a layer that add their input to their result: any of "spatial" (equation 2) and
             "channel" (equation 3). Others than the default are ablations of the paper's Table 3.
         norm: "batch", or "layer" for that table's LayerNorm: over the channels of each pixel.

@@ -14,9 +14,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
+from ._types import DTYPES
 from .ops import depthwise_conv2d
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda", "meta")
 # Any other subclass may know F.conv2d and not depthwise_conv2d.
 _WEIGHTS: tuple[type[Tensor], ...] = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -143,8 +143,8 @@ def _obstacle(conv: nn.Conv2d, weight: Tensor | None) -> str | None:
         odd = kernel_h % 2 == kernel_w % 2 == 1
         if not (odd and _means(conv.padding, half)):
             return f"padding is {conv.padding!r}, accepted: 'same'" + (f" or {half}" if odd else "")
-    if weight.dtype not in _DTYPES:
-        return f"weight is {weight.dtype}, accepted: {', '.join(map(str, _DTYPES))}"
+    if weight.dtype not in DTYPES:
+        return f"weight is {weight.dtype}, accepted: {', '.join(map(str, DTYPES))}"
     if weight.device.type not in _DEVICES:
         return f"weight is on {weight.device.type}, accepted: {', '.join(_DEVICES)}"
     return None

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _library
+from . import _library, _types
 
-ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2}  # the values of csrc/params.h, enum class Activation
+# The names of activations, with the numbers that stand for them in the operators' schemas.
+ACTIVATIONS = {name: activation.code for name, activation in _types.ACTIVATIONS.items()}
 
 _ops = torch.ops.convmixer_fast
 
@@ -75,7 +76,7 @@ def fused_depthwise(
         x: (N, C, H, W).
         weight: (C, 1, kh, kw), of x's dtype.
         bias, scale, shift: (C,), float32 (float64 if x is).
-        activation: "gelu" (erf form), "relu" or "none"; of the epilogue and of the prologue.
+        activation: a key of ACTIVATIONS, such as "gelu" (erf form) or "none"; of the epilogue and of the prologue.
         residual: whether z is added.
         prologue: None, or three vectors like bias, scale, shift.
         out: (N, C, H, W), of x's dtype and any strides that give each element memory of its own, to be written; it must
@@ -108,7 +109,7 @@ def activate_pool(
     Args:
         x: (N, C, H, W).
         bias, scale, shift: (C,), float32 (float64 if x is).
-        activation: "gelu" (erf form), "relu" or "none".
+        activation: a key of ACTIVATIONS, such as "gelu" (erf form) or "none".
         out: (N, C), of x's dtype, contiguous, to be written; it must not overlap any other argument. None: a new
             tensor.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_hooks
 
+from ._types import ACTIVATIONS, DTYPES
 from .inference import OptimizedConvMixer
 from .model import Residual
 from .nn import DepthwiseConv2d
@@ -37,7 +38,8 @@ _A_POOL = "a global pooling such as nn.AdaptiveAvgPool2d"
 _A_RESIDUAL = "a module with one child fn and the forward fn(x) + x"
 _FROZEN = "FrozenBatchNorm2d"  # the class has this name in torchvision, detectron2, DETR and others
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu"}
+# The layers that may follow a convolution: each activation's name, and what the layer must be set to.
+_LAYERS = {known.module: (name, known.attributes) for name, known in ACTIVATIONS.items() if known.module}
 # What the fused step cannot express, and why, by module.
 _REASONS = {
     Residual: "the fused step adds its input in the spatial half of every layer or of none, and nowhere else",
@@ -46,7 +48,6 @@ _REASONS = {
 # In units of the largest value, of which two orders of the same sums in float64 differ by 3e-16 in the paper's largest
 # networks.
 _TOLERANCE = 1e-6
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -62,7 +63,7 @@ def optimize(
     Args:
         model: in eval mode: a ConvMixer of this package or of timm, or an nn.Sequential as in the paper's Figure 3:
             patch convolution, then layers, then nn.AdaptiveAvgPool2d(1), nn.Flatten and nn.Linear. Every convolution
-            has a bias and is followed by GELU (erf form) or ReLU, the same everywhere, and by nn.BatchNorm2d,
+            has a bias and is followed by an activation that ConvMixer has, the same everywhere, and by nn.BatchNorm2d,
             nn.SyncBatchNorm or a FrozenBatchNorm2d. The depthwise ones have one size and padding "same", or
             (k - 1) // 2 if it is odd, and are in a module with one child fn (of any name) whose forward is fn(x) + x;
             or all of them are in none, without a residual. What follows the layers may end anywhere: then the result
@@ -81,8 +82,8 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if isinstance(chunk, bool) or not (chunk == "auto" or isinstance(chunk, int) and chunk >= 1):
         raise ValueError(f"chunk must be 'auto' or an int from 1 up, got {chunk!r}")
     if not isinstance(cuda_graphs, bool):
@@ -137,8 +138,8 @@ def _check_tensors(model: nn.Module) -> None:
                 raise ValueError(f"{what} a {type(tensor).__name__}, accepted: a plain tensor")
             if tensor.device.type not in ("cpu", "cuda"):
                 raise ValueError(f"{what} on {tensor.device}, accepted: cpu or cuda")
-            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in _DTYPES:
-                raise ValueError(f"{what} {tensor.dtype}, accepted: one of {', '.join(map(str, _DTYPES))}")
+            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in DTYPES:
+                raise ValueError(f"{what} {tensor.dtype}, accepted: one of {', '.join(map(str, DTYPES))}")
 
 
 def _in_float64(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -342,10 +343,9 @@ class _Leaves:
 
     def take_norm(self, conv: nn.Conv2d) -> nn.Module:
         """The BatchNorm after the next leaf, the activation, after conv."""
-        activation = self.take(*_ACTIVATIONS)
-        if isinstance(activation, nn.GELU):
-            self.check(activation, approximate=["none"])
-        name = next(name for kind, name in _ACTIVATIONS.items() if isinstance(activation, kind))
+        activation = self.take(*_LAYERS)
+        name, attributes = next(found for kind, found in _LAYERS.items() if isinstance(activation, kind))
+        self.check(activation, **{attribute: [value] for attribute, value in attributes.items()})
         if self.activation not in ("", name):
             raise self._mismatch(activation, f"{self.activation!r} as before")
         self.activation = name

@@ -7,13 +7,13 @@ device, is differentiable, and rounds where the definition says: in float64 it i
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS = {"none": lambda v: v, "gelu": F.gelu, "relu": F.relu}
+from ._types import ACTIVATIONS
 
 
 def activate_and_normalize(v: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, activation: str) -> Tensor:
     """activation(v + bias) * scale + shift over the channels of (N, C, H, W), in the vectors' dtype."""
     bias, scale, shift = (vector.view(-1, 1, 1) for vector in (bias, scale, shift))
-    return _ACTIVATIONS[activation](v.to(bias.dtype) + bias) * scale + shift
+    return ACTIVATIONS[activation].function(v.to(bias.dtype) + bias) * scale + shift
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

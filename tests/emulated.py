@@ -14,6 +14,8 @@ from ptxsim import Device, HostProgram, LaunchRecord
 from ptxsim.host import build
 from torch import Tensor
 
+from convmixer_fast._types import ACTIVATIONS, DTYPES
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC_FLAGS = ("-O3", "-std=c++17")  # as in setup.py
@@ -21,9 +23,6 @@ COMPILED_FOR = {"sm_89": "sm_80"}  # the same PTX (SAME_PTX in setup.py)
 INCLUDE_DIRS = [CSRC]
 CHECKS = {"memory", "race", "global"}  # all that ptxsim has
 SECONDS_A_LAUNCH = 120
-
-DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/params.h, enum class DType
-ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2}  # csrc/params.h, enum class Activation
 
 
 class Strides(Structure):
@@ -176,7 +175,7 @@ class EmulatedOps:
                 kernel_w=kernel_w,
                 pad_top=(kernel_h - 1) // 2,
                 pad_left=(kernel_w - 1) // 2,
-                dtype=DTYPES[dtype],
+                dtype=DTYPES[dtype].code,
             )
             for name, result in zip(("gweight", "gbias"), results):
                 if result is not None:
@@ -222,7 +221,7 @@ class EmulatedOps:
             height=height,
             width=width,
             x_stride=Strides(*x.stride()),
-            dtype=DTYPES[x.dtype],
+            dtype=DTYPES[x.dtype].code,
         )
 
     def _pointwise(self, step, vectors, activation) -> PointwiseParams:
@@ -230,9 +229,9 @@ class EmulatedOps:
             None if vector is None else self._upload(f"{step}.{name}", vector.contiguous())
             for name, vector in zip(("bias", "scale", "shift"), vectors)
         ]
-        dtypes = {DTYPES[vector.dtype] for vector in vectors if vector is not None} or {0}
+        dtypes = {DTYPES[vector.dtype].code for vector in vectors if vector is not None} or {0}
         (dtype,) = dtypes
-        return PointwiseParams(*addresses, dtype, ACTIVATIONS[activation])
+        return PointwiseParams(*addresses, dtype, ACTIVATIONS[activation].code)
 
     def _upload(self, name, tensor) -> int:
         return self.device.upload_view(_as_numpy(tensor), name, readonly=True)

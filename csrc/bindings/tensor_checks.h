@@ -8,6 +8,8 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <ostream>
 #include <utility>
 #include <vector>
 
@@ -29,8 +31,19 @@ inline DType dtype_of(const char* argument, const Tensor& tensor) {
   __builtin_unreachable();
 }
 
+struct EveryActivation {};  // prints as 0 (none), 1 (gelu) or 2 (relu)
+inline std::ostream& operator<<(std::ostream& out, EveryActivation) {
+  constexpr size_t kCount = std::size(kActivationNames);
+  for (size_t i = 0; i < kCount; i++) {
+    const char* const separator = i == 0 ? "" : i + 1 < kCount ? ", " : " or ";
+    out << separator << i << " (" << kActivationNames[i] << ')';
+  }
+  return out;
+}
+
 inline Activation activation_of(int64_t value) {
-  check(0 <= value && value <= 2, "activation must be 0 (none), 1 (gelu) or 2 (relu), got ", value);
+  check(0 <= value && value < int64_t(std::size(kActivationNames)), "activation must be ", EveryActivation{}, ", got ",
+        value);
   return static_cast<Activation>(value);
 }
 
