@@ -29,16 +29,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile '$(
 GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 
 # The toolkit from PyPI, where there is no nvcc: the tests run the CUDA kernels on an emulated GPU, from nvcc's output.
-NVCC := $(or $(CMF_NVCC),$(wildcard $(patsubst %,%/bin/nvcc,$(CUDA_HOME) $(CUDA_PATH) /usr/local/cuda)),$(shell \
-    command -v nvcc))
-TOOLKIT := $(if $(NVCC),,$(VENV)/.toolkit)
+# If CMF_NVCC names one that does not exist, none is installed in its place: whatever runs nvcc then says so.
+NVCC := $(shell CMF_NVCC='$(CMF_NVCC)' CUDA_HOME='$(CUDA_HOME)' CUDA_PATH='$(CUDA_PATH)' \
+    $(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/find_cuda.py 2>/dev/null)
+TOOLKIT := $(if $(NVCC)$(CMF_NVCC),,$(VENV)/.toolkit)
 
 # Without a GPU the CUDA library is built only where it is asked for (build, test-all); once there, it stays up to date.
 FAST_BUILD := $(if $(or $(GPU),$(wildcard convmixer_fast/_C_cuda.so)),$(TOOLKIT) build,build-cpu)
 
 # One file for each choice of what to build, newer than the sources: with nothing to do, nothing is started. It is
 # removed where the libraries are missing.
-SOURCES := setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -name '.*')
+SOURCES := setup.py tools/find_cuda.py $(shell find csrc -type f -not -path '*/__pycache__/*' -not -name '.*')
 built = build/built-$(shell echo '$(VENV) $(1) $(TORCH_CUDA_ARCH_LIST) $(CMF_NVCC) $(CMF_LINEINFO)' | cksum | cut -d' ' -f1)
 BUILT := $(call built,$(or $(CMF_CUDA),auto))
 BUILT_CPU := $(call built,cpu)

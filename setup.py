@@ -17,7 +17,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 import threading
 import traceback
 from pathlib import Path
@@ -31,19 +30,6 @@ ALL_TARGETS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 TARGETS_WITHOUT_GPU = ("8.0+PTX", "9.0a")
 SAME_PTX = {"8.6": "8.0", "8.9": "8.0", "12.0": "10.0"}  # no kernel has code of its own for the former
 SHOWN = 30  # lines of the log, when a build fails
-
-
-def find_nvcc() -> Path | None:
-    site_packages = Path(sysconfig.get_path("purelib"))
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [
-        os.environ.get("CMF_NVCC"),
-        *(Path(home) / "bin" / "nvcc" for home in homes),
-        shutil.which("nvcc"),
-        *site_packages.glob("nvidia/cu*/bin/nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-    ]
-    return next((Path(nvcc) for nvcc in candidates if nvcc and os.access(nvcc, os.X_OK)), None)
 
 
 def toolkit_of(nvcc: Path) -> Path:
@@ -63,15 +49,21 @@ def choice(variable: str, accepted: tuple[str, ...]) -> str:
 def choose_toolkit() -> tuple[Path | None, str]:
     """The CUDA toolkit to build with, or None and the reason."""
     wanted = choice("CMF_CUDA", ("auto", "0", "1"))
-    nvcc = find_nvcc()
     if wanted == "0":
-        reason = "CMF_CUDA=0 was set"
-    elif torch.version.cuda is None:
+        return None, "CMF_CUDA=0 was set"
+    if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is a build without CUDA"
-    elif nvcc is None:
-        reason = "no nvcc was found (CMF_NVCC, CUDA_HOME, PATH, the toolkit's PyPI packages)"
     else:
-        return toolkit_of(nvcc), ""
+        # Run by its path: the clone's root need not be on the path of whoever builds.
+        find_tool = runpy.run_path(str(ROOT / "tools" / "find_cuda.py"))["find_tool"]
+        try:
+            nvcc = find_tool("nvcc")
+        except FileNotFoundError as error:
+            if os.environ.get("CMF_NVCC"):
+                raise SystemExit(str(error)) from None
+            reason = str(error)
+        else:
+            return toolkit_of(nvcc), ""
     if wanted == "1":
         raise SystemExit(f"CMF_CUDA=1, but {reason}")
     return None, reason
@@ -268,7 +260,6 @@ class CleanBuild(BuildExtension):
 
     def write_facts(self, folder: Path):
         """build_facts.h, which only build_facts.cpp includes: one file is compiled anew when a source changes."""
-        # Run by its path: the clone's root need not be on the path of whoever builds.
         fingerprint = runpy.run_path(str(ROOT / "csrc" / "fingerprint.py"))["fingerprint"]
         facts = {"CMF_SOURCES": fingerprint(ROOT), "CMF_CUDA_BUILD": cuda_build}
         text = "".join(f'#define {name} "{value}"\n' for name, value in facts.items())

@@ -11,15 +11,15 @@ Encodings differ between architectures, their names hardly: sm_80 to sm_90a are 
 
 import itertools
 import math
-import os
 import re
-import shutil
+import runpy
 import struct
 import subprocess
-import sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+find_tool = runpy.run_path(str(Path(__file__).resolve().parent.parent / "tools" / "find_cuda.py"))["find_tool"]
 
 CONSTANTS = {8: 0x160, 9: 0x210}  # where kernel parameters start in constant bank 0, by major architecture
 GRID_X = 0x0C  # where gridDim.x is there
@@ -36,26 +36,6 @@ class Instruction(NamedTuple):
     guard: str  # "@!P0" or empty
     opcode: str  # with its modifiers
     operands: list[str]
-
-
-def find_tool(name: str) -> str:
-    """Path of nvcc or nvdisasm: CUDA_HOME, PATH, the toolkit's PyPI packages, /usr/local/cuda, or triton's own copy.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    packages = Path(sysconfig.get_path("purelib"))
-    home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home, "bin", name)] if home else []
-    candidates += [name, *packages.glob(f"nvidia/cu*/bin/{name}"), f"/usr/local/cuda/bin/{name}"]
-    candidates += packages.glob(f"triton/backends/nvidia/bin/{name}")
-    for candidate in candidates:
-        if path := shutil.which(candidate):
-            return path
-    raise FileNotFoundError(
-        f"{name} was not found in CUDA_HOME, PATH, /usr/local/cuda or this Python environment: "
-        f"`pip install nvidia-cuda-{name}` (nvdisasm: from 13.2 on; triton brings it, too)"
-    )
 
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")

@@ -108,7 +108,7 @@ def test_libraries_are_asked_in_a_process_of_their_own(tmp_path, monkeypatch):
 
 
 def test_fingerprint_is_of_what_is_compiled(tmp_path):
-    for name in ("setup.py", "csrc/cuda/kernel.cu", "csrc/params.h", "convmixer_fast/ops.py"):
+    for name in ("setup.py", "tools/find_cuda.py", "csrc/cuda/kernel.cu", "csrc/params.h", "convmixer_fast/ops.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -117,13 +117,14 @@ def test_fingerprint_is_of_what_is_compiled(tmp_path):
     (tmp_path / "csrc" / "__pycache__" / "fingerprint.pyc").write_text("")
     (tmp_path / "convmixer_fast" / "ops.py").write_text("changed")
     assert gpu.fingerprint(tmp_path) in seen
-    changes = [("setup.py", "flags"), ("csrc/params.h", "fields"), ("csrc/cuda/other.cu", "kernel")]
+    changes = [("setup.py", "flags"), ("tools/find_cuda.py", "order")]
+    changes += [("csrc/params.h", "fields"), ("csrc/cuda/other.cu", "kernel")]
     for name, text in changes:
         (tmp_path / name).write_text(text)
         seen.add(gpu.fingerprint(tmp_path))
     (tmp_path / "csrc" / "cuda" / "other.cu").rename(tmp_path / "csrc" / "cuda" / "renamed.cu")
     seen.add(gpu.fingerprint(tmp_path))
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_libraries_here_are_of_these_sources():

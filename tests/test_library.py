@@ -97,6 +97,7 @@ def test_a_library_of_other_sources_is_named(clone):
     """In a clone, whose sources tell; an installed package has none beside it."""
     shutil.copytree(ROOT / "csrc", clone / "csrc")
     shutil.copy(ROOT / "setup.py", clone)
+    shutil.copytree(ROOT / "tools", clone / "tools")
     library = clone / "convmixer_fast" / "_C.so"
     library.symlink_to(PACKAGE / "_C.so")
     built_from = _library.build_info()["sources"]

@@ -26,6 +26,7 @@ def clone(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "Makefile", "requirements.txt", "requirements-test.txt"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "convmixer_fast" / "_version.py", folder / "convmixer_fast")
+    shutil.copytree(ROOT / "tools", folder / "tools")
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
     for source in (folder / "csrc").rglob("*.c*"):
         source.write_text("")
@@ -136,7 +137,7 @@ def stubs(clone):
     )
     python = clone / "python.sh"
     python.write_text(
-        f"#!/bin/sh\n{sys.executable} -m venv --without-pip .venv\n"
+        f"#!/bin/sh\n[ $1 = -m ] || exec {sys.executable} $*\n{sys.executable} -m venv --without-pip .venv\n"
         "for site in .venv/lib/python*/site-packages; do mkdir $site/pip; touch $site/pip/__main__.py; done\n"
     )
     python.chmod(0o755)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import os
+import runpy
 import shutil
 import subprocess
-import sysconfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CXX = os.environ.get("PTXSIM_CXX", "g++")
+_find_tool = runpy.run_path(os.path.join(HERE, "..", "..", "tools", "find_cuda.py"))["find_tool"]
 
 
 def cache_dir() -> str:
@@ -34,27 +34,11 @@ def making(name: str):
 
 
 def find_nvcc() -> str:
-    """Path of nvcc: $CMF_NVCC, $CUDA_HOME or $CUDA_PATH, PATH, the toolkit's PyPI packages, /usr/local/cuda.
-
-    Raises RuntimeError if there is none, or if $CMF_NVCC names a file that is not there.
-    """
-    named = os.environ.get("CMF_NVCC")
-    if named:
-        if not shutil.which(named):
-            raise RuntimeError(f"CMF_NVCC is {named!r}, which is not an executable file")
-        return shutil.which(named)
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    packages = sorted(glob.glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu*")), reverse=True)
-    found = [os.path.join(home, "bin", "nvcc") for home in homes]
-    found += [shutil.which("nvcc") or ""]
-    found += [os.path.join(home, "bin", "nvcc") for home in [*packages, "/usr/local/cuda"]]
-    for path in found:
-        if os.access(path, os.X_OK):
-            return path
-    raise RuntimeError(
-        "ptxsim needs nvcc: none found through CMF_NVCC, CUDA_HOME, CUDA_PATH, PATH, the nvidia packages of this "
-        "Python environment or /usr/local/cuda"
-    )
+    """Path of nvcc, as tools/find_cuda.py finds it. Raises RuntimeError if there is none."""
+    try:
+        return str(_find_tool("nvcc"))
+    except FileNotFoundError as error:
+        raise RuntimeError(f"ptxsim needs nvcc: {error}") from None
 
 
 def run(command: list) -> str:
