@@ -6,8 +6,8 @@ best of the library calls for that size, the memory's by a copy of the activatio
 square one; it stands for the peak, too, since the depthwise convolution runs on tensor cores. What a GPU's run takes
 beyond its kernels, the gaps between them, is the rest.
 
-A matrix product counts 2 m n k operations. On a CPU large ones take fewer multiplications (csrc/cpu/gemm/strassen.h,
-Strassen), so they, and the whole, can be faster than their floor.
+A matrix product counts 2 m n k operations. On a CPU large ones take fewer multiplications (csrc/cpu/gemm/strassen.h),
+so they, and the whole, can be faster than their floor.
 """
 
 import statistics

@@ -29,9 +29,10 @@ class CpuEngine:
 
     def __init__(self, module: "OptimizedConvMixer"):
         """Packs the module's weights; later changes of them are not seen."""
-        patch, depthwise, pointwise, vectors, *head = (buffer.contiguous() for buffer in module.buffers())
-        self._packed = ops._call(_ops.mixer_pack.default, patch, depthwise, pointwise, vectors, *head)
-        self._shapes = patch, depthwise, head[0]
+        buffers = {name: buffer.contiguous() for name, buffer in module.named_buffers()}
+        names = ("patch", "depthwise", "pointwise", "vectors", "head_weight", "head_bias")
+        self._packed = ops._call(_ops.mixer_pack.default, *(buffers[name] for name in names))
+        self._shapes = buffers["patch"], buffers["depthwise"], buffers["head_weight"]
         self._options = ops.ACTIVATIONS[module.activation], module.residual
         self._workspaces: list[Tensor] = []  # that no call is using; the one used last comes last
         give_lock(self)
@@ -51,8 +52,8 @@ class CpuEngine:
         """The logits (N, n_classes) of images x (N, in_channels, H, W), of the weights' dtype.
 
         Args:
-            seconds: float64 (2 depth + 4,) or None; receives the time of each step: patches, their product, depthwise
-                and pointwise of every layer in turn, pooling, head.
+            seconds: float64 (2 depth + 4,) or None; receives the time of each stage: patches, their product, depthwise
+                and 1x1 convolution of every layer in turn, pooling, head.
         """
         size = _ops.mixer_workspace_bytes.default(x, *self._shapes)
         workspace = self._take(size)

@@ -100,6 +100,14 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(dim, unlike):
     assert torch.equal(alone[others], optimized(x)[others])
 
 
+def test_weights_are_taken_by_name():
+    """In whatever order the module has them."""
+    optimized, x = optimize(build()), images((2, 3, 12, 12))
+    other = copy.deepcopy(optimized)
+    other._buffers = dict(reversed(other._buffers.items()))
+    assert torch.equal(other(x), optimized(x))
+
+
 def test_results_are_not_overwritten_by_later_calls():
     optimized = optimize(build())
     x = images((2, 3, 12, 12))
