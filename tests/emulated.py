@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from ptxsim import Device, HostProgram, LaunchRecord
 from ptxsim.host import build
+from ptxsim.toolchain import check_sizes
 from torch import Tensor
 
 from convmixer_fast._types import ACTIVATIONS, DTYPES
@@ -116,13 +117,8 @@ class EmulatedOps:
             sources(overlay), self.device, NVCC_FLAGS, INCLUDE_DIRS, arches=[COMPILED_FOR.get(arch, arch)]
         )
         self.launcher = getattr(self.program, launcher)
-        for struct, name in ((DepthwiseParams, "depthwise"), (WgradParams, "wgrad"), (PoolParams, "pool")):
-            size_of = getattr(self.program, f"size_of_{name}_params")
-            size_of.restype = ctypes.c_size_t
-            if size_of() != ctypes.sizeof(struct):
-                raise RuntimeError(
-                    f"{struct.__name__} has {size_of()} bytes in csrc/params.h, {ctypes.sizeof(struct)} in emulated.py"
-                )
+        mirrored = {"depthwise": DepthwiseParams, "wgrad": WgradParams, "pool": PoolParams}
+        check_sizes(self.program.lib, {f"size_of_{name}_params": structure for name, structure in mirrored.items()})
 
     @property
     def launches(self) -> list[LaunchRecord]:

@@ -67,6 +67,9 @@ static cudaError_t failed(cudaError_t e, const char* where, const char* why) {
   return last_error = e;
 }
 
+EXPORT int ptxsim_size_of_limits() { return int(sizeof(Limits)); }
+EXPORT int ptxsim_size_of_kernel() { return int(sizeof(Kernel)); }
+EXPORT int ptxsim_size_of_variable() { return int(sizeof(Variable)); }
 EXPORT void ptxsim_bind(Bridge b, const Limits* l) {
   bridge = b;
   limits = *l;

@@ -31,7 +31,7 @@ from .device import (
 )
 from .module import DeviceError
 from .parser import ParseError
-from .toolchain import CXX, HERE, cache_dir, find_nvcc, install, making
+from .toolchain import CXX, HERE, cache_dir, check_sizes, find_nvcc, install, making
 
 # symbols of the stand-in stay inside each library, so that it does not meet a real libcudart
 VERSION_SCRIPT = "{ local: cuda[A-Z]*; __cuda*; cuTensorMap*; cuGetError*; };\n"
@@ -228,6 +228,8 @@ class HostProgram:
         shutil.copyfile(self.path, self._file)
         self.lib = ctypes.CDLL(self._file, mode=os.RTLD_NOW | os.RTLD_LOCAL)
         lib = self.lib
+        mirrored = {"kernel": _KernelEntry, "variable": _VariableEntry, "limits": _Limits}
+        check_sizes(lib, {f"ptxsim_size_of_{name}": structure for name, structure in mirrored.items()})
         lib.ptxsim_image.restype = ctypes.c_void_p
         lib.ptxsim_kernel.restype = ctypes.POINTER(_KernelEntry)
         lib.ptxsim_variable.restype = ctypes.POINTER(_VariableEntry)

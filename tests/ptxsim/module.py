@@ -15,8 +15,8 @@ import numpy as np
 
 from . import parser as ptx
 from .codegen import WIN_GLOBAL, EntryCodegen, align_up
-from .profile import Profile, Recorder
-from .toolchain import CXX, HERE, cache_dir, find_nvcc, making, run
+from .profile import Profile, ProfileStruct, Recorder
+from .toolchain import CXX, HERE, cache_dir, check_sizes, find_nvcc, making, run
 
 CK_MEM, CK_RACE, CK_EXIT, CK_UNINIT = 1, 2, 4, 8
 SH_VALID, SH_INIT, SH_RO, SH_ONCE = 1, 3, 4, 8
@@ -273,8 +273,10 @@ def _load_runtime():
             with open(s) as f:
                 text += f.read()
         path = _compile(text, sources[1:], "runtime", ["-O3", "-pthread"])
-        _runtime = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        _runtime.ptxsim_run.argtypes = [ctypes.c_void_p]
+        runtime = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        check_sizes(runtime, {"ptxsim_size_of_launch": _Launch, "ptxsim_size_of_profile": ProfileStruct})
+        runtime.ptxsim_run.argtypes = [ctypes.c_void_p]
+        _runtime = runtime
     return _runtime
 
 

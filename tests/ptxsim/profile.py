@@ -183,7 +183,7 @@ def block_order(unit):
 # ---- counters ------------------------------------------------------------------------------------
 
 
-class _ProfileStruct(ctypes.Structure):
+class ProfileStruct(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("blocks", "sites", "read", "written", "rank", "loop_end")] + [
         ("nblocks", ctypes.c_uint32),
         ("nsites", ctypes.c_uint32),
@@ -201,7 +201,7 @@ class Recorder:
         self.touched = np.zeros((2, arena_bytes), np.uint8)
         if unit.order is None:
             unit.order = block_order(unit)
-        s = self.struct = _ProfileStruct()
+        s = self.struct = ProfileStruct()
         s.blocks, s.sites = self.blocks.ctypes.data, self.sites.ctypes.data
         s.read, s.written = self.touched[0].ctypes.data, self.touched[1].ctypes.data
         s.rank, s.loop_end = (a.ctypes.data for a in unit.order)

@@ -1201,6 +1201,9 @@ static void worker(Launch* L, std::atomic<u64>* next, u64 total, double deadline
   L->icount += icount;
 }
 
+extern "C" int ptxsim_size_of_launch() { return int(sizeof(Launch)); }
+extern "C" int ptxsim_size_of_profile() { return int(sizeof(Profile)); }
+
 extern "C" int ptxsim_run(Launch* L) {
   double deadline = L->timeout > 0 ? wall() + L->timeout : 0;
   u64 total = 1;

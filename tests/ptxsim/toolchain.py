@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import runpy
@@ -47,6 +48,14 @@ def run(command: list) -> str:
     if result.returncode:
         raise RuntimeError(f"{command[0]} failed\n{' '.join(command)}\n{(result.stderr or result.stdout)[:6000]}")
     return result.stdout
+
+
+def check_sizes(library: ctypes.CDLL, sizes: dict[str, type[ctypes.Structure]]):
+    """Raises RuntimeError unless each structure is as large as the library's own, which the named function tells."""
+    for function, structure in sizes.items():
+        size = getattr(library, function)()
+        if size != ctypes.sizeof(structure):
+            raise RuntimeError(f"{structure.__name__} has {size} bytes in C++, {ctypes.sizeof(structure)} in Python")
 
 
 def install(source: str, target: str):

@@ -410,6 +410,14 @@ def test_scope(program, dev):
         program.roundtrip(f32(30).ctypes.data_as(P), out.ctypes.data_as(P), 30, 1)
 
 
+def test_a_structure_of_another_size_is_refused(program):
+    class Entry(ctypes.Structure):
+        _fields_ = [("stub", ctypes.c_void_p)]
+
+    with pytest.raises(RuntimeError, match=r"Entry has 24 bytes in C\+\+, 8 in Python"):
+        toolchain.check_sizes(program.lib, {"ptxsim_size_of_kernel": Entry})
+
+
 def test_find_nvcc(tmp_path, monkeypatch):
     fake = tmp_path / "bin" / "nvcc"
     fake.parent.mkdir()
