@@ -44,24 +44,26 @@ struct Values {
 
 double gelu(double x) { return 0.5 * x * std::erfc(-x * M_SQRT1_2); }
 
-// scale: of the pointwise weights.
+// scale: that of the 1x1 convolutions' weights.
 double error_of(DType dtype, int64_t dim, double scale) {
   const int64_t in = 3, patch = 2, depth = 2, k = 5, classes = 7, batch = 3, h = 6, w = 4;
   uint32_t state = 1;
   const Values x(batch * in * h * patch * w * patch, 1, dtype, state),
       patches(dim * in * patch * patch, 0.5, dtype, state), depthwise(depth * dim * k * k, 0.25, dtype, state),
-      pointwise(depth * dim * dim, scale, dtype, state), head(classes * dim, 0.5, dtype, state),
+      conv1x1(depth * dim * dim, scale, dtype, state), head(classes * dim, 0.5, dtype, state),
       head_bias(classes, 1, dtype, state);
-  const Values vectors((2 * depth + 1) * 3 * dim, 1, DType::kFloat32, state);
+  const Values affine((2 * depth + 1) * 3 * dim, 1, DType::kFloat32, state);
 
   MixerSizes sizes{in, patch, patch, dim, depth, k, k, classes, dtype, Activation::kGelu, true};
-  const MixerWeights weights{patches.stored.data(), depthwise.stored.data(), pointwise.stored.data(),
-                             vectors.exact.data(),  head.stored.data(),      head_bias.stored.data()};
+  const MixerWeights weights{patches.stored.data(), depthwise.stored.data(), conv1x1.stored.data(),
+                             affine.exact.data(),   head.stored.data(),      head_bias.stored.data()};
   const cpu::NetworkKernels& kernels = cpu::kernels().network(dtype);
   MixerParams params{};
   params.sizes = sizes;
   params.x = x.stored.data();
-  params.batch = batch, params.height = h * patch, params.width = w * patch;
+  params.batch = batch;
+  params.height = h * patch;
+  params.width = w * patch;
   params.threads = 1;
   params.x_stride = {in * h * patch * w * patch, h * patch * w * patch, w * patch, 1};
   void* packed = aligned_alloc(64, kernels.packed_bytes(sizes));
@@ -71,17 +73,21 @@ double error_of(DType dtype, int64_t dim, double scale) {
   memset(params.workspace, 0xff, kernels.workspace_bytes(params));  // NaN
   std::vector<uint8_t> y(batch * classes * 4);
   params.y = y.data();
-  const auto run = [&](MixerStep step) { kernels.run(params, step, 0, kernels.tasks(params, step)); };
+  const auto run = [&](MixerStep stage) { kernels.run(params, stage, 0, kernels.tasks(params, stage)); };
   run({MixerStep::kPatches, 0});
   run({MixerStep::kProject, 0});
-  for (int64_t l = 0; l < depth; ++l) run({MixerStep::kDepthwise, l}), run({MixerStep::kPointwise, l});
+  for (int64_t l = 0; l < depth; ++l) {
+    run({MixerStep::kDepthwise, l});
+    run({MixerStep::kPointwise, l});
+  }
   run({MixerStep::kPool, 0});
   run({MixerStep::kHead, 0});
-  free(packed), free(params.workspace);
+  free(packed);
+  free(params.workspace);
 
   const auto activated = [&](double v, int64_t convolution, int64_t c) {
-    const double* of = &vectors.exact[convolution * 3 * dim + c];
-    return gelu(v + of[0]) * of[dim] + of[2 * dim];
+    const double* parameters = &affine.exact[convolution * 3 * dim + c];
+    return gelu(v + parameters[0]) * parameters[dim] + parameters[2 * dim];
   };
   double error = 0, largest = 0;
   for (int64_t n = 0; n < batch; ++n) {
@@ -113,7 +119,7 @@ double error_of(DType dtype, int64_t dim, double scale) {
       for (int64_t c = 0; c < dim; ++c)
         for (int64_t p = 0; p < h * w; ++p) {
           double sum = 0;
-          for (int64_t d = 0; d < dim; ++d) sum += next[d * h * w + p] * pointwise.exact[(l * dim + c) * dim + d];
+          for (int64_t d = 0; d < dim; ++d) sum += next[d * h * w + p] * conv1x1.exact[(l * dim + c) * dim + d];
           map[c * h * w + p] = activated(sum, 2 * l + 2, c);
         }
     }
@@ -140,7 +146,8 @@ double error_of(DType dtype, int64_t dim, double scale) {
   return error / largest;
 }
 
-// The larger one of a few channels and of so many that the product follows Strassen, from float32 operands.
+// The larger error of two networks: one with few channels, and one with so many that Strassen's algorithm multiplies
+// them if the elements are float32.
 double error_of(DType dtype) {
   const double few = error_of(dtype, 19, 0.5), many = error_of(dtype, 390, 0.125);
   return few > many || few != few ? few : many;
