@@ -4,6 +4,8 @@
 
 namespace convmixer_fast::cpu {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 // The size of a core's L2 cache; 1 MiB if the system does not tell.
 int64_t l2_bytes();
 

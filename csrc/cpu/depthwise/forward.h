@@ -3,7 +3,7 @@
 // A task is (image, block of channels, band of rows, band of columns). It slides down its band: `pack` turns the next
 // input rows into zero-padded rows of channel vectors in a ring buffer, `convolve` sums the taps, `store_rows` applies
 // the epilogue and stores. Small kernels on channels_last maps, for which packing would take longer than the sums, keep
-// in the ring buffer where the pixels lie instead, and read them in place.
+// the pixels' addresses in the ring buffer instead, and read them in place.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -125,7 +125,7 @@ class Depthwise {
     }
   }
 
-  // Fills a row of the ring buffer with where the row's pixels lie; beside the map, with where there are zeros.
+  // Fills a row of the ring buffer with the addresses of the row's pixels; beside the map, with that of zeros.
   void locate(int64_t row) {
     const S** to = pixel_ring_row(row);
     const int64_t first = max(0, -origin_);
@@ -137,7 +137,7 @@ class Depthwise {
     for (int64_t i = last; i < columns_ + plan_.taps - 1; ++i) to[i] = zeros;
   }
 
-  // Where the block's first channel of a pixel lies.
+  // The address of the block's first channel of a pixel.
   template <class T>
   auto address_of(T* tensor, const Strides& stride, int64_t h, int64_t w) const {
     using Element = std::conditional_t<std::is_const_v<T>, const S, S>;
@@ -178,8 +178,8 @@ class Depthwise {
     return {first, stride.w * int64_t(sizeof(S)), h < p_.height ? columns : 0, 0};
   }
 
-  // Applies the epilogue and the residual to one channel vector's strip, and stores it; z: where the strip's inputs
-  // lie.
+  // Applies the epilogue and the residual to one channel vector's strip, and stores it. z points to the addresses of
+  // the strip's inputs.
   void store_strip(int64_t v, const V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
     const Elementwise<Real> epilogue = epilogue_[v];  // a copy, which no store can change
     const int64_t channel = offset_of(v);
@@ -210,7 +210,8 @@ class Depthwise {
     const char* first = reinterpret_cast<const char*>(static_cast<const S*>(tensor) + offset);
     constexpr int64_t kSize = sizeof(S);
     if (h >= p_.height) return {first, 0, 0, 0};
-    if (stride.c == 1) return {first, stride.w * kSize, v * kLanes * kSize % 64 ? 0 : kMaxColumns, stride.w * kSize};
+    if (stride.c == 1)
+      return {first, stride.w * kSize, v * kLanes * kSize % kCacheLine ? 0 : kMaxColumns, stride.w * kSize};
     return {first, stride.c * kSize, kLanes, stride.w * kSize};
   }
 

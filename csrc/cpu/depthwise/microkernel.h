@@ -5,6 +5,7 @@
 #pragma once
 #include <utility>
 
+#include "../cpu_info.h"
 #include "../dtypes.h"
 #include "../int_math.h"
 
@@ -21,8 +22,8 @@ constexpr int kMaxTaps = 5;
 // Taps that are summed before they are added to the rest, which is more accurate than one long sum.
 constexpr int64_t kTapsPerChain = 45;
 
-// The longest tap rows for which pixels are read in place, rather than packed: where that is faster (measured on
-// Emerald Rapids). 16-bit values are widened anew for each tap row, while packing widens them once.
+// The longest tap rows for which pixels are read in place because packing them would take longer (measured on Emerald
+// Rapids). 16-bit values are widened again for each tap row, while packing widens them once.
 constexpr int longest_in_place(DType dtype) {
   switch (dtype) {
     case DType::kFloat64: return 0;
@@ -45,15 +46,17 @@ struct PrefetchLines {
 // read in place, pointers (const S*) to where their channels lie in memory, and then the Weights are vectors.
 template <class Real, class Input = Vec<Real>, class Weight = Input>
 struct Strip {
-  const Input* first;          // the input under the first tap of the first output
-  const Input* ring_begin;     // where the row after the ring buffer's last one continues, at the strip's column
-  const Input* ring_end;       // the end of the ring buffer, at the strip's column
-  int64_t pitch;               // inputs from row to row
-  const Weight* weight;        // the first tap
-  int64_t weight_pitch;        // weights from tap row to tap row
-  int64_t tap_rows, taps;      // taps: per tap row
+  const Input* first;       // the input under the first tap of the first output
+  const Input* ring_begin;  // where the row after the ring buffer's last one continues, at the strip's column
+  const Input* ring_end;    // the end of the ring buffer, at the strip's column
+  int64_t pitch;            // inputs from row to row
+  const Weight* weight;     // the first tap
+  int64_t weight_pitch;     // weights from tap row to tap row
+  int64_t tap_rows;
+  int64_t taps;                // per tap row
   Vec<Real> start;             // what the accumulators start from
-  PrefetchLines read, write;   // lines that are needed soon
+  PrefetchLines read;          // lines that are read soon
+  PrefetchLines write;         // lines that are written soon
   int64_t vectors = 1;         // channel vectors; more than one only if pixels are read in place
   int64_t vector_weights = 0;  // weights from channel vector to channel vector
   int64_t vector_bytes = 0;    // bytes of a channel vector in memory, for prefetching
@@ -102,7 +105,7 @@ struct TapRows {
  private:
   template <int kWrite>
   CMF_INLINE void prefetch(const PrefetchLines& lines) const {
-    if (first_byte % 64) return;  // the channel vector before has the same line
+    if (first_byte % kCacheLine) return;  // the channel vector before has the same line
     for (int64_t l = done; l < lines.count; l += strip.tap_rows)
       __builtin_prefetch(lines.first + first_byte + l * lines.step, kWrite, 2);
   }

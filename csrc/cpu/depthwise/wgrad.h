@@ -3,8 +3,9 @@
 // A task is (slice of the batch, block of channels). It slides down the maps of its images: the next rows of x are
 // packed into a ring buffer, as zero-padded rows of channel vectors, and those of gy as plain ones; `accumulate` adds
 // their products, a row of taps at a time, to the task's partial sums. These go to the workspace, and `reduce_partials`
-// adds up those of all slices. A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap
-// of its channel into NaN.
+// adds up those of all slices.
+//
+// A column of padding is a zero that is multiplied: an Inf or NaN of gy may turn any tap of its channel into NaN.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -183,7 +184,7 @@ class DepthwiseWgrad {
     const int64_t channel = channel_ + v * kLanes;
     const S* first = static_cast<const S*>(tensor) + image * stride.n + channel * stride.c +
                      row % p_.height * stride.h + w_begin_ * stride.w;
-    constexpr int64_t kLine = 64 / sizeof(S);
+    constexpr int64_t kLine = kCacheLine / sizeof(S);
     if (stride.c == 1) {
       for (int64_t i = 0; i < columns_; ++i) __builtin_prefetch(first + i * stride.w, 0, 2);
     } else if (stride.w == 1) {

@@ -14,12 +14,13 @@ struct FloatElement : Native<float> {
   using Packed = float;
   using PackedVec = Vec<float>;
   static constexpr int kPack = 1;
+  static constexpr Precision kPrecision = Precision::kFull;
   // Rows of A whose values AVX-512's multiply-adds broadcast themselves, from memory and once per vector of B: more
   // loads, but fewer instructions.
   static constexpr int kRowsLoadedTwice = CMF_HAS_AVX512 ? 8 : 0;
 
-  // Channels per K block. Strassen's accumulator tiles, of which each sub-product changes up to two, had better be read
-  // and written more rarely.
+  // Channels per K block. It is larger for Strassen's algorithm, each of whose sub-products changes up to two
+  // accumulator tiles: these are then read and written more rarely.
   static constexpr int64_t kc(const BilinearScheme& scheme) { return scheme.products > 1 ? 384 : 128; }
 
   // Channels per summation chain. Without FMA each product is rounded; Strassen's results are differences of larger
@@ -31,11 +32,6 @@ struct FloatElement : Native<float> {
   static CMF_INLINE PackedVec broadcast(Packed packed) { return packed - PackedVec{}; }  // (+ would turn -0 into 0)
   static CMF_INLINE FloatElement from(float value) { return {value}; }
   CMF_INLINE void add(float v) { value += v; }
-
-  template <class Store>
-  static CMF_INLINE void apply(const Elementwise<float>& elementwise, const Vec<float>* v, int64_t count, Store store) {
-    elementwise.apply(v, count, store);
-  }
 };
 
 #if CMF_HAS_BF16_DOT
@@ -43,6 +39,7 @@ struct BFloat16Element : BFloat16 {
   using Packed = int32_t;
   using PackedVec = BFloat16Pairs;
   static constexpr int kPack = 2;
+  static constexpr Precision kPrecision = Precision::kBFloat16;
   static constexpr int kRowsLoadedTwice = 0;
   static constexpr int64_t kc(const BilinearScheme&) { return 512; }
   static constexpr int64_t kc_sum(const BilinearScheme& scheme) { return kc(scheme); }
@@ -58,17 +55,6 @@ struct BFloat16Element : BFloat16 {
   // Packs two rows' channel vectors.
   static CMF_INLINE PackedVec interleave(const BFloat16* first, const BFloat16* second) {
     return pairs_of(load_bits16(second) << 16 | load_bits16(first));
-  }
-
-  template <class Store>
-  static CMF_INLINE void apply(const Elementwise<float>& elementwise, const Vec<float>* v, int64_t count, Store store) {
-    if (elementwise.activation != Activation::kGelu) return elementwise.apply(v, count, store);
-    // Off by 1.5e-4 of t Phi(-t) for t < 3, by 1.2e-5 at most beyond: little beside the rounding that follows.
-    constexpr GeluPolynomials<6, 4> kShort = {
-        {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f,
-         -1.1500352621078491f, 0.f},
-        {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
-    elementwise.apply_unrolled(v, count, [&](auto& z) CMF_INLINE_LAMBDA { gelu(z, kShort); }, store);
   }
 };
 #endif

@@ -18,7 +18,7 @@ template <class Element, class OnMBlock, class OnTile>
 void macrokernel(const Blocking<Element>& blocking, const Element* a, const Element* b, int64_t kc_sum, int64_t begin,
                  int64_t end, Scratch& scratch, OnMBlock on_m_block, OnTile on_tile) {
   constexpr int64_t kLanes = cpu::kLanes<float>;
-  constexpr int64_t kLines = kNr * kLanes * int64_t(sizeof(Element)) / 64;  // per channel vector of a B tile
+  constexpr int64_t kLines = kNr * kLanes * int64_t(sizeof(Element)) / kCacheLine;  // per channel vector of a B tile
   const BilinearScheme& scheme = blocking.scheme;
   const int64_t quadrants = scheme.quadrants();
   const int64_t kc = Element::kc(scheme) / kLanes;
@@ -74,7 +74,7 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
                                                            : sign > 0 ? Target::kAdd
                                                                       : Target::kSubtract};
         const int64_t line = p * kLines / panels;
-        const PrefetchCursor prefetch{reinterpret_cast<const char*>(next_b) + line * 64,
+        const PrefetchCursor prefetch{reinterpret_cast<const char*>(next_b) + line * kCacheLine,
                                       (p + 1) * kLines / panels - line};
         microkernel(product_a + k * pitch + p * blocking.mr * kLanes, pitch, step_b, vectors, kc_sum, prefetch, targets,
                     target_count, chains);

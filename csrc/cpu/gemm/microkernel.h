@@ -5,6 +5,7 @@
 #pragma once
 #include <utility>
 
+#include "../cpu_info.h"
 #include "element_types.h"
 
 namespace convmixer_fast::cpu {
@@ -47,8 +48,9 @@ CMF_INLINE void for_tile(AccumulatorTile& to, const AccumulatorTile& from, Updat
 }
 
 // Multiplies a packed A panel (kMr pixels, `a_pitch` elements from channel vector to channel vector) by a packed B
-// tile, and adds the product to all targets. Every `kc_sum` channel vectors the accumulators are added to `chains` and
-// start anew (accuracy). Not inline: its loop wants all vector registers.
+// tile, and sets all targets to the product, or adds it to or subtracts it from them. Every `kc_sum` channel vectors
+// the accumulators are added to `chains` and start from zero (accuracy). Not inline: its loop wants all vector
+// registers.
 template <int kMr, class Element>
 __attribute__((noinline)) void microkernel(const Element* a, int64_t a_pitch, const Element* b, int64_t k_vectors,
                                            int64_t kc_sum, PrefetchCursor prefetch, const Target* targets,
@@ -88,7 +90,7 @@ __attribute__((noinline)) void microkernel(const Element* a, int64_t a_pitch, co
     }
     a += a_pitch;
     opaque_a += a_pitch;
-    for (int64_t l = 0; l < prefetch.count; ++l) __builtin_prefetch(prefetch.next + l * 64, 0, 2);
+    for (int64_t l = 0; l < prefetch.count; ++l) __builtin_prefetch(prefetch.next + l * kCacheLine, 0, 2);
     prefetch.next += kNr * kLanes * sizeof(Element);
   }
   if (k_vectors > kc_sum) for_tile<kMr>(acc, chains, add);

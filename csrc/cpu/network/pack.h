@@ -33,7 +33,7 @@ class WeightPacking {
   }
 
  private:
-  // `values` values in float32.
+  // A row of weights in float32.
   const float* row(const void* from, int64_t offset, int64_t values) {
     float* to = static_cast<float*>(scratch_.reserve(ceil_div(values, kLanes) * kLanes * sizeof(float)));
     for (int64_t i = 0; i < values; i += kLanes) {
@@ -45,7 +45,7 @@ class WeightPacking {
   }
 
   // Packs the right operand of a matrix product: (packed B tile, sub-product, K / kPack, column, value of a pack). A
-  // sub-product has the sums of B's quadrants.
+  // sub-product's B is a sum of quadrants, with the signs of its scheme.
   void pack_b(const BilinearScheme& scheme, const void* weight, int64_t columns, int64_t depth, Element* to) {
     const int64_t quadrant_depth = ceil_div(ceil_div(depth, kLanes), scheme.halves) * kLanes;
     const int64_t quadrant_columns = ceil_div(ceil_div(columns, kNr), scheme.halves) * kNr;

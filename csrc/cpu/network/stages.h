@@ -2,8 +2,9 @@
 //
 // Two buffers take turns. Blocked maps are activations as (image, channel vector, row, column), each row with its zero
 // padding left and right, so that the depthwise convolution reads them as they stand. Panels are the packed left
-// operand of a matrix product (gemm/pack.h), which reads them from end to end. A stage reads one and writes the other,
-// applies bias, activation and BatchNorm while its results are in registers or in the L1 cache, and ends at a barrier:
+// operand of a matrix product (gemm/panel_cursor.h), which reads them from end to end. A stage reads one and writes the
+// other, applies bias, activation and BatchNorm while its results are in registers or in the L1 cache, and ends at a
+// barrier:
 //   patches: images -> panels   project: panels -> maps   depthwise: maps -> panels   conv1x1: panels -> maps
 //   pool: maps -> panels        head: panels -> logits
 // Every output is one thread's sum in one order: any number of threads gives the same bits.
@@ -15,7 +16,7 @@
 #include "../compensated_sum.h"
 #include "../depthwise/microkernel.h"
 #include "../gemm/macrokernel.h"
-#include "../gemm/pack.h"
+#include "../gemm/panel_cursor.h"
 #include "layout.h"
 
 namespace convmixer_fast::cpu {
@@ -184,10 +185,11 @@ class Network {
                   for (int64_t v = 0; v < min(kNrVectors, layout_.weights.dim_vectors - first); ++v) {
                     Element* map = maps_ + (first + v) * layout_.map;
                     const auto [elementwise, late_shift] = epilogue_of(convolution, first + v);
-                    Element::apply(elementwise, acc[v], min(blocking.mr, pixels - pixel), [&](int64_t r, Vec<float> z) {
-                      if (offset[r] != kOutside) Element::store(map + offset[r], z + late_shift);
-                      __builtin_prefetch(map + offset[blocking.mr + r], 1, 2);  // the next panel's
-                    });
+                    elementwise.template apply<Element::kPrecision>(
+                        acc[v], min(blocking.mr, pixels - pixel), [&](int64_t r, Vec<float> z) {
+                          if (offset[r] != kOutside) Element::store(map + offset[r], z + late_shift);
+                          __builtin_prefetch(map + offset[blocking.mr + r], 1, 2);  // the next panel's
+                        });
                   }
                 });
   }
@@ -256,9 +258,9 @@ class Network {
     return channels;
   }
 
-  // Row h, after the epilogue, to destination(column, count), which returns where the outputs from that column on go
-  // and lowers `count` to those that follow each other there. Prefetches what the next row reads in addition, and where
-  // rows after it are written.
+  // Stores row h, after the epilogue. destination(column, count) returns the address of the outputs from that column
+  // on, and lowers `count` to those that follow each other there. Prefetches what the next row reads in addition, and
+  // what is written two rows later.
   template <class Destination>
   void depthwise_row(const ChannelVector& channels, int64_t h, Destination destination) const {
     const int64_t next = h + s_.kernel_h - layout_.pad_top;  // the row that the next output row adds
@@ -316,7 +318,8 @@ class Network {
   }
 
   static PrefetchLines lines(const Element* first, int64_t vectors) {
-    return {reinterpret_cast<const char*>(first), 64, ceil_div(vectors * kLanes * int64_t(sizeof(Element)), 64), 0};
+    return {reinterpret_cast<const char*>(first), kCacheLine,
+            ceil_div(vectors * kLanes * int64_t(sizeof(Element)), kCacheLine), 0};
   }
 
   // Applies the epilogue and, if there is one, the residual to a strip from `column` on, and stores it.
@@ -327,11 +330,11 @@ class Network {
     for (int64_t begin = 0, count; begin < columns; begin += count) {
       count = columns - begin;
       Element* to = destination(column + begin, count);
-      Element::apply(epilogue.elementwise, sums + begin, count,
-                     [=, late_shift = epilogue.late_shift](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
-                       z += late_shift;
-                       Element::store(to + w * kLanes, adds ? z + Element::load(residual + (begin + w) * kLanes) : z);
-                     });
+      epilogue.elementwise.template apply<Element::kPrecision>(
+          sums + begin, count, [=, late_shift = epilogue.late_shift](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
+            z += late_shift;
+            Element::store(to + w * kLanes, adds ? z + Element::load(residual + (begin + w) * kLanes) : z);
+          });
     }
   }
 

@@ -1,4 +1,4 @@
-// Where the elements of the packed operands of a matrix product lie.
+// Where the elements of packed A panels lie.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -7,7 +7,7 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-// Packed A: (M block, quadrant, channel vector, pixel of the M block). A cursor stays in one channel vector of one
+// Packed A is (M block, quadrant, channel vector, pixel of the M block). A cursor stays in one channel vector of one
 // quadrant, and is asked for pixels in rising order.
 template <class Element>
 class PanelCursor {
