@@ -34,7 +34,7 @@ import sass
 import torch
 from report import ROOT, table, write
 
-from convmixer_fast.explain import GPUS, explain, mma_arguments, wgrad_launch
+from convmixer_fast.diagnostics import GPUS, explain, mma_arguments, short_name, wgrad_launch
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernel_report"
@@ -162,8 +162,7 @@ def compile_kernels(source: Path, target: str) -> tuple[Path, str]:
 def demangle(names: list[str]) -> list[str]:
     """C++ names of kernels with their template arguments, without namespaces and parameters."""
     output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = output.replace("convmixer_fast::cuda::", "").replace("(anonymous namespace)::", "").replace("> >", ">>")
-    return [line.removeprefix("void ").partition("(")[0] for line in short.splitlines()]
+    return [short_name(line) for line in output.splitlines()]
 
 
 def read_resources(log: str) -> dict[str, Resources]:

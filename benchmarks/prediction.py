@@ -10,7 +10,7 @@ import breakdown
 import kernel_report
 import torch
 
-from convmixer_fast.explain import explain
+from convmixer_fast.diagnostics import explain
 from convmixer_fast.inference import OptimizedConvMixer
 
 GPU = "H200"

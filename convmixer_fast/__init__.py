@@ -12,7 +12,7 @@ from . import (
 from ._library import build_info, library_paths
 from ._version import __version__
 from .checkpoint import load_checkpoint
-from .explain import explain
+from .diagnostics import explain
 from .export import decompositions
 from .model import ConvMixer, create_model, list_models
 from .nn import DepthwiseConv2d, replace_depthwise, restore_depthwise

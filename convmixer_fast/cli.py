@@ -16,7 +16,7 @@ import torch
 
 from . import ConvMixer, __version__, build_info, load_checkpoint, ops, optimize, ranks
 from ._types import DTYPES, NETWORK_DTYPES, name_of
-from .explain import GPUS, explain
+from .diagnostics import GPUS, explain
 from .files import open_regular, printable
 from .model import ACTIVATIONS
 

@@ -1,9 +1,12 @@
 """explain() against what the launchers do on an emulated GPU."""
 
 import contextlib
+import ctypes
+import operator
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -11,8 +14,8 @@ import torch
 from emulated import EmulatedOps
 
 import convmixer_fast
-from convmixer_fast import cli
-from convmixer_fast.explain import GPUS, Gpu
+from convmixer_fast import cli, diagnostics
+from convmixer_fast.diagnostics import GPUS, Gpu, short_name
 
 SM_COUNT, BLOCKS_PER_SM = 4, 1  # fewer than registers, which the emulator does not know, or shared memory would allow
 EMULATED = Gpu("emulated", 90, SM_COUNT, 228 << 10, 64, BLOCKS_PER_SM)
@@ -52,8 +55,7 @@ def explain(case, dtype, layout="contiguous", device=EMULATED, fused=False):
 @pytest.mark.parametrize("case", cases.CASES, ids=str)
 def test_is_what_is_launched(ops, case, dtype, layout, fused):
     explained, record = explain(case, dtype, layout, fused=fused), launch(ops, case, dtype, layout, fused)
-    name = record.kernel.replace("convmixer_fast::cuda::", "").replace("> >", ">>").removeprefix("void ")
-    assert explained.name == name.partition("(")[0]
+    assert explained.name == short_name(record.kernel)
     assert bool(explained.reason) == (explained.kernel == "direct")
     assert (explained.grid, 1, 1) == record.grid
     assert (explained.block, 1, 1) == record.block
@@ -134,7 +136,7 @@ def test_argument_that_does_not_fit(argument, value):
 ANY_QUERIES = """
 import ctypes, random
 from convmixer_fast import _library
-from convmixer_fast.explain import _Choice, _Query
+from convmixer_fast.diagnostics import _Choice, _Device, _Query
 
 SIZES = [0, 1, 2, 7, 8, 9, 32, 33, 255, 256, 1000, 65535, 2**20]
 SIZES += [2**31 - 1, 2**31, 2**32, 2**40, 2**61, 2**63 - 1, -1, -8, -(2**63)]
@@ -148,23 +150,54 @@ for seed in range(800):
     strides = list(map(wrapped, strides))
     dtype, activation = r.choice([0, 1, 2, 3, 2, 3, 4, -1]), r.choice([0, 1, 2, 2**31 - 1])
     smem = r.choice([227 << 10, 0, -5, 2**31 - 1])
-    query = _Query((*shape,), (*strides,), (*strides,), (*kernel,), dtype, activation, r.random() < 0.5, True, smem)
-    print(seed, shape, strides, kernel, dtype, activation, smem, flush=True)
+    device = _Device(r.choice([7, 8, 9]), 132, smem, 228 << 10)
+    query = _Query((*shape,), (*strides,), (*strides,), (*kernel,), dtype, activation, r.random() < 0.5, True, device)
+    print(seed, shape, strides, kernel, dtype, activation, device.major, smem, flush=True)
     choice, buffer = _Choice(), ctypes.create_string_buffer(4096)
     arguments = ctypes.byref(query), ctypes.byref(choice)
     library = _library._cpu_library
-    library.convmixer_fast_choose_mma(*arguments)
-    fits = library.convmixer_fast_choose_direct(*arguments)
-    library.convmixer_fast_mma_arguments(arguments[0], buffer, r.choice([4096, 0, -1]))
+    library.convmixer_fast_mma_arguments(*arguments, buffer, r.choice([4096, 0, -1]))
     library.convmixer_fast_wgrad_arguments(*arguments, buffer, r.choice([4096, 0, -1]))
-    assert not fits or min(choice.items, choice.read_elements + 1, choice.threads) > 0
+    fits = library.convmixer_fast_select(*arguments)
+    assert not fits or min(choice.work_tiles, choice.x_elements_read + 1, choice.threads, choice.registers) > 0
+    assert not fits or choice.name and bool(choice.reason) != bool(choice.tensor_cores)
 """
+
+
+def test_a_library_with_other_structs_is_refused():
+    sizes = {"convmixer_fast_query_bytes": diagnostics._Query, "convmixer_fast_choice_bytes": diagnostics._Choice}
+    functions = {name: lambda struct=struct: ctypes.sizeof(struct) for name, struct in sizes.items()}
+    diagnostics._check_sizes(SimpleNamespace(_name="ours", **functions))
+    for name in sizes:
+        for wrong in ({name: lambda: 8}, {name: None}):
+            with pytest.raises(
+                ImportError, match="other.so has [08] bytes in the struct .* rebuild it by `make build`"
+            ):
+                diagnostics._check_sizes(SimpleNamespace(_name="other.so", **functions | wrong))
 
 
 def test_any_query():
     """The compiled functions themselves answer whatever they are asked; a signal would be the answer otherwise."""
     done = subprocess.run([sys.executable, "-c", ANY_QUERIES], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, f"{done.returncode} {done.stdout.splitlines()[-1:]} {done.stderr}"
+
+
+def test_the_docstring_names_what_there_is():
+    names = re.findall(r"``(convmixer_fast\.[\w.]+)``", convmixer_fast.explain.__doc__)
+    assert names == ["convmixer_fast.diagnostics.GPUS", "convmixer_fast.diagnostics.Gpu"]
+    for name in names:
+        assert operator.attrgetter(name.partition(".")[2])(convmixer_fast) is getattr(
+            diagnostics, name.rpartition(".")[2]
+        )
+
+
+def test_registers_are_those_of_the_launch_bounds():
+    def registers(dtype, kernel_size, layout="contiguous"):
+        return convmixer_fast.explain((2, 32, 32, 32), kernel_size, dtype, layout).registers
+
+    assert [registers(torch.float16, k) for k in (9, 11, 31)] == [128, 168, 168]
+    assert [registers(torch.float16, k, "channels_last") for k in (9, 11)] == [128, 255]
+    assert [registers(dtype, 9) for dtype in (torch.float32, torch.float64)] == [128, 255]
 
 
 def test_command_line(capsys):

@@ -22,7 +22,7 @@ from sass import Instruction
 
 import convmixer_fast
 from convmixer_fast import ConvMixer
-from convmixer_fast.explain import GPUS
+from convmixer_fast.diagnostics import GPUS
 
 MOST_INSTRUCTIONS = 1110  # a plane: 32 x 32, k <= 9, float16, prologue and epilogue
 SAME_IN_PTX = {"HMMA": "mma.", "LDSM": "ldmatrix.", "MUFU": "ex2."}

@@ -2,6 +2,7 @@
 //
 // Terms: docs/glossary.md.
 #pragma once
+#include "access_vector.cuh"
 #include "ptx.cuh"
 
 namespace convmixer_fast::cuda {
@@ -55,6 +56,83 @@ struct Elementwise {
     if (activation == Activation::kGelu) v = gelu(v);
     if (activation == Activation::kRelu) v = relu(v);
     return v * scale + shift;
+  }
+};
+
+// Calls f with the compile-time constant that equals `activation`: one of those that the tensor-core kernel is
+// instantiated for.
+template <class F>
+cudaError_t dispatch_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kRelu: return f(std::integral_constant<Activation, Activation::kRelu>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// The activations for results rounded to 16 bits. That of kRelu is a maximum with `floor`.
+template <Activation kActivation>
+__device__ __forceinline__ float activate_16bit(float v, float floor) {
+  static_assert(kActivation == Activation::kGelu || kActivation == Activation::kRelu);
+  if constexpr (kActivation == Activation::kGelu) return gelu_16bit(v);
+  else return max_nan(v, floor);
+}
+
+// Two values in one register.
+template <class T>
+struct Pair;
+template <>
+struct Pair<__half> {
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+  }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+  }
+};
+
+// Elementwise for results rounded to 16 bits.
+template <class T, Activation kActivation>
+struct alignas(16) FastElementwise {
+  float bias;
+  float scale;
+  float shift;
+  float floor;  // for kRelu: 0, or -inf for no activation
+
+  __device__ FastElementwise(const PointwiseParams& params, int channel) {
+    const Elementwise<T> exact(params, channel);
+    bias = exact.bias;
+    scale = exact.scale;
+    shift = exact.shift;
+    floor = params.activation == Activation::kRelu ? 0.f : -INFINITY;
+  }
+  __device__ __forceinline__ float activate(float v) const { return activate_16bit<kActivation>(v, floor); }
+
+  template <int kCount>
+  __device__ __forceinline__ void apply(AccessVector<kCount>& vector) const {
+    const auto one = [&](float v) { return fmaf(activate(v + bias), scale, shift); };
+    if constexpr (kCount == 1) {
+      T& value = reinterpret_cast<T&>(vector.values[0]);
+      value = narrow<T>(one(widen(value)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; i++) {
+        uint32_t& bits = reinterpret_cast<uint32_t*>(vector.values)[i];
+        const float2 v = Pair<T>::unpack(bits);
+        bits = Pair<T>::pack(one(v.x), one(v.y));
+      }
+    }
   }
 };
 

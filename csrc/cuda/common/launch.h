@@ -8,7 +8,7 @@
 
 namespace convmixer_fast::cuda {
 
-// The fastest kernel that takes these params: tensor cores if depthwise/mma/plan.h says so, else the direct kernel.
+// The fastest kernel that takes these params: the tensor-core or the direct kernel, as select.h says.
 cudaError_t depthwise(const DepthwiseParams& params, cudaStream_t stream);
 
 // Any kernel size, map, strides and dtype, on CUDA cores.

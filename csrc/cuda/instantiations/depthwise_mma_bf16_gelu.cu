@@ -1,5 +1,6 @@
 #include "../depthwise/mma/kernel.cuh"
 
 namespace convmixer_fast::cuda {
-template cudaError_t depthwise_mma<__nv_bfloat16, true, false>(const DepthwiseParams&, const MmaPlan&, cudaStream_t);
+template cudaError_t depthwise_mma<__nv_bfloat16, Activation::kGelu, false>(const DepthwiseParams&, const MmaPlan&, int,
+                                                                            cudaStream_t);
 }

@@ -1,5 +1,6 @@
 #include "../depthwise/mma/kernel.cuh"
 
 namespace convmixer_fast::cuda {
-template cudaError_t depthwise_mma<__half, true, false>(const DepthwiseParams&, const MmaPlan&, cudaStream_t);
+template cudaError_t depthwise_mma<__half, Activation::kGelu, false>(const DepthwiseParams&, const MmaPlan&, int,
+                                                                     cudaStream_t);
 }

@@ -1,5 +1,6 @@
 #include "../wgrad/direct/kernel.cuh"
 
 namespace convmixer_fast::cuda {
-template cudaError_t depthwise_wgrad_direct<float>(const WgradParams&, const WgradPlan&, cudaStream_t);
+template cudaError_t depthwise_wgrad_direct<float>(const WgradParams&, const WgradDirectPlan&, const WgradShare&,
+                                                   cudaStream_t);
 }

@@ -4,21 +4,26 @@
 // per channel block it touches. From one flush to the next exactly one of (CTA, channel block) advances, so
 // index = CTA + channel block is unique and dense.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
+#include "../../common/math.h"
+#include "../common/device.h"
 #include "../common/host_device.h"
 
 namespace convmixer_fast::cuda {
 
+constexpr int kWgradMaxWarps = 16;  // warps per CTA; and per SM, by the registers that the launch bounds allow
+
 struct WgradShare {
-  int64_t work_tiles;
-  int64_t tiles_per_channel_block;
-  int64_t channel_blocks;
-  int channels;           // channels per channel block
-  int ctas;               // CTAs
-  int64_t tiles_per_cta;  // work tiles per CTA; the first `remainder` CTAs have one more
-  int64_t remainder;      // work_tiles % ctas
-  int64_t sums;           // sums per channel in one partial: one per tap, and that of gy
+  int64_t work_tiles;               // all of them
+  int64_t tiles_per_channel_block;  // work tiles per channel block
+  int64_t channel_blocks;           // channel blocks
+  int channels;                     // channels per channel block
+  int ctas;                         // CTAs
+  int64_t tiles_per_cta;            // work tiles per CTA; the first `remainder` CTAs have one more
+  int64_t remainder;                // work_tiles % ctas
+  int64_t sums;                     // sums per channel in one partial: one per tap, and that of gy
 
   CMF_HOST_DEVICE int64_t first_tile(int64_t cta) const {
     return cta * tiles_per_cta + (cta < remainder ? cta : remainder);
@@ -34,5 +39,20 @@ struct WgradShare {
   }
   int64_t partial_elements() const { return ctas == 0 ? 0 : (ctas + channel_blocks - 1) * channels * sums; }
 };
+
+// Divides the work among as many CTAs as the device holds at once. share.channels and share.sums must be set.
+inline void share_work(int64_t channels, int64_t tiles_per_channel_block, int warps, int smem_bytes,
+                       const Device& device, WgradShare& share) {
+  constexpr int kSystemSmem = 1024;  // bytes that the system takes per CTA
+  const int by_registers = kWgradMaxWarps / std::max(warps, 1);
+  const int by_smem = device.sm_smem / (smem_bytes + kSystemSmem);
+  const int64_t ctas_per_sm = std::max(1, std::min(by_registers, by_smem));
+  share.channel_blocks = ceil_div(channels, share.channels);
+  share.tiles_per_channel_block = tiles_per_channel_block;
+  share.work_tiles = share.tiles_per_channel_block * share.channel_blocks;
+  share.ctas = static_cast<int>(std::min(share.work_tiles, device.sms * ctas_per_sm));
+  share.tiles_per_cta = share.work_tiles / share.ctas;
+  share.remainder = share.work_tiles % share.ctas;
+}
 
 }  // namespace convmixer_fast::cuda

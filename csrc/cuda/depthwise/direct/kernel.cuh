@@ -28,8 +28,7 @@ struct DirectTraits {
   static constexpr int kWindow = kStripW + kTaps - 1;
   static constexpr int kWindowPitch = (kWindow + 7) / 8 * 8;  // read 8 at a time along rows
   static_assert(!kGuarded || kTaps % 8 == 0, "windows of later tap columns start on 16 bytes, too");
-  static constexpr int kMaxThreads = kDirectMaxThreads;
-  static constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : 2;  // 128 registers per thread hold strip, window and taps
+  static constexpr LaunchBounds kBounds = direct_launch_bounds(sizeof(T));
 };
 
 // Reads z of one map: x, or the prologue of x; zero outside the map, and for a map beyond the last.
@@ -59,7 +58,7 @@ class MapReader {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
+__global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_ctas)
     depthwise_direct_kernel(const __grid_constant__ DepthwiseParams params, const __grid_constant__ DirectPlan plan) {
   using T = typename Traits::T;
   using Real = typename Traits::Real;
@@ -251,8 +250,7 @@ cudaError_t launch_direct(const DepthwiseParams& params, const DirectPlan& plan,
 // Picks the instantiation for one dtype, both layouts. Instantiated in instantiations/depthwise_direct_<dtype>.cu,
 // which compile side by side.
 template <class T>
-cudaError_t depthwise_direct(const DepthwiseParams& params, cudaStream_t stream) {
-  const DirectPlan plan = choose_direct_plan(params);
+cudaError_t depthwise_direct(const DepthwiseParams& params, const DirectPlan& plan, cudaStream_t stream) {
   if (plan.threads == 0) return cudaErrorInvalidConfiguration;
   const auto with_taps = [&](auto taps) {
     constexpr int kTaps = decltype(taps)::value;

@@ -8,6 +8,7 @@
 #include "../../../params.h"
 #include "../../common/dtype_bytes.h"
 #include "../../common/host_device.h"
+#include "../../common/launch_bounds.h"
 
 namespace convmixer_fast::cuda {
 
@@ -15,6 +16,12 @@ constexpr int kDirectStripH = 2;    // output rows per thread
 constexpr int kDirectStripW = 8;    // output columns per thread
 constexpr int kDirectTapBlock = 8;  // tap columns held in registers if there is no instantiation for the kernel's width
 constexpr int kDirectMaxThreads = 256;
+
+// 128 registers per thread hold strip, window and taps; those of float64 are twice as large.
+constexpr LaunchBounds direct_launch_bounds(int element_bytes) {
+  return {kDirectMaxThreads, element_bytes == 8 ? 1 : 2};
+}
+static_assert(direct_launch_bounds(4).registers() == 128 && direct_launch_bounds(8).registers() == 255);
 
 struct DirectPlan {
   int64_t map_blocks;  // sets of `slots` maps

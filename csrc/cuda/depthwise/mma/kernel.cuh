@@ -35,45 +35,19 @@
 
 namespace convmixer_fast::cuda {
 
-template <class T_, int kKernelH_, int kKSteps_, bool kGelu_, bool kPrologue_, bool kChannelsLast_>
+template <class T_, int kKernelH_, int kKSteps_, Activation kActivation_, bool kPrologue_, bool kChannelsLast_>
 struct MmaTraits {
   using T = T_;
-  static constexpr int kKernelH =
-      kKernelH_;  // 0: any number of rows, whose Toeplitz fragments pass through a ring of registers
+  // 0: any number of rows, whose Toeplitz fragments pass through a ring of registers.
+  static constexpr int kKernelH = kKernelH_;
   static constexpr int kKSteps = kKSteps_;
-  static constexpr bool kGelu = kGelu_;  // else ReLU or no activation: both are a maximum
+  static constexpr Activation kActivation = kActivation_;
   static constexpr bool kPrologue = kPrologue_;
   static constexpr bool kChannelsLast = kChannelsLast_;
-  static constexpr bool kUnalignedRows = !kChannelsLast && has_unaligned_rows(kGelu, kKernelH);
-  static constexpr int kMaxThreads = 32 * (kChannelsLast ? max_channels(kKSteps) : kMaxWarps);
-  // 16 warps of 128 registers per SM keep 32 KB of prefetched inputs in flight. Wide kernels need 168 registers: they
-  // are not memory-bound.
-  static constexpr int kMinBlocks = kChannelsLast ? 1 : kKSteps == 1 ? 4 : 3;
+  static constexpr bool kUnalignedRows = !kChannelsLast && has_unaligned_rows(kActivation, kKernelH);
+  static constexpr LaunchBounds kBounds = mma_launch_bounds(kChannelsLast, kKSteps);
   static_assert(kKernelH == 0 || (kKSteps == 1 && kKernelH <= 9), "all Toeplitz fragments stay in registers");
   static_assert(kKSteps <= kMaxKSteps, "the ring takes 16 registers per k-step");
-};
-
-template <class T>
-struct Pair;  // two values in one register
-template <>
-struct Pair<__half> {
-  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
-    const __half2 pair = __floats2half2_rn(lo, hi);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-  }
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t bits) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
-  }
 };
 
 // Optimization barrier: dependent addresses are computed again instead of being kept in registers.
@@ -99,40 +73,6 @@ __device__ __forceinline__ void load_octets(AccessVector<8> (&octets)[2], const 
     reinterpret_cast<uint32_t*>(octets[1].values)[c / 2] = __byte_perm(even, odd, 0x7632);
   }
 }
-
-// activation(v + bias) * scale + shift of one channel, for results rounded to 16 bits.
-template <class T, bool kGelu>
-struct alignas(16) FastElementwise {
-  float bias;
-  float scale;
-  float shift;
-  float floor;  // ReLU or no activation is the maximum with this
-
-  __device__ FastElementwise(const PointwiseParams& params, int channel) {
-    const Elementwise<T> exact(params, channel);
-    bias = exact.bias;
-    scale = exact.scale;
-    shift = exact.shift;
-    floor = params.activation == Activation::kRelu ? 0.f : -INFINITY;
-  }
-  __device__ __forceinline__ float activate(float v) const { return kGelu ? gelu_16bit(v) : max_nan(v, floor); }
-
-  template <int kCount>
-  __device__ __forceinline__ void apply(AccessVector<kCount>& vector) const {
-    const auto one = [&](float v) { return fmaf(activate(v + bias), scale, shift); };
-    if constexpr (kCount == 1) {
-      T& value = reinterpret_cast<T&>(vector.values[0]);
-      value = narrow<T>(one(widen(value)));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount / 2; i++) {
-        uint32_t& bits = reinterpret_cast<uint32_t*>(vector.values)[i];
-        const float2 v = Pair<T>::unpack(bits);
-        bits = Pair<T>::pack(one(v.x), one(v.y));
-      }
-    }
-  }
-};
 
 // Where one lane reads and writes the 16 subtiles of an M block.
 struct LaneAddresses {
@@ -164,7 +104,7 @@ struct LaneAddresses {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
+__global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_ctas)
     depthwise_mma_kernel(const __grid_constant__ DepthwiseParams params, const __grid_constant__ MmaPlan plan) {
 #if __CUDA_ARCH__ >= 800
   using T = typename Traits::T;
@@ -174,7 +114,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   T* const inputs = reinterpret_cast<T*>(smem);
   T* const outputs = inputs + plan.input_elements;
   T* const taps = outputs + plan.output_elements;
-  using Fast = FastElementwise<T, Traits::kGelu>;
+  using Fast = FastElementwise<T, Traits::kActivation>;
   Fast* const elementwise = reinterpret_cast<Fast*>(taps + plan.tap_elements);  // each channel's prologue and epilogue
   static_assert(2 * sizeof(Fast) == kElementwiseBytes);
   const int threads = 32 * plan.warps;
@@ -623,16 +563,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 }
 
 template <class Traits>
-cudaError_t launch_mma(const DepthwiseParams& params, const MmaPlan& plan, cudaStream_t stream) {
+cudaError_t launch_mma(const DepthwiseParams& params, const MmaPlan& plan, int sms, cudaStream_t stream) {
   constexpr auto kernel = depthwise_mma_kernel<Traits>;
   const int smem = plan.smem_bytes();
   const int threads = 32 * plan.warps;
-  int device = 0;
-  int sms = 0;
   int ctas_per_sm = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) status = prepare_shared_memory<kernel>();
+  cudaError_t status = prepare_shared_memory<kernel>();
   if (status == cudaSuccess)
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas_per_sm, kernel, threads, smem);
   if (status != cudaSuccess) return status;
@@ -644,13 +580,14 @@ cudaError_t launch_mma(const DepthwiseParams& params, const MmaPlan& plan, cudaS
 
 // Picks the instantiation. Instantiated in instantiations/depthwise_mma_<dtype>_<activation>[_nhwc].cu, which compile
 // side by side.
-template <class T, bool kGelu, bool kChannelsLast>
-cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaPlan& plan, cudaStream_t stream) {
+template <class T, Activation kActivation, bool kChannelsLast>
+cudaError_t depthwise_mma(const DepthwiseParams& params, const MmaPlan& plan, int sms, cudaStream_t stream) {
   const auto with_prologue = [&](auto has_prologue) {
     constexpr bool kPrologue = decltype(has_prologue)::value;
     const auto launch = [&](auto kernel_h, auto k_steps) {
-      using Traits = MmaTraits<T, decltype(kernel_h)::value, decltype(k_steps)::value, kGelu, kPrologue, kChannelsLast>;
-      return launch_mma<Traits>(params, plan, stream);
+      using Traits =
+          MmaTraits<T, decltype(kernel_h)::value, decltype(k_steps)::value, kActivation, kPrologue, kChannelsLast>;
+      return launch_mma<Traits>(params, plan, sms, stream);
     };
     constexpr Int<1> one;
     const int rows = unrolled_rows(params, plan);

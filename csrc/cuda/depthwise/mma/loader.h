@@ -9,6 +9,8 @@ namespace convmixer_fast::cuda {
 
 constexpr int kPrefetch = 4;  // vectors of 8 elements per tensor of the next work tile that a thread holds in registers
 
+constexpr int64_t kMaxOffset = int64_t{1} << 31;  // indices and offsets inside a work tile are below it
+
 // Dimensions of one element may have any stride, which nothing uses: 0 is a multiple of everything.
 inline Strides used_strides(const DepthwiseParams& params, Strides stride) {
   if (params.batch == 1) stride.n = 0;

@@ -7,24 +7,38 @@
 #include "../../../common/math.h"
 #include "../../../params.h"
 #include "../../common/fast_div.h"
+#include "../../common/launch_bounds.h"
+#include "../../common/obstacle.h"
 #include "loader.h"
 #include "shape.h"
 #include "smem.h"
 
 namespace convmixer_fast::cuda {
 
-constexpr int kMaxKernelH = 255;
-constexpr int kMaxKernelW = 41;        // needs kMaxKSteps
-constexpr int kMaxKSteps = 3;          // mmas along K
-constexpr int kMaxWarps = 4;           // warps of a CTA that works on one channel
+constexpr int kMaxKSteps = 3;                          // mmas along K
+constexpr int kMaxKernelH = 255;                       // tap rows
+constexpr int kMaxKernelW = max_kernel_w(kMaxKSteps);  // tap columns
+constexpr int kMaxWarps = 4;                           // warps of a CTA that works on one channel
 constexpr int kElementwiseBytes = 32;  // bytes per channel for bias, scale and shift of prologue and epilogue
+static_assert(kMaxKernelW == 41);
 
 // In channels_last a CTA works on 16 channels, 32 bytes of a pixel and so a whole sector, or on 8; each of its warps on
 // one of them. Threads move an octet of channels at a time. Kernels of two k-steps need more than 128 registers.
 constexpr int kOctet = 8;
 constexpr int max_channels(int k_steps) { return k_steps == 1 ? 2 * kOctet : kOctet; }
 constexpr int kMaxChannelsLastKSteps = 2;
+constexpr int kMaxKernelWChannelsLast = max_kernel_w(kMaxChannelsLastKSteps);
 constexpr int kOctetGap = 32;  // elements after each octet in shared memory, so that two octets lie in different banks
+static_assert(kMaxKernelWChannelsLast == 25);
+
+// 16 warps of 128 registers per SM keep 32 KB of prefetched inputs in flight. Wide kernels need 168 registers, or 255
+// in channels_last: they are not memory-bound.
+constexpr LaunchBounds mma_launch_bounds(bool channels_last, int k_steps) {
+  const int warps = channels_last ? max_channels(k_steps) : kMaxWarps;
+  return {32 * warps, channels_last ? 1 : k_steps == 1 ? 4 : 3};
+}
+static_assert(mma_launch_bounds(false, 1).registers() == 128 && mma_launch_bounds(false, 2).registers() == 168);
+static_assert(mma_launch_bounds(true, 1).registers() == 128 && mma_launch_bounds(true, 2).registers() == 255);
 
 // The kernel's second parameter. It is flat, in sections, because nvcc addresses the members of nested structs in other
 // ways, which changes the kernel's registers and instructions.
@@ -99,18 +113,20 @@ inline bool rows_are_contiguous(const DepthwiseParams& params) {
   return params.width == 1 || (params.x_stride.w == 1 && params.y_stride.w == 1);
 }
 
-// Whether the kernel can run at all: float16 and bfloat16, contiguous rows or contiguous channels of a pixel, kernels
-// up to 41 wide, indices and offsets inside a work tile in 32 bits.
-inline bool is_supported(const DepthwiseParams& params) {
-  constexpr int64_t kMaxOffset = int64_t{1} << 31;
+// What keeps the kernel from these parameters, whatever the geometry: it takes float16 and bfloat16, contiguous rows or
+// contiguous channels of a pixel, kernels up to kMaxKernelH x kMaxKernelW, and indices and offsets inside a work tile
+// of 32 bits.
+inline Obstacle find_obstacle(const DepthwiseParams& params) {
   const bool pixels_contiguous = params.x_stride.c == 1 && params.y_stride.c == 1;
-  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
-  if (!rows_are_contiguous(params) && !pixels_contiguous) return false;
-  if (params.kernel_w > kMaxKernelW || params.kernel_h > kMaxKernelH) return false;
+  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return Obstacle::kDType;
+  if (!rows_are_contiguous(params) && !pixels_contiguous) return Obstacle::kLayout;
+  if (params.kernel_w > kMaxKernelW) return Obstacle::kKernelWidth;
+  if (params.kernel_h > kMaxKernelH) return Obstacle::kKernelHeight;
   for (const Strides& stride : {params.x_stride, params.y_stride})
     if (std::max({kSubtilesPerMma * stride.n, params.height * stride.h, params.width * stride.w}) >= kMaxOffset)
-      return false;
-  return std::max({params.batch, params.channels, params.height, params.width}) < kMaxOffset;
+      return Obstacle::kOffsets;
+  if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return Obstacle::kOffsets;
+  return Obstacle::kNone;
 }
 
 // Sets the layout of shared memory for the plan's shape. The layout that is known at compile time is used only if it
@@ -220,37 +236,38 @@ inline void set_loader_map(const DepthwiseParams& params, MmaPlan& plan) {
   }
 }
 
-// The launch geometry for these parameters; false leaves them to the direct kernel. device_smem: bytes that a CTA may
+// The launch geometry for these parameters, or what leaves them to the direct kernel. device_smem: bytes that a CTA may
 // have on the device.
-inline bool choose_mma_plan(const DepthwiseParams& params, int device_smem, MmaPlan& plan) {
-  if (!is_supported(params)) return false;
+inline Obstacle choose_mma_plan(const DepthwiseParams& params, int device_smem, MmaPlan& plan) {
+  if (const Obstacle obstacle = find_obstacle(params); obstacle != Obstacle::kNone) return obstacle;
   const int pad_left = static_cast<int>(params.pad_left);
   plan = {};
   plan.channels_last = !rows_are_contiguous(params);
   plan.left = static_cast<int>(std::max<int64_t>(4, round_up(pad_left, 4)));
   plan.k_steps = static_cast<int>(ceil_div(plan.left - pad_left + params.kernel_w + kSubtile - 1, kMmaK));
-  if (plan.channels_last && plan.k_steps > kMaxChannelsLastKSteps) return false;
-  if (!choose_shape(params, plan.channels_last ? device_smem : kMaxSmem, plan)) return false;
+  if (plan.channels_last && plan.k_steps > kMaxChannelsLastKSteps) return Obstacle::kKernelWidthChannelsLast;
+  if (!choose_shape(params, plan.channels_last ? device_smem : kMaxSmem, plan)) return Obstacle::kSharedMemory;
   set_loader_map(params, plan);
 
   const int64_t tiles = tiles_per_channel(plan, params.batch);
   plan.tiles_per_channel = static_cast<int>(tiles);
   plan.siblings = plan.channels == kOctet && params.channels > kOctet ? 2 : 1;
   plan.work_tiles = ceil_div(params.channels, plan.channels * plan.siblings) * plan.siblings * tiles;
-  return tiles < int64_t{1} << 31;
+  return tiles < kMaxOffset ? Obstacle::kNone : Obstacle::kOffsets;
 }
 
 // Whether the kernel with so many rows of Toeplitz fragments in registers (0: the ring) has code for unaligned rows.
 // Without GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
-constexpr bool has_unaligned_rows(bool gelu, int rows) { return gelu || rows < 7; }
+constexpr bool has_unaligned_rows(Activation activation, int rows) {
+  return activation == Activation::kGelu || rows < 7;
+}
 
 // Kernel rows for which there is an instantiation with all Toeplitz fragments in registers; 0 if it is the ring, which
 // takes any number of rows.
 inline int unrolled_rows(const DepthwiseParams& params, const MmaPlan& plan) {
   const int rows = static_cast<int>(params.kernel_h);
   const bool exists = rows % 2 == 1 && rows >= (plan.channels_last ? 7 : 3) && rows <= 9;
-  const bool gelu = params.epilogue.activation == Activation::kGelu;
-  const bool can_load = !plan.unaligned_rows || has_unaligned_rows(gelu, rows);
+  const bool can_load = !plan.unaligned_rows || has_unaligned_rows(params.epilogue.activation, rows);
   return plan.fixed && exists && can_load && params.pad_top == (rows - 1) / 2 ? rows : 0;
 }
 

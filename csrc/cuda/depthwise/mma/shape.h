@@ -15,6 +15,9 @@ constexpr int kSubtilesPerMma = 16;
 constexpr int kMmaK = 16;                                   // stored input columns that one mma covers
 constexpr int kMaxWholeMapSubtiles = 16 * kSubtilesPerMma;  // larger maps are cut into tiles
 
+// The widest kernel, its padding centred, whose columns and those of a subtile fit so many mmas along K.
+constexpr int max_kernel_w(int k_steps) { return kMmaK * k_steps - (kSubtile - 1); }
+
 // The outputs of one work tile, per channel.
 struct TileShape {
   int images;        // images per work tile

@@ -11,7 +11,8 @@
 #include "../../common/access_vector.cuh"
 #include "../../common/launch.h"
 #include "../../common/shared_memory.h"
-#include "../plan.h"
+#include "../share.h"
+#include "plan.h"
 
 namespace convmixer_fast::cuda {
 
@@ -199,14 +200,15 @@ __global__ void __launch_bounds__(kWgradMaxThreads, Traits::kMinBlocks)
 // Picks the instantiation for one dtype. Instantiated in instantiations/depthwise_wgrad_direct_<dtype>.cu, which
 // compile side by side.
 template <class T>
-cudaError_t depthwise_wgrad_direct(const WgradParams& params, const WgradPlan& plan, cudaStream_t stream) {
-  const WgradDirectPlan& geometry = plan.direct;
-  if (geometry.threads == 0) return cudaErrorInvalidConfiguration;
+cudaError_t depthwise_wgrad_direct(const WgradParams& params, const WgradDirectPlan& plan, const WgradShare& share,
+                                   cudaStream_t stream) {
+  if (plan.threads == 0) return cudaErrorInvalidConfiguration;
   const auto launch = [&](auto taps) {
     constexpr auto kernel = depthwise_wgrad_direct_kernel<WgradDirectTraits<T, decltype(taps)::value>>;
     if (const cudaError_t status = prepare_shared_memory<kernel>(); status != cudaSuccess) return status;
-    const dim3 grid(plan.share.ctas, geometry.passes_h * geometry.passes_w);
-    kernel<<<grid, geometry.threads, plan.smem_bytes, stream>>>(params, geometry, plan.share);
+    const dim3 grid(share.ctas, plan.passes_h * plan.passes_w);
+    const int smem = plan.smem_bytes(sizeof(T), sizeof(arithmetic_t<T>));
+    kernel<<<grid, plan.threads, smem, stream>>>(params, plan, share);
     return cudaGetLastError();
   };
   if constexpr (sizeof(T) < 8) switch (wgrad_exact_taps(params)) {

@@ -75,7 +75,7 @@ inline int wgrad_col_blocks(const WgradParams& params, int taps) {
   return static_cast<int>(ceil_div(params.kernel_w, taps));
 }
 
-// Elements of a row that starts on 16 bytes, rows of one strip in different banks.
+// Elements from one stored row, or image, to the next: a multiple of 16 bytes, neighbours in different banks.
 inline int wgrad_row_pitch(int cols, int element) {
   return static_cast<int>(round_up(cols * element, 32) + 16) / element;
 }

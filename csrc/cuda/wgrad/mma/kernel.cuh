@@ -13,7 +13,7 @@
 // row, for as long as the CTA stays in a channel; the diagonals are then summed through shared memory and leave as one
 // partial (wgrad/share.h). The sum of gy is one more product, with ones.
 //
-// A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide. Of any other kernel it has a tap block of 8
+// A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide. For any other kernel it has a tap block of 8
 // tap rows by 16 stored columns, and the warps of a CTA divide the tap blocks; 16 tap blocks are one pass.
 //
 // Each tap has products of its own: an element that is not finite spoils the taps that meet it, and those that meet the
@@ -28,7 +28,8 @@
 #include "../../common/ptx.cuh"
 #include "../../common/shared_memory.h"
 #include "../../depthwise/mma/work_tile.cuh"
-#include "../plan.h"
+#include "../share.h"
+#include "plan.h"
 
 namespace convmixer_fast::cuda {
 
@@ -313,16 +314,17 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 // Picks the instantiation for one dtype. Instantiated in instantiations/depthwise_wgrad_mma_<dtype>.cu, which compile
 // side by side.
 template <class T>
-cudaError_t depthwise_wgrad_mma(const WgradParams& params, const WgradPlan& plan, cudaStream_t stream) {
+cudaError_t depthwise_wgrad_mma(const WgradParams& params, const WgradMmaPlan& plan, const WgradShare& share,
+                                cudaStream_t stream) {
   const auto launch = [&](auto tap_rows) {
     constexpr auto kernel = depthwise_wgrad_mma_kernel<WgradTraits<T, decltype(tap_rows)::value>>;
     if (const cudaError_t status = prepare_shared_memory<kernel>(); status != cudaSuccess) return status;
-    const dim3 grid(plan.share.ctas, plan.mma.taps.passes);
-    kernel<<<grid, 32 * plan.mma.warps, plan.smem_bytes, stream>>>(params, plan.mma, plan.share);
+    const dim3 grid(share.ctas, plan.taps.passes);
+    kernel<<<grid, 32 * plan.warps, plan.smem_bytes(), stream>>>(params, plan, share);
     return cudaGetLastError();
   };
-  if (!plan.mma.taps.fixed) return launch(Int<0>{});
-  switch (plan.mma.taps.tap_rows) {
+  if (!plan.taps.fixed) return launch(Int<0>{});
+  switch (plan.taps.tap_rows) {
     case 3: return launch(Int<3>{});
     case 5: return launch(Int<5>{});
     case 7: return launch(Int<7>{});

@@ -7,16 +7,19 @@
 #include "../../../common/math.h"
 #include "../../../params.h"
 #include "../../common/host_device.h"
+#include "../../common/obstacle.h"
 #include "../../depthwise/mma/loader.h"
 #include "../../depthwise/mma/shape.h"
 #include "../../depthwise/mma/smem.h"
+#include "../share.h"
 
 namespace convmixer_fast::cuda {
 
-constexpr int kWgradMmaTapRows = 8;    // tap rows per warp if no instantiation has all of them
-constexpr int kWgradMaxWarps = 16;     // warps per CTA; and per SM, by the registers
-constexpr int kWgradFixedWarps = 4;    // warps of a CTA in which every warp has all taps
-constexpr int kWgradDiagonals = 24;    // a 16 x 8 product has 23; the last is the sum of gy
+constexpr int kWgradMmaTapRows = 8;  // tap rows per warp if no instantiation has all of them
+constexpr int kWgradFixedWarps = 4;  // warps of a CTA in which every warp has all taps
+constexpr int kWgradDiagonals = 24;  // a 16 x 8 product has 23; the last is the sum of gy
+constexpr int kWgradMaxKernelH = kMmaK * kWgradMaxWarps;
+constexpr int kWgradMaxKernelW = max_kernel_w(kWgradMaxWarps);
 constexpr int kWgradScratchPitch = 9;  // pitch of a product in shared memory: neither rows nor diagonals share banks
 
 // One of the two tensors, x or gy, in shared memory. Distances are in elements.
@@ -63,16 +66,16 @@ struct WgradMmaPlan {
   }
 };
 
-// Whether the kernel can run at all: float16 and bfloat16, contiguous rows, kernels up to about 240 high or wide,
-// indices and offsets inside a work tile in 32 bits.
-inline bool is_supported(const WgradParams& params) {
-  constexpr int64_t kMaxOffset = int64_t{1} << 31;
-  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
-  if (params.width > 1 && (params.x_stride.w != 1 || params.gy_stride.w != 1)) return false;
+// What keeps the kernel from these parameters, whatever the geometry: it takes float16 and bfloat16, contiguous rows,
+// kernels up to kWgradMaxKernelH x kWgradMaxKernelW, and indices and offsets inside a work tile of 32 bits.
+inline Obstacle find_obstacle(const WgradParams& params) {
+  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return Obstacle::kDType;
+  if (params.width > 1 && (params.x_stride.w != 1 || params.gy_stride.w != 1)) return Obstacle::kLayout;
   for (const Strides& stride : {params.x_stride, params.gy_stride})
-    if (std::max(kSubtilesPerMma * stride.n, params.height * stride.h) >= kMaxOffset) return false;
-  if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return false;
-  return std::max(params.kernel_h, params.kernel_w) <= kMmaK * kWgradMaxWarps;
+    if (std::max(kSubtilesPerMma * stride.n, params.height * stride.h) >= kMaxOffset) return Obstacle::kOffsets;
+  if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return Obstacle::kOffsets;
+  if (params.kernel_h > kWgradMaxKernelH) return Obstacle::kKernelHeight;
+  return params.kernel_w > kWgradMaxKernelW ? Obstacle::kKernelWidth : Obstacle::kNone;
 }
 
 inline WgradTaps divide_taps(int kernel_h, int k_steps, const TileShape& shape) {
@@ -150,21 +153,22 @@ inline void choose_loader(const WgradParams& params, WgradMmaPlan& plan) {
   plan.gy.store_step = distance(step, plan.gy.maps);
 }
 
-// The launch geometry for these parameters; false leaves them to the direct kernel.
-inline bool choose_wgrad_mma_plan(const WgradParams& params, WgradMmaPlan& plan) {
-  if (!is_supported(params)) return false;
+// The launch geometry for these parameters, or what leaves them to the direct kernel.
+inline Obstacle choose_wgrad_mma_plan(const WgradParams& params, WgradMmaPlan& plan) {
+  if (const Obstacle obstacle = find_obstacle(params); obstacle != Obstacle::kNone) return obstacle;
   const int pad_left = static_cast<int>(params.pad_left);
   plan = {};
   plan.x.top = static_cast<int>(params.pad_top);
   plan.x.left = static_cast<int>(std::max<int64_t>(kFixedLeft, round_up(pad_left, 4)));
   plan.lead = plan.x.left - pad_left;
   const int k_steps = static_cast<int>(ceil_div(plan.lead + params.kernel_w + kSubtile - 1, kMmaK));
-  if (k_steps > kWgradMaxWarps || !choose_shape(params, k_steps, plan)) return false;
+  if (k_steps > kWgradMaxWarps) return Obstacle::kKernelWidth;
+  if (!choose_shape(params, k_steps, plan)) return Obstacle::kSharedMemory;
   choose_loader(params, plan);
 
   const int64_t tiles = tiles_per_channel(plan.shape, params.batch);
   plan.tiles_per_channel = static_cast<int>(tiles);
-  return tiles * params.channels < int64_t{1} << 31;
+  return tiles * params.channels < kMaxOffset ? Obstacle::kNone : Obstacle::kOffsets;
 }
 
 }  // namespace convmixer_fast::cuda

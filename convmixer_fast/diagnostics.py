@@ -2,7 +2,8 @@
 
 import ctypes
 import math
-from ctypes import Structure, c_bool, c_int32, c_int64
+import re
+from ctypes import Structure, c_bool, c_char, c_int32, c_int64
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,12 @@ from ._library import _cpu_library
 from .ops import _activation
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/params.h, enum class DType
-_ELEMENTS = {torch.float64: "double", torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _LAYOUTS = ("contiguous", "channels_last")
-SYSTEM_SMEM = 1024  # bytes of an SM's shared memory that the system takes of each block
+SYSTEM_SMEM = 1024  # bytes of an SM's shared memory that the system takes for each block
 
 
 class Gpu(NamedTuple):
-    """What the launch depends on. The memory of an SM includes what the system takes of each block."""
+    """What the launch depends on. The memory of an SM includes what the system takes for each block."""
 
     name: str
     capability: int  # 80 for sm_80
@@ -27,7 +27,7 @@ class Gpu(NamedTuple):
     blocks_per_sm: int
 
     def occupancy(self, threads: int, smem: int, registers: int) -> int:
-        """Blocks of one kernel that an SM holds: by shared memory (bytes), warps, blocks and registers (a thread)."""
+        """Blocks of one kernel that an SM holds: by shared memory (bytes), warps, blocks and registers (per thread)."""
         warps = -(-threads // 32)
         # Registers are allocated by the warp, 256 at a time, and each quarter of an SM has 16,384 of them.
         warps_by_registers = 4 * (16384 // (-(-32 * registers // 256) * 256))
@@ -53,17 +53,18 @@ class Explanation(NamedTuple):
     Attributes:
         kernel: "tensor cores" or "direct".
         reason: why it is the direct kernel; empty for tensor cores.
-        name: of the kernel in C++, without namespaces.
-        tile: (planes, height, width): outputs that a block computes at a time, of maps of one image and channel each;
-            for tensor cores of one channel, or in channels_last of 8 or 16.
+        name: the kernel in C++, as demanglers and profilers give it, without namespaces.
+        tile: (maps, height, width): outputs that a block computes at a time. A map belongs to one image and channel;
+            those of a tile belong to one channel on tensor cores, or in channels_last to 8 or 16.
         items: such tiles in all, which the blocks share.
-        block: threads.
-        smem_bytes: dynamic shared memory of a block.
-        registers: that a thread has at most, by the kernel's launch bounds; the compiler may use fewer.
-        blocks_per_sm: that run at once with this many registers. The launch asks the driver, which knows the kernel's.
-        grid: for tensor cores min(items, SMs x blocks_per_sm), larger in the launch where the kernel needs fewer
-            registers; for the direct kernel a block an item.
-        necessary_bytes: x, weight and y, each once. Vectors of the pointwise steps, some bytes a channel, are left out.
+        block: threads per block.
+        smem_bytes: dynamic shared memory per block.
+        registers: registers per thread that the kernel's launch bounds allow; the compiler may use fewer.
+        blocks_per_sm: blocks that run at once on an SM with this many registers. The launch asks the driver, which
+            knows how many registers the kernel has.
+        grid: blocks. On tensor cores min(items, SMs x blocks_per_sm), larger in the launch if the kernel needs fewer
+            registers; for the direct kernel one per item.
+        necessary_bytes: x, weight and y, each once. Bias, scale and shift, some bytes per channel, are left out.
         predicted_bytes: as necessary_bytes, with what is read more than once: the halo of neighbouring tiles.
     """
 
@@ -81,6 +82,10 @@ class Explanation(NamedTuple):
     predicted_bytes: int
 
 
+class _Device(Structure):  # csrc/cuda/common/device.h, Device
+    _fields_ = [(name, c_int32) for name in ("major", "sms", "cta_smem", "sm_smem")]
+
+
 class _Query(Structure):  # csrc/bindings/explain.cpp, DepthwiseQuery
     _fields_ = [
         ("shape", c_int64 * 4),
@@ -91,14 +96,32 @@ class _Query(Structure):  # csrc/bindings/explain.cpp, DepthwiseQuery
         ("activation", c_int32),
         ("prologue", c_bool),
         ("residual", c_bool),
-        ("device_smem", c_int32),
+        ("device", _Device),
     ]
 
 
 class _Choice(Structure):  # csrc/bindings/explain.cpp, Choice
-    _fields_ = [(name, c_int64) for name in ("items", "read_elements")] + [
-        (name, c_int32) for name in ("planes", "tile_h", "tile_w", "unrolled", "k_steps", "threads", "smem_bytes")
+    _fields_ = [
+        *((name, c_int64) for name in ("work_tiles", "x_elements_read")),
+        *((name, c_int32) for name in ("tensor_cores", "maps_per_tile", "tile_h", "tile_w")),
+        *((name, c_int32) for name in ("threads", "smem_bytes", "registers")),
+        *((name, c_char * 128) for name in ("name", "reason")),
     ]
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    """Raises ImportError for a library whose structs are not those above."""
+    for struct, name in ((_Query, "query"), (_Choice, "choice")):
+        size_of = getattr(library, f"convmixer_fast_{name}_bytes", None)
+        size = size_of() if size_of else 0
+        if size != ctypes.sizeof(struct):
+            raise ImportError(
+                f"{library._name} has {size} bytes in the struct that convmixer_fast/diagnostics.py calls "
+                f"{struct.__name__}, which has {ctypes.sizeof(struct)}: rebuild it by `make build`"
+            )
+
+
+_check_sizes(_cpu_library)
 
 
 def _query(
@@ -132,7 +155,8 @@ def _query(
         x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
     flags = _activation(activation), prologue, residual
-    return _Query(shape, x.stride(), y.stride(), kernel, _DTYPES[dtype], *flags, gpu.smem_per_sm - SYSTEM_SMEM)
+    device = _Device(gpu.capability // 10, gpu.sm_count, gpu.smem_per_sm - SYSTEM_SMEM, gpu.smem_per_sm)
+    return _Query(shape, x.stride(), y.stride(), kernel, _DTYPES[dtype], *flags, device)
 
 
 def explain(
@@ -157,7 +181,7 @@ def explain(
         layout: "contiguous" or "channels_last".
         activation: "gelu", "relu" or "none"; ``depthwise_conv2d`` has "none".
         prologue: whether ``fused_depthwise`` has one.
-        device: a name in ``explain.GPUS`` or a ``Gpu``.
+        device: a name in ``convmixer_fast.diagnostics.GPUS`` or a ``convmixer_fast.diagnostics.Gpu``.
 
     Raises:
         ValueError: an argument does not fit.
@@ -168,54 +192,33 @@ def explain(
     query, choice = _query(x_shape, kernel_size, dtype, layout, activation, prologue, True, gpu), _Choice()
     elements, weights = math.prod(query.shape), query.shape[1] * query.kernel[0] * query.kernel[1]
     necessary = (2 * elements + weights) * dtype.itemsize
-    reason = ""
-    if gpu.capability < 80:
-        reason = f"the tensor-core kernel needs sm_80 or later, {gpu.name} is sm_{gpu.capability}"
-    elif not _cpu_library.convmixer_fast_choose_mma(ctypes.byref(query), ctypes.byref(choice)):
-        reason = _why_direct(query, dtype)
-    if reason:
-        if not _cpu_library.convmixer_fast_choose_direct(ctypes.byref(query), ctypes.byref(choice)):
-            raise ValueError(
-                "x_shape and kernel_size must be of fewer than 2**39 elements each, kernel_size at most 2**24 high and "
-                f"wide, got {tuple(x_shape)} and {kernel_size!r}"
-            )
-        lanes_over_channels = str(query.x_stride[1] == 1 and query.shape[1] > 1).lower()
-        name = f"depthwise_direct_kernel<DirectTraits<{_ELEMENTS[dtype]}, {lanes_over_channels}, {choice.unrolled}>>"
-        registers = 255 if dtype == torch.float64 else 128  # depthwise_direct.cuh, DirectTraits::kMinBlocks
-    else:
-        channels_last = query.shape[3] > 1 and query.x_stride[3] != 1
-        flags = ", ".join(str(flag).lower() for flag in (activation == "gelu", bool(prologue), channels_last))
-        name = f"depthwise_mma_kernel<MmaTraits<{_ELEMENTS[dtype]}, {choice.unrolled}, {choice.k_steps}, {flags}>>"
-        # depthwise_mma.cuh, MmaTraits::kMaxThreads and kMinBlocks
-        registers = 128 if choice.k_steps == 1 else 255 if channels_last else 168
-    blocks_per_sm = gpu.occupancy(choice.threads, choice.smem_bytes, registers)
+    if not _cpu_library.convmixer_fast_select(ctypes.byref(query), ctypes.byref(choice)):
+        raise ValueError(
+            "x_shape and kernel_size must be of fewer than 2**39 elements each, kernel_size at most 2**24 high and "
+            f"wide, got {tuple(x_shape)} and {kernel_size!r}"
+        )
+    blocks_per_sm = gpu.occupancy(choice.threads, choice.smem_bytes, choice.registers)
     return Explanation(
-        kernel="direct" if reason else "tensor cores",
-        reason=reason,
-        name=name,
-        tile=(choice.planes, choice.tile_h, choice.tile_w),
-        items=choice.items,
+        kernel="tensor cores" if choice.tensor_cores else "direct",
+        reason=choice.reason.decode(),
+        name=choice.name.decode(),
+        tile=(choice.maps_per_tile, choice.tile_h, choice.tile_w),
+        items=choice.work_tiles,
         block=choice.threads,
         smem_bytes=choice.smem_bytes,
-        registers=registers,
+        registers=choice.registers,
         blocks_per_sm=blocks_per_sm,
-        grid=min(choice.items, 2**30 if reason else gpu.sm_count * blocks_per_sm),
+        grid=min(choice.work_tiles, gpu.sm_count * blocks_per_sm if choice.tensor_cores else 2**30),
         necessary_bytes=necessary,
-        predicted_bytes=necessary + (choice.read_elements - elements) * dtype.itemsize,
+        predicted_bytes=necessary + (choice.x_elements_read - elements) * dtype.itemsize,
     )
 
 
-def _why_direct(query: _Query, dtype: torch.dtype) -> str:
-    """The first condition of choose_mma_tile (csrc/cuda/depthwise_tiles.h) that does not hold."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the tensor-core kernel takes float16 and bfloat16, dtype is {str(dtype)[6:]}"
-    if query.kernel[1] > 41:
-        return f"the tensor-core kernel takes kernels up to 41 columns wide, kernel_size has {query.kernel[1]}"
-    if query.kernel[1] > 25 and query.shape[3] > 1 and query.x_stride[3] != 1:
-        return f"in channels_last the tensor-core kernel takes kernels up to 25 wide, kernel_size has {query.kernel[1]}"
-    if query.kernel[0] > 255:
-        return f"the tensor-core kernel takes kernels up to 255 rows high, kernel_size has {query.kernel[0]}"
-    return "no tile of the tensor-core kernel fits its shared memory, or its offsets 32 bits"
+def short_name(demangled: str) -> str:
+    """A kernel's name as :attr:`Explanation.name` has it, from that of a demangler or a profiler: without namespaces,
+    return type and parameters."""
+    name = re.sub(r"convmixer_fast::(cuda::)?|\(anonymous namespace\)::", "", demangled).replace("> >", ">>")
+    return re.sub(r"\([^()]*\)$", "", name.removeprefix("void "))
 
 
 def mma_arguments(
@@ -233,15 +236,11 @@ def mma_arguments(
         ValueError: an argument does not fit, or the shape leaves the direct kernel.
     """
     query = _query(x_shape, kernel_size, dtype, "contiguous", activation, prologue, residual, GPUS["H200"])
-    buffer = ctypes.create_string_buffer(4096)
-    size = _cpu_library.convmixer_fast_mma_arguments(ctypes.byref(query), buffer, len(buffer))
-    if not size:
-        raise ValueError(f"x_shape {tuple(x_shape)} with kernel_size {kernel_size}: no tensor-core kernel")
-    return buffer.raw[:size]
+    return _arguments("mma", query)[1]
 
 
 class WgradLaunch(NamedTuple):
-    """What :func:`wgrad_launch` returns: the kernel's name in C++, threads of a block, bytes of shared memory, and the
+    """What :func:`wgrad_launch` returns: the kernel's name in C++, threads per block, bytes of shared memory, and the
     parameters as they lie in its constant memory, with made-up addresses."""
 
     name: str
@@ -259,9 +258,16 @@ def wgrad_launch(
         ValueError: an argument does not fit, or the shape leaves the direct kernel.
     """
     query = _query(x_shape, kernel_size, dtype, "contiguous", "none", False, False, GPUS["H200"])
+    choice, arguments = _arguments("wgrad", query)
+    return WgradLaunch(choice.name.decode(), choice.threads, choice.smem_bytes, arguments)
+
+
+def _arguments(operator: str, query: _Query) -> tuple[_Choice, bytes]:
+    """The launch of a tensor-core kernel and its parameters."""
     choice, buffer = _Choice(), ctypes.create_string_buffer(4096)
-    size = _cpu_library.convmixer_fast_wgrad_arguments(ctypes.byref(query), ctypes.byref(choice), buffer, len(buffer))
+    arguments_of = getattr(_cpu_library, f"convmixer_fast_{operator}_arguments")
+    size = arguments_of(ctypes.byref(query), ctypes.byref(choice), buffer, len(buffer))
     if not size:
-        raise ValueError(f"x_shape {tuple(x_shape)} with kernel_size {kernel_size}: no tensor-core kernel")
-    name = f"depthwise_wgrad_mma_kernel<WgradTraits<{_ELEMENTS[dtype]}, {choice.unrolled}>>"
-    return WgradLaunch(name, choice.threads, choice.smem_bytes, buffer.raw[:size])
+        reason = choice.reason.decode() or "the sizes are too large"
+        raise ValueError(f"x_shape {(*query.shape,)} with kernel_size {(*query.kernel,)}: {reason}")
+    return choice, buffer.raw[:size]

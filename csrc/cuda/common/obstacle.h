@@ -1,0 +1,19 @@
+// What keeps a tensor-core kernel from running, which leaves the direct kernel. Host code, no CUDA.
+#pragma once
+#include <cstdint>
+
+namespace convmixer_fast::cuda {
+
+enum class Obstacle : int32_t {
+  kNone,
+  kComputeCapability,        // the GPU is older than sm_80
+  kDType,                    // neither float16 nor bfloat16
+  kLayout,                   // neither rows nor the channels of a pixel are contiguous
+  kKernelWidth,              // the kernel has too many columns
+  kKernelWidthChannelsLast,  // the kernel has too many columns for channels_last
+  kKernelHeight,             // the kernel has too many rows
+  kOffsets,                  // indices or offsets inside a work tile need more than 32 bits
+  kSharedMemory,             // not even the smallest tile fits shared memory
+};
+
+}  // namespace convmixer_fast::cuda

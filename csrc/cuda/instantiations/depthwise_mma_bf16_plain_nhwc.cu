@@ -1,5 +1,0 @@
-#include "../depthwise/mma/kernel.cuh"
-
-namespace convmixer_fast::cuda {
-template cudaError_t depthwise_mma<__nv_bfloat16, false, true>(const DepthwiseParams&, const MmaPlan&, cudaStream_t);
-}

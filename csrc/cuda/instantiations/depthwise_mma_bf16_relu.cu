@@ -1,0 +1,6 @@
+#include "../depthwise/mma/kernel.cuh"
+
+namespace convmixer_fast::cuda {
+template cudaError_t depthwise_mma<__nv_bfloat16, Activation::kRelu, false>(const DepthwiseParams&, const MmaPlan&, int,
+                                                                            cudaStream_t);
+}
