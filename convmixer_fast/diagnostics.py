@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from ._library import _cpu_library
+from ._types import DTYPES
 from .ops import _activation
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/params.h, enum class DType
 _LAYOUTS = ("contiguous", "channels_last")
 SYSTEM_SMEM = 1024  # bytes of an SM's shared memory that the system takes for each block
 
@@ -140,8 +140,8 @@ def _query(
     kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     if len(kernel) != 2 or not all(isinstance(size, int) and size > 0 for size in kernel):
         raise ValueError(f"kernel_size must be a positive size or two (kh, kw), got {kernel_size!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}")
     for name, value, elements in (
@@ -156,7 +156,7 @@ def _query(
     y = torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
     flags = _activation(activation), prologue, residual
     device = _Device(gpu.capability // 10, gpu.sm_count, gpu.smem_per_sm - SYSTEM_SMEM, gpu.smem_per_sm)
-    return _Query(shape, x.stride(), y.stride(), kernel, _DTYPES[dtype], *flags, device)
+    return _Query(shape, x.stride(), y.stride(), kernel, DTYPES[dtype].code, *flags, device)
 
 
 def explain(
