@@ -30,12 +30,12 @@ class Strides(Structure):
     _fields_ = [(name, c_int64) for name in "nchw"]
 
 
-class PointwiseParams(Structure):
+class ElementwiseParams(Structure):
     _fields_ = [
         ("bias", c_void_p),
         ("scale", c_void_p),
         ("shift", c_void_p),
-        ("vector_dtype", c_int32),
+        ("param_dtype", c_int32),
         ("activation", c_int32),
     ]
 
@@ -53,8 +53,8 @@ class DepthwiseParams(Structure):
         ("has_prologue", c_bool),
         ("residual", c_bool),
         ("flip_taps", c_bool),
-        ("prologue", PointwiseParams),
-        ("epilogue", PointwiseParams),
+        ("prologue", ElementwiseParams),
+        ("epilogue", ElementwiseParams),
     ]
 
 
@@ -76,7 +76,7 @@ class PoolParams(Structure):
         *((name, c_int64) for name in ("batch", "channels", "height", "width")),
         ("x_stride", Strides),
         ("dtype", c_int32),
-        ("prologue", PointwiseParams),
+        ("prologue", ElementwiseParams),
     ]
 
 
@@ -139,7 +139,7 @@ class EmulatedOps:
         y = x.new_empty(x.shape[:2]) if out is None else out
         with self.device.scope():
             params = PoolParams(
-                **self._map(x, y), prologue=self._pointwise("prologue", (bias, scale, shift), activation)
+                **self._map(x, y), prologue=self._elementwise("prologue", (bias, scale, shift), activation)
             )
             self._launch(self.program.activate_pool, params, y)
         return y
@@ -201,8 +201,8 @@ class EmulatedOps:
                 has_prologue=prologue is not None,
                 residual=residual,
                 flip_taps=flip_taps,
-                prologue=self._pointwise("prologue", prologue or (None, None, None), activation),
-                epilogue=self._pointwise("epilogue", epilogue, activation),
+                prologue=self._elementwise("prologue", prologue or (None, None, None), activation),
+                epilogue=self._elementwise("epilogue", epilogue, activation),
             )
             self._launch(self.launcher, params, y)
         return y
@@ -220,14 +220,14 @@ class EmulatedOps:
             dtype=DTYPES[x.dtype].code,
         )
 
-    def _pointwise(self, step, vectors, activation) -> PointwiseParams:
+    def _elementwise(self, step, vectors, activation) -> ElementwiseParams:
         addresses = [
             None if vector is None else self._upload(f"{step}.{name}", vector.contiguous())
             for name, vector in zip(("bias", "scale", "shift"), vectors)
         ]
         dtypes = {DTYPES[vector.dtype].code for vector in vectors if vector is not None} or {0}
         (dtype,) = dtypes
-        return PointwiseParams(*addresses, dtype, ACTIVATIONS[activation].code)
+        return ElementwiseParams(*addresses, dtype, ACTIVATIONS[activation].code)
 
     def _upload(self, name, tensor) -> int:
         return self.device.upload_view(_as_numpy(tensor), name, readonly=True)

@@ -73,15 +73,15 @@ double error_of(DType dtype, int64_t dim, double scale) {
   memset(params.workspace, 0xff, kernels.workspace_bytes(params));  // NaN
   std::vector<uint8_t> y(batch * classes * 4);
   params.y = y.data();
-  const auto run = [&](MixerStep stage) { kernels.run(params, stage, 0, kernels.tasks(params, stage)); };
-  run({MixerStep::kPatches, 0});
-  run({MixerStep::kProject, 0});
+  const auto run = [&](MixerStage stage) { kernels.run(params, stage, 0, kernels.tasks(params, stage)); };
+  run({MixerStage::kPackPatches, 0});
+  run({MixerStage::kPatchConv, 0});
   for (int64_t l = 0; l < depth; ++l) {
-    run({MixerStep::kDepthwise, l});
-    run({MixerStep::kPointwise, l});
+    run({MixerStage::kDepthwise, l});
+    run({MixerStage::kConv1x1, l});
   }
-  run({MixerStep::kPool, 0});
-  run({MixerStep::kHead, 0});
+  run({MixerStage::kPool, 0});
+  run({MixerStage::kHead, 0});
   free(packed);
   free(params.workspace);
 

@@ -146,8 +146,8 @@ Tensor mixer_pack(const Tensor& patch, const Tensor& depthwise, const Tensor& po
   MixerWeights weights{};
   weights.patch = patch.const_data_ptr();
   weights.depthwise = depthwise.const_data_ptr();
-  weights.pointwise = pointwise.const_data_ptr();
-  weights.vectors = static_cast<const double*>(vectors.const_data_ptr());
+  weights.conv1x1 = pointwise.const_data_ptr();
+  weights.epilogues = static_cast<const double*>(vectors.const_data_ptr());
   weights.head = head_weight.const_data_ptr();
   weights.head_bias = head_bias.const_data_ptr();
   reporting_no_memory([&] { kernels.pack(s, weights, packed.mutable_data_ptr()); });
@@ -172,15 +172,15 @@ Tensor mixer_workspace(const Tensor& packed, int64_t bytes) {
 
 // Runs all stages. If `seconds` is not null, it receives the time of each.
 void run_stages(const cpu::NetworkKernels& kernels, const MixerParams& params, double* seconds) {
-  std::vector<MixerStep> stages = {{MixerStep::kPatches, 0}, {MixerStep::kProject, 0}};
+  std::vector<MixerStage> stages = {{MixerStage::kPackPatches, 0}, {MixerStage::kPatchConv, 0}};
   for (int64_t layer = 0; layer < params.sizes.depth; ++layer) {
-    stages.push_back({MixerStep::kDepthwise, layer});
-    stages.push_back({MixerStep::kPointwise, layer});
+    stages.push_back({MixerStage::kDepthwise, layer});
+    stages.push_back({MixerStage::kConv1x1, layer});
   }
-  stages.push_back({MixerStep::kPool, 0});
-  stages.push_back({MixerStep::kHead, 0});
+  stages.push_back({MixerStage::kPool, 0});
+  stages.push_back({MixerStage::kHead, 0});
   std::vector<int64_t> tasks;
-  for (const MixerStep& stage : stages) {
+  for (const MixerStage& stage : stages) {
     tasks.push_back(kernels.tasks(params, stage));
     check(tasks.back() < kTooManyTasks, "x must make fewer than 2^32 tasks of every step, got ", tasks.back(),
           " of one for ", params.batch, " images and ", params.sizes.dim, " channels");

@@ -29,7 +29,7 @@ struct Elementwise {
   Tensor bias;
   Tensor scale;
   Tensor shift;
-  PointwiseParams params;  // points into the three tensors
+  ElementwiseParams params;  // points into the three tensors
 
   Elementwise(const Tensor& x, const Tensor& bias_, const char* bias_name, const Tensor& scale_, const char* scale_name,
               const Tensor& shift_, const char* shift_name, Activation activation) {
@@ -71,7 +71,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   Tensor y = empty_output(x);
   DepthwiseParams params = depthwise_params(x, taps, y);
   params.epilogue.bias = bias ? contiguous_bias.const_data_ptr() : nullptr;
-  params.epilogue.vector_dtype = params.dtype;
+  params.epilogue.param_dtype = params.dtype;
   if (y.numel() > 0) Backend::depthwise(params, x);
   return y;
 }
@@ -87,7 +87,7 @@ Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
   params.flip_taps = true;
   params.pad_top = params.kernel_h / 2;
   params.pad_left = params.kernel_w / 2;
-  params.epilogue.vector_dtype = params.dtype;
+  params.epilogue.param_dtype = params.dtype;
   if (gx.numel() > 0) Backend::depthwise(params, gy);
   return gx;
 }

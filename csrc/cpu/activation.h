@@ -161,8 +161,8 @@ Vec<Real> load_parameter(const void* from, bool is_storage, int64_t channel, int
 }
 
 template <class S, class Real = typename S::Real>
-Elementwise<Real> load_elementwise(const PointwiseParams& p, DType dtype, int64_t channel, int64_t channels) {
-  const bool is_storage = p.vector_dtype == dtype;
+Elementwise<Real> load_elementwise(const ElementwiseParams& p, DType dtype, int64_t channel, int64_t channels) {
+  const bool is_storage = p.param_dtype == dtype;
   return {load_parameter<S>(p.bias, is_storage, channel, channels, Real(0)),
           load_parameter<S>(p.scale, is_storage, channel, channels, Real(1)),
           load_parameter<S>(p.shift, is_storage, channel, channels, Real(0)), p.activation};

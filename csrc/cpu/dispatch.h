@@ -27,8 +27,8 @@ struct NetworkKernels {
   int64_t (*packed_bytes)(const MixerSizes&);
   void (*pack)(const MixerSizes&, const MixerWeights&, void* packed);
   int64_t (*workspace_bytes)(const MixerParams&);
-  int64_t (*tasks)(const MixerParams&, MixerStep);
-  void (*run)(const MixerParams&, MixerStep, int64_t begin, int64_t end);
+  int64_t (*tasks)(const MixerParams&, MixerStage);
+  void (*run)(const MixerParams&, MixerStage, int64_t begin, int64_t end);
 };
 
 // What an instruction set's translation units in isa/ define.

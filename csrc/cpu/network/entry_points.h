@@ -43,13 +43,13 @@ int64_t workspace_bytes(const MixerParams& p) {
   });
 }
 
-int64_t stage_tasks(const MixerParams& p, MixerStep stage) {
+int64_t stage_tasks(const MixerParams& p, MixerStage stage) {
   return with_types(p.sizes.dtype, [&](auto storage, auto element) {
     return Network<decltype(storage), decltype(element)>(p).tasks(stage);
   });
 }
 
-void run_stage(const MixerParams& p, MixerStep stage, int64_t begin, int64_t end) {
+void run_stage(const MixerParams& p, MixerStage stage, int64_t begin, int64_t end) {
   Scratch scratch;
   with_types(p.sizes.dtype, [&](auto storage, auto element) {
     Network<decltype(storage), decltype(element)>(p).run(stage, begin, end, scratch);

@@ -23,7 +23,7 @@ class WeightPacking {
     const MixerSizes& s = layout_.sizes;
     pack_b(kPlain, weights_.patch, s.dim, layout_.patch, packed_);
     for (int64_t l = 0; l < s.depth; ++l) {
-      const S* conv1x1 = static_cast<const S*>(weights_.pointwise) + l * s.dim * s.dim;
+      const S* conv1x1 = static_cast<const S*>(weights_.conv1x1) + l * s.dim * s.dim;
       pack_b(layout_.scheme, conv1x1, s.dim, s.dim, packed_ + layout_.conv1x1 + l * layout_.conv1x1_size);
       pack_taps(l);
     }
@@ -66,7 +66,7 @@ class WeightPacking {
 
   void pack_affine(int64_t convolution) {
     const int64_t dim = layout_.sizes.dim;
-    const double* from = weights_.vectors + convolution * 3 * dim;
+    const double* from = weights_.epilogues + convolution * 3 * dim;
     for (int64_t c = 0; c < dim; ++c) {
       const float shift = float(from[2 * dim + c]);
       const float values[layout_.kAffine] = {float(from[c]), float(from[dim + c]), shift,

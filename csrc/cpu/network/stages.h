@@ -46,30 +46,30 @@ class Network {
     bands_ = ceil_div(layout_.quadrant_height, band_rows_);
   }
 
-  int64_t tasks(MixerStep stage) const {
+  int64_t tasks(MixerStage stage) const {
     switch (stage.kind) {
-      case MixerStep::kPatches: return patch_blocking().panels + p_.batch * layout_.weights.dim_vectors;
-      case MixerStep::kProject: return patch_blocking().tasks();
-      case MixerStep::kDepthwise:
+      case MixerStage::kPackPatches: return patch_blocking().panels + p_.batch * layout_.weights.dim_vectors;
+      case MixerStage::kPatchConv: return patch_blocking().tasks();
+      case MixerStage::kDepthwise:
         return p_.batch * layout_.weights.scheme.quadrants() * layout_.weights.quadrant_vectors * bands_;
-      case MixerStep::kPointwise: return conv1x1_blocking().tasks();
-      case MixerStep::kPool: return p_.batch * layout_.weights.dim_vectors;
-      case MixerStep::kHead: return head_blocking().tasks();
+      case MixerStage::kConv1x1: return conv1x1_blocking().tasks();
+      case MixerStage::kPool: return p_.batch * layout_.weights.dim_vectors;
+      case MixerStage::kHead: return head_blocking().tasks();
     }
     __builtin_unreachable();
   }
 
-  void run(MixerStep stage, int64_t begin, int64_t end, Scratch& scratch) const {
+  void run(MixerStage stage, int64_t begin, int64_t end, Scratch& scratch) const {
     switch (stage.kind) {
-      case MixerStep::kPatches: return patches(begin, end, scratch);
-      case MixerStep::kProject: return conv1x1(patch_blocking(), packed_, 0, begin, end, scratch);
-      case MixerStep::kDepthwise: return depthwise(stage.layer, begin, end, scratch);
-      case MixerStep::kPointwise: {
+      case MixerStage::kPackPatches: return patches(begin, end, scratch);
+      case MixerStage::kPatchConv: return conv1x1(patch_blocking(), packed_, 0, begin, end, scratch);
+      case MixerStage::kDepthwise: return depthwise(stage.layer, begin, end, scratch);
+      case MixerStage::kConv1x1: {
         const Element* weight = packed_ + layout_.weights.conv1x1 + stage.layer * layout_.weights.conv1x1_size;
         return conv1x1(conv1x1_blocking(), weight, 2 * stage.layer + 2, begin, end, scratch);
       }
-      case MixerStep::kPool: return pool(begin, end);
-      case MixerStep::kHead: return head(begin, end, scratch);
+      case MixerStage::kPool: return pool(begin, end);
+      case MixerStage::kHead: return head(begin, end, scratch);
     }
   }
 

@@ -37,10 +37,10 @@ struct Elementwise {
   Real shift;
   Activation activation;
 
-  __device__ Elementwise(const PointwiseParams& params, int64_t channel) : activation(params.activation) {
+  __device__ Elementwise(const ElementwiseParams& params, int64_t channel) : activation(params.activation) {
     const auto load = [&](const void* values, Real otherwise) -> Real {
       if (values == nullptr) return otherwise;
-      switch (params.vector_dtype) {
+      switch (params.param_dtype) {
         case DType::kFloat16: return __half2float(static_cast<const __half*>(values)[channel]);
         case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(values)[channel]);
         default: return static_cast<const Real*>(values)[channel];
@@ -110,7 +110,7 @@ struct alignas(16) FastElementwise {
   float shift;
   float floor;  // for kRelu: 0, or -inf for no activation
 
-  __device__ FastElementwise(const PointwiseParams& params, int channel) {
+  __device__ FastElementwise(const ElementwiseParams& params, int channel) {
     const Elementwise<T> exact(params, channel);
     bias = exact.bias;
     scale = exact.scale;
