@@ -28,7 +28,7 @@ DTYPES = {
     torch.float16: DType(2, torch.float32),
     torch.bfloat16: DType(3, torch.float32),
 }
-# Whole networks run in these; float64 is for comparisons.
+# Those of the CPU engine and of `classify` on the command line; float64 is for comparisons.
 NETWORK_DTYPES = tuple(dtype for dtype, known in DTYPES.items() if known.arithmetic == torch.float32)
 
 

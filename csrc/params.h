@@ -11,7 +11,7 @@ enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 // The values are those of the operators' integer argument `activation`.
 enum class Activation : int32_t { kNone = 0, kGelu = 1, kRelu = 2 };  // kGelu: the erf form
-constexpr const char* kActivationNames[] = {"none", "gelu", "relu"};  // by value
+constexpr const char* kActivationNames[] = {"none", "gelu", "relu"};  // indexed by the values
 
 constexpr int64_t kLargestKernel = 1 << 24;  // rows or columns, which every plan can count with in 32 bits
 
