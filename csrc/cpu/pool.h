@@ -1,4 +1,4 @@
-// The mean over each map, after the elementwise step. A task is (image, channel vector).
+// Average pooling: the mean over each map, after the elementwise step. A task is (image, channel vector).
 //
 // Terms: docs/glossary.md.
 #pragma once

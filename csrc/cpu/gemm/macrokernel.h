@@ -10,19 +10,19 @@ namespace {
 
 // Tasks [begin, end) of a blocking, each an M block times an N block. Loop order: sub-product, B tile, K block, A
 // panel: a KC x NR slice of packed B stays in the L1 cache while the M block's A panels stream from the L2 cache. Sums
-// at most `kc_sum` channel vectors per chain, then adds the chains (accuracy).
+// at most `chain_vectors` channel vectors per chain, then adds the chains (accuracy).
 //
 // Calls on_m_block(first pixel, pixels) before the first task of an M block, and on_tile(pixel, quadrant, B tile,
 // results) for each finished tile, with the pixel counted within the M block.
 template <class Element, class OnMBlock, class OnTile>
-void macrokernel(const Blocking<Element>& blocking, const Element* a, const Element* b, int64_t kc_sum, int64_t begin,
-                 int64_t end, Scratch& scratch, OnMBlock on_m_block, OnTile on_tile) {
+void macrokernel(const Blocking<Element>& blocking, const Element* a, const Element* b, int64_t chain_vectors,
+                 int64_t begin, int64_t end, Scratch& scratch, OnMBlock on_m_block, OnTile on_tile) {
   constexpr int64_t kLanes = cpu::kLanes<float>;
   constexpr int64_t kLines = kNr * kLanes * int64_t(sizeof(Element)) / kCacheLine;  // per channel vector of a B tile
   const BilinearScheme& scheme = blocking.scheme;
   const int64_t quadrants = scheme.quadrants();
-  const int64_t kc = Element::kc(scheme) / kLanes;
-  const int64_t k_blocks = ceil_div(blocking.k_vectors, kc);
+  const int64_t kc_vectors = Element::kc(scheme) / kLanes;
+  const int64_t k_blocks = ceil_div(blocking.k_vectors, kc_vectors);
   const int64_t tile_count = blocking.kMaxPanels * blocking.tiles_per_block * quadrants;
   const int64_t combined_size = scheme.products > 1 ? blocking.kMaxPanels * kMaxMr * blocking.k_vectors * kLanes : 0;
   AccumulatorTile* tiles = static_cast<AccumulatorTile*>(
@@ -50,7 +50,7 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
     const auto b_at = [&](int64_t step) {
       const int64_t product = step / k_blocks / task_tiles;
       const int64_t tile = first_tile + step / k_blocks % task_tiles;
-      const int64_t vector = product * blocking.k_vectors + step % k_blocks * kc;
+      const int64_t vector = product * blocking.k_vectors + step % k_blocks * kc_vectors;
       return b + (tile * blocking.b_vectors() + vector) * kNr * kLanes;
     };
     const Element* next_task_b = b + (first_tile + task_tiles) % blocking.tiles * blocking.b_vectors() * kNr * kLanes;
@@ -58,8 +58,8 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t product = step / k_blocks / task_tiles;
       const int64_t tile = step / k_blocks % task_tiles;
-      const int64_t k = step % k_blocks * kc;
-      const int64_t vectors = min(kc, blocking.k_vectors - k);
+      const int64_t k = step % k_blocks * kc_vectors;
+      const int64_t vectors = min(kc_vectors, blocking.k_vectors - k);
       if (step % (task_tiles * k_blocks) == 0)
         product_a = combine_quadrants(scheme.u[product], quadrants, block_a, blocking.k_vectors * pitch, combined);
       const Element* step_b = b_at(step);
@@ -76,8 +76,8 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
         const int64_t line = p * kLines / panels;
         const PrefetchCursor prefetch{reinterpret_cast<const char*>(next_b) + line * kCacheLine,
                                       (p + 1) * kLines / panels - line};
-        microkernel(product_a + k * pitch + p * blocking.mr * kLanes, pitch, step_b, vectors, kc_sum, prefetch, targets,
-                    target_count, chains);
+        microkernel(product_a + k * pitch + p * blocking.mr * kLanes, pitch, step_b, vectors, chain_vectors, prefetch,
+                    targets, target_count, chains);
         if (product + 1 < scheme.products || k + vectors < blocking.k_vectors) continue;
         for (int quadrant = 0; quadrant < quadrants; ++quadrant)
           on_tile(p * blocking.mr, quadrant, first_tile + tile, results[quadrant]);

@@ -1,4 +1,6 @@
-// Bilinear matrix-multiplication algorithms: the plain product, and Strassen's.
+// Bilinear matrix-multiplication algorithms: the plain product, and Strassen's. The macrokernel combines A's quadrants
+// and adds the sub-products to C's; B's quadrants are combined when the weights are packed (network/pack.h);
+// network/layout.h says which products follow Strassen.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -36,10 +38,20 @@ struct BilinearScheme {
         }
     return true;
   }
+
+  // Whether the first sub-product that reaches a quadrant of C is added, so that a result tile may be set to it.
+  constexpr bool starts_by_adding() const {
+    for (int c = 0; c < quadrants(); ++c) {
+      int first = 0;
+      while (w[first][c] == 0) ++first;
+      if (w[first][c] < 0) return false;
+    }
+    return true;
+  }
 };
 
 constexpr BilinearScheme kPlain = {1, 1, {{1}}, {{1}}, {{1}}};
-static_assert(kPlain.satisfies_brent_equations());
+static_assert(kPlain.satisfies_brent_equations() && kPlain.starts_by_adding());
 
 // Seven products of half the size in place of eight (V. Strassen, "Gaussian elimination is not optimal", 1969).
 constexpr BilinearScheme kStrassen = {
@@ -48,7 +60,7 @@ constexpr BilinearScheme kStrassen = {
     {{1, 0, 0, 1}, {0, 0, 1, 1}, {1, 0, 0, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {-1, 0, 1, 0}, {0, 1, 0, -1}},
     {{1, 0, 0, 1}, {1, 0, 0, 0}, {0, 1, 0, -1}, {-1, 0, 1, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {0, 0, 1, 1}},
     {{1, 0, 0, 1}, {0, 0, 1, -1}, {0, 1, 0, 1}, {1, 0, 1, 0}, {-1, 1, 0, 0}, {0, 0, 0, 1}, {1, 0, 0, 0}}};
-static_assert(kStrassen.satisfies_brent_equations());
+static_assert(kStrassen.satisfies_brent_equations() && kStrassen.starts_by_adding());
 
 // The left operand of one sub-product: A_i or A_i +- A_j, from the quadrants' signs; each quadrant has `values` values,
 // one quadrant after the other. Returns A_i itself if only one quadrant takes part, else materializes the sum in

@@ -178,7 +178,7 @@ class Network {
         }
       }
     };
-    macrokernel(blocking, panels_, weight, Element::kc_sum(blocking.scheme) / kLanes, begin, end, scratch, find_offsets,
+    macrokernel(blocking, panels_, weight, Element::chain(blocking.scheme) / kLanes, begin, end, scratch, find_offsets,
                 [&](int64_t pixel, int64_t quadrant, int64_t tile, AccumulatorTile& acc) {
                   const int64_t* offset = offsets[quadrant / halves] + pixel;
                   const int64_t first = (tile + quadrant % halves * blocking.tiles) * kNrVectors;
