@@ -2,25 +2,29 @@
 //
 // Along a row the convolution is a product with a banded Toeplitz matrix, and the rows of the kernel add up:
 //
-//   out[subtile, o, j] = sum over dy, i of  in[subtile, o + dy, i] * taps[dy][i - j]     (i: stored columns of the
-//   subtile and its halo)
+//   out[s][o][j] = sum over dy, i of  in[s][o + dy][i] * taps[dy][i - j - lead]
 //
-// One mma takes 16 subtiles (M; shape.h) times 8 output columns (N) over 16 stored input columns (K). The Toeplitz
-// fragment of a tap row is the B operand: two registers per lane, built once per channel. A stored input row is the A
-// operand: loaded once by ldmatrix, it serves every output row of the subtile that it reaches.
+// s is a subtile, o and j its output row and column. in[s][r][i] is row r and column i of its stored window: column 0
+// lies `left` columns left of the subtile, row 0 `pad_top` rows above it; lead = left - pad_left.
+//
+// One mma adds one tap row to one output row of 16 subtiles (M; shape.h): 8 output columns (N), over 16 stored input
+// columns (K). The Toeplitz fragment of a tap row is the B operand: two registers per lane and k-step, built once per
+// channel. A stored input row is the A operand: loaded once by ldmatrix, it serves the up to 8 output rows of the
+// subtile whose taps meet it.
 //
 // A CTA keeps to consecutive work tiles (a channel's images, then the next channel's), so the Toeplitz fragments, bias,
 // scale and shift stay in registers. For each work tile it
 //   1. writes the inputs, through the prologue, into shared memory, whose zero border is the implicit padding,
 //   2. loads the next work tile into registers, in flight during all that follows,
-//   3. sums the taps; applies the epilogue in registers; the residual comes through the tensor cores as well, as a
-//      product with a shifted identity; lays the outputs down in shared memory,
-//   4. writes them to memory, 16 bytes per thread.
-// That is for contiguous rows. In channels_last a work tile has 16 neighbouring channels, each computed by one warp;
-// steps 1 and 4 transpose in registers, 8 channels of two neighbouring pixels per thread.
+//   3. sums the taps,
+//   4. adds the residual as one more product, with a shifted identity,
+//   5. applies the epilogue in registers and writes the outputs to shared memory,
+//   6. copies them to memory, 16 bytes per thread.
+// That is for contiguous rows. In channels_last a work tile has 8 or 16 neighbouring channels, each computed by one
+// warp; 1 and 6 transpose in registers, 8 channels of two neighbouring pixels per thread.
 //
 // A structural zero of the Toeplitz matrix times Inf is NaN: a pixel that is not finite makes NaN of every output whose
-// stored window holds it, up to 15 columns away for kernels up to 9 wide, not only of those its taps reach.
+// stored window holds it, up to 11 columns away for kernels up to 9 wide, not only of those its taps reach.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -50,7 +54,7 @@ struct MmaTraits {
   static_assert(kKSteps <= kMaxKSteps, "the ring takes 16 registers per k-step");
 };
 
-// Optimization barrier: dependent addresses are computed again instead of being kept in registers.
+// An optimization barrier: dependent addresses are computed again instead of being kept in registers.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -63,12 +67,12 @@ __device__ __forceinline__ AccessVector<2> pick(const AccessVector<8>& a, const 
   return reinterpret_cast<const AccessVector<2>&>(bits);
 }
 
-// The octets of two neighbouring pixels: the first channel's pair lies at `from`, the others `pitch` bytes apart.
-__device__ __forceinline__ void load_octets(AccessVector<8> (&octets)[2], const char* from, int pitch) {
+// The octets of two neighbouring pixels: the first channel's pair lies at `from`, the others `pitch_bytes` apart.
+__device__ __forceinline__ void load_octets(AccessVector<8> (&octets)[2], const char* from, int pitch_bytes) {
 #pragma unroll
   for (int c = 0; c < kOctet; c += 2) {
-    const uint32_t even = *reinterpret_cast<const uint32_t*>(from + c * pitch);
-    const uint32_t odd = *reinterpret_cast<const uint32_t*>(from + (c + 1) * pitch);
+    const uint32_t even = *reinterpret_cast<const uint32_t*>(from + c * pitch_bytes);
+    const uint32_t odd = *reinterpret_cast<const uint32_t*>(from + (c + 1) * pitch_bytes);
     reinterpret_cast<uint32_t*>(octets[0].values)[c / 2] = __byte_perm(even, odd, 0x5410);
     reinterpret_cast<uint32_t*>(octets[1].values)[c / 2] = __byte_perm(even, odd, 0x7632);
   }
@@ -115,7 +119,8 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
   T* const outputs = inputs + plan.input_elements;
   T* const taps = outputs + plan.output_elements;
   using Fast = FastElementwise<T, Traits::kActivation>;
-  Fast* const elementwise = reinterpret_cast<Fast*>(taps + plan.tap_elements);  // each channel's prologue and epilogue
+  Fast* const elementwise = reinterpret_cast<Fast*>(taps + plan.tap_elements);  // [2i]: channel i's prologue, [2i + 1]:
+                                                                                // its epilogue
   static_assert(2 * sizeof(Fast) == kElementwiseBytes);
   const int threads = 32 * plan.warps;
   const int thread = threadIdx.x;
@@ -135,7 +140,7 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
   const int pitch = kKernelH ? kFixedPitch : plan.pitch;
   const int out_pitch = kKernelH ? kFixedOutPitch : plan.out_pitch;
   const int left = kKSteps == 1 ? kFixedLeft : plan.left;
-  const int lead = left - static_cast<int>(params.pad_left);  // stored columns before the first tap of a subtile
+  const int lead = left - static_cast<int>(params.pad_left);  // stored columns of a window before its first tap
   const int height = static_cast<int>(params.height);
   const int width = static_cast<int>(params.width);
 
@@ -153,6 +158,7 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
     return !kChannelsLast || work_tile.channel + i < static_cast<int>(params.channels);
   };
 
+  // In channels_last registers are short: what is cheap to compute again is not kept.
   const auto opaque_if_channels_last = [](int value) { return kChannelsLast ? opaque(value) : value; };
   const auto inputs_of = [&](int i) { return inputs + i * plan.input_channel_pitch + i / kOctet * kOctetGap; };
   const auto outputs_of = [&](int i) { return outputs + i * plan.output_channel_pitch + i / kOctet * kOctetGap; };
@@ -185,20 +191,22 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
   T* const loader_input =
       inputs_of(loader_channel) + input_offset(loader_image, loader_image_row + pad_top, loader_col + left);
   const T* const loader_output = outputs_of(loader_channel) + output_offset(loader_image, loader_image_row, loader_col);
-  // A thread beyond the width has a first row that no step brings below the number of rows.
+  // A thread whose column lies beyond the width moves nothing: its first row exceeds every number of rows, and does not
+  // overflow when steps are added.
   const int first_loaded_row = loader_col < width ? loader_row : INT_MAX - kPrefetch * plan.rows_per_step;
   const auto has_vector = [&](const TilePosition& position, int step) {
     return first_loaded_row + step * plan.rows_per_step < position.images * height;
   };
 
   AccessVector<8> prefetched[kPrefetch];
-  // If rows are unaligned, vectors of whole maps are cut into rows between registers and shared memory. Calls
-  // f(image, first element of the map) for a vector that exists.
+  // The next two serve unaligned rows: vectors of whole maps, cut into rows between registers and shared memory. This
+  // one calls f(image, first element of the map) for a vector that exists.
   const auto with_map_vector = [&](const TilePosition& position, int vector, const auto& f) {
     const int image = plan.map_vectors.divide(vector);
     if (image < position.images) f(image, 8 * (vector - image * plan.map_vectors.value));
   };
-  // Calls f(address, i) for the elements first + i < first + 8 of a map, two at a time if rows are even.
+  // This one calls f(address, i, elements) for those elements first + i of the 8 from `first` on that the map has, two
+  // at a time if the width is even. `top`: stored rows above the map.
   const auto cut_into_rows = [&](T* at, int first, int top, int row_pitch, int gap, const auto& f) {
     const auto cut = [&](auto elements) {
       constexpr int kElements = decltype(elements)::value;
@@ -340,8 +348,8 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
     });
   };
 
-  // Writes the tap rows between zeros, twice: the second copy lies one element further, so that each lane finds its
-  // pairs aligned.
+  // Writes each tap row with zeros on both sides, which make the band; and all of them twice: the second copy lies one
+  // element further, so that each lane finds its pairs aligned.
   T* const team_taps = taps + team * 2 * kernel_h * plan.tap_pitch;
   const auto write_taps = [&] {
     const T* const weight =
@@ -352,9 +360,12 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
       team_taps[tap] = team_taps[kernel_h * plan.tap_pitch + tap + 1] = weight[params.flip_taps ? kernel - 1 - i : i];
     }
   };
-  // Lane (g, t) of the B operand holds taps[dy][i - g - lead] for stored columns i = 2t, 2t + 1, 2t + 8, 2t + 9.
-  const int odd = (lane / 4 + 1) % 2;
-  const T* const lane_taps = team_taps + odd * (kernel_h * plan.tap_pitch + 1) + lane % 4 * 2 + kSubtile - 1 - lane / 4;
+  // With g = lane / 4 and t = lane % 4, a lane of the B operand holds taps[dy][i - g - lead] for the stored columns
+  // i = 2t, 2t + 1, 2t + 8, 2t + 9. They start at element 7 - g of a stored tap row, which is odd for even g: a 32-bit
+  // load then needs the shifted copy.
+  const int use_shifted_copy = (lane / 4 + 1) % 2;
+  const T* const lane_taps =
+      team_taps + use_shifted_copy * (kernel_h * plan.tap_pitch + 1) + lane % 4 * 2 + kSubtile - 1 - lane / 4;
   const auto load_toeplitz = [&](uint32_t (&b)[kKSteps][2], int dy) {
 #pragma unroll
     for (int s = 0; s < kKSteps; s++)
@@ -364,11 +375,12 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
   };
   uint32_t toeplitz[kKernelH ? kKernelH : 1][kKSteps][2];
   float acc[kSubtile][4];
+  // Sums the taps, from the bias on. The input row `row` of a window meets tap row row - o for output row o.
   const auto accumulate = [&](const LaneAddresses& addresses) {
     const float bias = elementwise[2 * team + 1].bias;
     const float start[4] = {bias, bias, bias, bias};
     if constexpr (kKernelH > 0) {
-      const uint32_t next_subtile_row = addresses.inputs + 2 * plan.gap;
+      const uint32_t next_subtile_row = addresses.inputs + 2 * plan.gap;  // kernels up to 9 high reach no further gap
 #pragma unroll
       for (int row = 0; row < kSubtile + kKernelH - 1; row++) {
         uint32_t a[4];
@@ -408,11 +420,13 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
     }
   };
 
-  const auto finish = [&](const LaneAddresses& addresses) {
+  // Adds the residual, applies the epilogue (the bias is in the accumulators already) and writes to shared memory.
+  const auto apply_epilogue = [&](const LaneAddresses& addresses) {
     const Fast epilogue = elementwise[2 * team + 1];
     const float shift[4] = {epilogue.shift, epilogue.shift, epilogue.shift, epilogue.shift};
     T* const to = outputs_of(team);
-    // B[i][j] = 1 if stored column i is column j of the subtile; all zeros without a residual.
+    // B[i][j] = 1 if stored column i is column j of the subtile; all zeros without a residual, which saves a branch. A
+    // register holds rows i and i + 1 of a column: d = i - left - j.
     uint32_t identity[kKSteps][2];
 #pragma unroll
     for (int s = 0; s < kKSteps; s++)
@@ -550,7 +564,7 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
       for (int m_block = team_warp; m_block < plan.m_blocks; m_block += team_warps) {
         if (plan.m_blocks > team_warps) addresses = LaneAddresses(plan, m_block, shared_address(inputs_of(team)));
         accumulate(addresses);
-        finish(addresses);
+        apply_epilogue(addresses);
       }
     __syncthreads();
     store_outputs();

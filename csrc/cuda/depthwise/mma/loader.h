@@ -1,4 +1,6 @@
 // How the threads of the tensor-core kernels divide what they load and store. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 
@@ -7,11 +9,12 @@
 
 namespace convmixer_fast::cuda {
 
-constexpr int kPrefetch = 4;  // vectors of 8 elements per tensor of the next work tile that a thread holds in registers
+constexpr int kPrefetch =
+    4;  // 16-byte vectors of the next work tile that a thread holds in registers, per input tensor
 
 constexpr int64_t kMaxOffset = int64_t{1} << 31;  // indices and offsets inside a work tile are below it
 
-// Dimensions of one element may have any stride, which nothing uses: 0 is a multiple of everything.
+// Sets to 0 the strides of dimensions of size 1: they are never applied, and 0 passes every test of divisibility.
 inline Strides used_strides(const DepthwiseParams& params, Strides stride) {
   if (params.batch == 1) stride.n = 0;
   if (params.channels == 1) stride.c = 0;
@@ -20,26 +23,27 @@ inline Strides used_strides(const DepthwiseParams& params, Strides stride) {
   return stride;
 }
 
-// Elements that one access may move: the base address, the extent of the contiguous dimension and all strides are
-// multiples of as many.
+// The widest access, in elements, that divides the base address, the extent of the contiguous dimension and all other
+// strides.
 inline int vector_width(const void* base, int64_t extent, const Strides& stride, bool channels_last) {
   const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(base) / 2) | extent | stride.n | stride.h |
                        (channels_last ? stride.w : stride.c);
   return bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
 }
 
-// Threads, a power of two up to a warp, that move `vectors` access vectors together.
+// Threads that move `vectors` access vectors together: the smallest power of two that suffices, at most a warp.
 inline int lanes_for(int64_t vectors) {
   int lanes = 1;
   while (lanes < vectors && lanes < 32) lanes *= 2;
   return lanes;
 }
 
-// What a thread advances by while it moves a whole work tile: rows of the only image, or whole images.
+// What a thread advances by while it moves a whole work tile: rows of the only image, or whole images. Meaningful only
+// if fits_registers holds.
 struct LoaderStep {
-  bool within_image;
-  int images;
-  int rows;
+  bool within_image;  // the step stays in an image
+  int images;         // images per step
+  int rows;           // rows per step
 };
 
 template <class Shape>

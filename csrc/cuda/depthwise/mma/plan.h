@@ -1,5 +1,7 @@
 // The launch geometry of the tensor-core kernel, and for which parameters there is one. Host code, no CUDA: the same
 // choice launches the kernel and explains it (convmixer_fast.explain).
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -19,14 +21,15 @@ constexpr int kMaxKSteps = 3;                          // mmas along K
 constexpr int kMaxKernelH = 255;                       // tap rows
 constexpr int kMaxKernelW = max_kernel_w(kMaxKSteps);  // tap columns
 constexpr int kMaxWarps = 4;                           // warps of a CTA that works on one channel
-constexpr int kElementwiseBytes = 32;  // bytes per channel for bias, scale and shift of prologue and epilogue
-static_assert(kMaxKernelW == 41);
+constexpr int kElementwiseBytes = 32;  // bytes per channel: FastElementwise of the prologue and of the epilogue
+static_assert(kMaxKernelW == 41, "three k-steps: 48 stored columns for 8 outputs");
 
 // In channels_last a CTA works on 16 channels, 32 bytes of a pixel and so a whole sector, or on 8; each of its warps on
-// one of them. Threads move an octet of channels at a time. Kernels of two k-steps need more than 128 registers.
+// one of them. Threads move an octet of channels at a time. 16 warps may have 128 registers per thread; kernels of two
+// k-steps need more, and take 8.
 constexpr int kOctet = 8;
 constexpr int max_channels(int k_steps) { return k_steps == 1 ? 2 * kOctet : kOctet; }
-constexpr int kMaxChannelsLastKSteps = 2;
+constexpr int kMaxChannelsLastKSteps = 2;  // there are instantiations for no more
 constexpr int kMaxKernelWChannelsLast = max_kernel_w(kMaxChannelsLastKSteps);
 constexpr int kOctetGap = 32;  // elements after each octet in shared memory, so that two octets lie in different banks
 static_assert(kMaxKernelWChannelsLast == 25);
@@ -66,25 +69,25 @@ struct MmaPlan {
   int left;                  // stored columns left of the map: the padding, rounded up to 8 bytes
   bool fixed;                // the layout is that of the constants kFixed*
   int pitch;                 // inputs: from one row to the next
-  int gap;                   // inputs: left out after every kSubtile rows
+  int gap;                   // inputs: unused after every kSubtile rows
   int image_pitch;           // inputs: from one image to the next
   int out_pitch;             // outputs: from one row to the next
-  int out_gap;               // outputs: left out after every kSubtile rows
+  int out_gap;               // outputs: unused after every kSubtile rows
   int out_image_pitch;       // outputs: from one image to the next
   int tap_pitch;             // taps: from one row to the next
-  int input_channel_pitch;   // inputs: from one channel to the next, octets kOctetGap apart
-  int output_channel_pitch;  // outputs: from one channel to the next, octets kOctetGap apart
+  int input_channel_pitch;   // inputs: from one channel to the next; kOctetGap more after each octet
+  int output_channel_pitch;  // outputs: from one channel to the next; kOctetGap more after each octet
 
-  // Loader map: which thread moves what. A work tile is prefetched as vectors of 8 elements, or prefetched as vectors
-  // of whole maps whose rows are unaligned, or moved row by row and not prefetched.
+  // Loader map: which thread moves what, in one of three ways: `prefetch`, `unaligned_rows`, or row by row without
+  // prefetching.
   int load_vector;       // elements per load: of a row; in channels_last, of a pixel
   int store_vector;      // elements per store, likewise
-  int channel_lanes;     // threads that move the channels of one pixel together
-  int load_lanes;        // such teams of threads that load one row together
-  int store_lanes;       // such teams of threads that store one row together
+  int channel_lanes;     // threads that move the channels of one pixel together; 1 for contiguous rows
+  int load_lanes;        // sets of channel_lanes threads that load one row together
+  int store_lanes;       // sets of channel_lanes threads that store one row together
   int rows_per_step;     // rows that the CTA loads at a time
-  bool prefetch;         // a thread's share is kPrefetch vectors of 8 elements, the four distances below apart; in
-                         // channels_last these are pairs, the octets of two neighbouring pixels
+  bool prefetch;         // a thread holds kPrefetch vectors of 8 elements, load_step, input_step, output_step and
+                         // store_step apart; in channels_last these are pairs, the octets of two neighbouring pixels
   bool unaligned_rows;   // maps start on 16 bytes, but their rows do not; vectors are cut into rows on the way to and
                          // from shared memory
   int map_elements;      // elements per map
@@ -101,7 +104,7 @@ struct MmaPlan {
   int tap_elements;     // size in elements
 
   // Work tiles.
-  int tiles_per_channel;  // work tiles per channel, or per `channels` channels
+  int tiles_per_channel;  // work tiles of one set of `channels` channels
   int64_t work_tiles;     // all of them
 
   int smem_bytes() const {
@@ -129,8 +132,8 @@ inline Obstacle find_obstacle(const DepthwiseParams& params) {
   return Obstacle::kNone;
 }
 
-// Sets the layout of shared memory for the plan's shape. The layout that is known at compile time is used only if it
-// may be.
+// Sets the layout of shared memory for the plan's shape. The compile-time layout (kFixed*) is used if the shape allows
+// it, unless `may_be_fixed` is false: the run-time layout of narrow maps is smaller.
 inline void set_smem_layout(const DepthwiseParams& params, bool may_be_fixed, MmaPlan& plan) {
   plan.fixed = may_be_fixed && plan.k_steps == 1 && plan.subtile_cols <= kFixedSubtileCols;
   const int rows = kSubtile * plan.subtile_rows;
@@ -155,20 +158,21 @@ inline void set_smem_layout(const DepthwiseParams& params, bool may_be_fixed, Mm
   plan.tap_elements = plan.channels * 2 * static_cast<int>(params.kernel_h) * plan.tap_pitch;
 }
 
-// Sets shape, warps and layout to the first of these that fits: the whole map of as many images as fill an M block; a
-// large map in tiles of 64 x 64, or 32 x 32 for large kernels. If a map fits one M block, fewer channels come before
-// fewer images or tiles, which leave the tensor cores half empty.
+// Sets shape, warps and layout to the first of these that fits shared memory: whole maps, as many images as one M block
+// holds, then half as many, and so on; tiles of 64 x 64, then of 32 x 32. In channels_last 16 channels are tried
+// before 8. For maps of at most one M block 8 channels are tried before images are halved, since fewer images leave
+// rows of the mma empty.
 inline bool choose_shape(const DepthwiseParams& params, int max_smem, MmaPlan& plan) {
-  const auto fits_with = [&](bool may_be_fixed) {
+  const auto try_layout = [&](bool may_be_fixed) {
     set_smem_layout(params, may_be_fixed, plan);
     return plan.smem_bytes() <= max_smem;
   };
-  const auto fits = [&](int channels, int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
+  const auto try_shape = [&](int channels, int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
     plan.channels = channels;
     set_shape(params.height, params.width, subtile_rows, subtile_cols, images, plan);
     plan.warps = plan.channels_last ? channels : std::min(plan.m_blocks, kMaxWarps);
     // In channels_last, a CTA of 16 channels may need the smaller pitch of small maps.
-    return fits_with(true) || (plan.channels_last && fits_with(false));
+    return try_layout(true) || (plan.channels_last && try_layout(false));
   };
   const int64_t subtile_rows = ceil_div(params.height, kSubtile);
   const int64_t subtile_cols = ceil_div(params.width, kSubtile);
@@ -177,16 +181,16 @@ inline bool choose_shape(const DepthwiseParams& params, int max_smem, MmaPlan& p
   const int most = plan.channels_last && params.channels > kOctet ? max_channels(plan.k_steps) : fewest;
 
   for (int64_t images = std::min(params.batch, images_per_m_block(subtiles)); images > 0; images /= 2) {
-    if (subtiles <= kMaxWholeMapSubtiles && fits(most, subtile_rows, subtile_cols, images)) return true;
-    if (subtiles <= kSubtilesPerMma && fits(fewest, subtile_rows, subtile_cols, images)) return true;
+    if (subtiles <= kMaxWholeMapSubtiles && try_shape(most, subtile_rows, subtile_cols, images)) return true;
+    if (subtiles <= kSubtilesPerMma && try_shape(fewest, subtile_rows, subtile_cols, images)) return true;
   }
   for (const int channels : {most, fewest})
     for (const int64_t side : {8, 4})
-      if (fits(channels, std::min(subtile_rows, side), std::min(subtile_cols, side), 1)) return true;
+      if (try_shape(channels, std::min(subtile_rows, side), std::min(subtile_cols, side), 1)) return true;
   return false;
 }
 
-// Whether maps start on 16 bytes, one contiguous row after another.
+// Whether every map starts on a 16-byte address and its rows follow without gaps.
 inline bool has_aligned_maps(const DepthwiseParams& params, const void* base, const Strides& stride) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && (stride.n | stride.c) % 8 == 0 &&
          (params.height == 1 || stride.h == params.width);
@@ -203,7 +207,7 @@ inline void set_loader_map(const DepthwiseParams& params, MmaPlan& plan) {
     plan.load_vector = 1;
     plan.store_vector = 1;
   }
-  // The halo of a tile is aligned to 4 elements.
+  // `left` is a multiple of 4, so a tile's halo starts on 4 elements, not on 8.
   if (!plan.channels_last && plan.tiled) plan.load_vector = std::min(plan.load_vector, 4);
 
   const bool may_prefetch = !plan.tiled && plan.load_vector == 8 && plan.store_vector == 8 && params.width % 2 == 0;
@@ -224,7 +228,7 @@ inline void set_loader_map(const DepthwiseParams& params, MmaPlan& plan) {
   plan.output_step = distance(step, StoredMaps{plan.out_pitch, plan.out_gap, plan.out_image_pitch});
   plan.store_step = distance(step, params.y_stride);
 
-  // For maps of one vector or less it is not worth it.
+  // Maps of one vector are not worth a cut into rows.
   const int64_t map_vectors = ceil_div(params.height * params.width, 8);
   plan.map_elements = static_cast<int>(params.height * params.width);
   plan.unaligned_rows = !plan.channels_last && !plan.tiled && !plan.prefetch && params.width > 1 && map_vectors > 1 &&
@@ -256,8 +260,9 @@ inline Obstacle choose_mma_plan(const DepthwiseParams& params, int device_smem, 
   return tiles < kMaxOffset ? Obstacle::kNone : Obstacle::kOffsets;
 }
 
-// Whether the kernel with so many rows of Toeplitz fragments in registers (0: the ring) has code for unaligned rows.
-// Without GELU, whose constants are immediates, 7 and 9 rows leave too few registers for it.
+// Whether the instantiation that keeps the fragments of so many tap rows in registers (0: the ring) has code for
+// unaligned rows. Kernels without GELU keep ReLU's floor in a register, while GELU's constants are immediates: with 7
+// or 9 rows that leaves too few, and such launches take the ring.
 constexpr bool has_unaligned_rows(Activation activation, int rows) {
   return activation == Activation::kGelu || rows < 7;
 }

@@ -1,4 +1,6 @@
 // How the tensor-core kernels cut maps into tiles, and tiles into subtiles. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +14,7 @@ namespace convmixer_fast::cuda {
 // computes at a time. In the gradient of the weight the same 16 subtiles are the K of an mma.
 constexpr int kSubtile = 8;
 constexpr int kSubtilesPerMma = 16;
-constexpr int kMmaK = 16;                                   // stored input columns that one mma covers
+constexpr int kMmaK = 16;                                   // stored columns (padding included) that one mma covers
 constexpr int kMaxWholeMapSubtiles = 16 * kSubtilesPerMma;  // larger maps are cut into tiles
 
 // The widest kernel, its padding centred, whose columns and those of a subtile fit so many mmas along K.
@@ -30,7 +32,7 @@ struct TileShape {
   int m_blocks;      // sets of kSubtilesPerMma subtiles
 };
 
-// Sets the fields of a TileShape, or of what has the same.
+// Sets the TileShape fields of `shape`: a TileShape, or a plan that has the same fields.
 template <class Shape>
 inline void set_shape(int64_t height, int64_t width, int64_t subtile_rows, int64_t subtile_cols, int64_t images,
                       Shape& shape) {
@@ -44,12 +46,12 @@ inline void set_shape(int64_t height, int64_t width, int64_t subtile_rows, int64
   shape.m_blocks = static_cast<int>(ceil_div(shape.subtiles, kSubtilesPerMma));
 }
 
-// Images whose maps of this many subtiles fill an M block.
+// How many maps of this many subtiles fit into one M block; at least 1.
 inline int64_t images_per_m_block(int64_t subtiles) {
   return std::max<int64_t>(1, kSubtilesPerMma / std::min<int64_t>(kSubtilesPerMma, subtiles));
 }
 
-// Work tiles per channel.
+// Work tiles per channel, or per set of channels that a CTA works on at a time.
 template <class Shape>
 inline int64_t tiles_per_channel(const Shape& shape, int64_t batch) {
   return ceil_div(batch, shape.images) * shape.tiles_h * shape.tiles_w;

@@ -1,4 +1,6 @@
 // How the maps of a work tile lie in the shared memory of the tensor-core kernels. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "shape.h"
 
@@ -15,12 +17,13 @@ constexpr int kMaxSmem = 96 << 10;  // bytes of a CTA that works on one channel;
 // The maps of one channel, image after image. Distances are in elements.
 struct StoredMaps {
   int pitch;        // from one row to the next
-  int gap;          // left out after every kSubtile rows
+  int gap;          // unused after every kSubtile rows
   int image_pitch;  // from one image to the next
 };
 
-// The smallest gap that makes a distance in elements a multiple `slot` of 16 bytes modulo 128: then any 8 consecutive
-// subtiles lie in different banks, for ldmatrix and for the stores of the outputs.
+// The smallest gap that brings a distance in elements to slot * 16 bytes modulo 128, which is one row of banks. With
+// slot = the number of subtiles that the distance spans, consecutive subtiles start in consecutive 16-byte slots, so
+// the eight row addresses of an ldmatrix matrix lie in different banks; so do the stores of the outputs.
 constexpr int gap_to_slot(int distance, int slot) { return ((8 * slot - distance) % 64 + 64) % 64; }
 
 template <class Shape>

@@ -1,11 +1,13 @@
 // What a CTA of the tensor-core kernels processes at a time, and where it lies.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "shape.h"
 
 namespace convmixer_fast::cuda {
 
-// Work tiles are numbered channel by channel (in channels_last, 16 channels by 16), and within a channel tile by tile,
-// then image by image.
+// Work tiles are numbered by channel (in channels_last by sets of channels), then by image or images, then by tile row
+// and tile column, the last one fastest.
 struct WorkTile {
   int channel;  // the first channel
   int index;    // number among the channel's work tiles
@@ -17,9 +19,10 @@ struct WorkTile {
   }
 };
 
+// Where a work tile lies. One of several tiles of a map has one image.
 struct TilePosition {
   int image;   // the first image
-  int images;  // images that exist
+  int images;  // images in this work tile, fewer in the last one
   int row;     // the first row in the map
   int col;     // the first column in the map
 
