@@ -64,16 +64,16 @@ inline int direct_exact_taps(const DepthwiseParams& params) {
 
 // Bounds on a tile and on a tap block.
 struct DirectBounds {
-  int min_tap_rows;
-  int max_tap_cols;
-  int max_height;
-  int max_slots;
+  int min_tap_rows;  // tap rows per tap block, at least
+  int max_tap_cols;  // tap columns per tap block, at most
+  int max_height;    // output rows per tile, at most
+  int max_slots;     // maps per CTA, at most
 };
 
 // The largest part of `size` when it is split evenly into parts of at most `most`.
 inline int split_evenly(int64_t size, int most) { return static_cast<int>(ceil_div(size, ceil_div(size, most))); }
 
-// Sets everything that depends on the bounds; false if it does not fit shared memory, or too many threads were needed.
+// Sets everything that depends on the bounds; false if it does not fit shared memory or needs too many threads.
 inline bool set_tile(const DepthwiseParams& params, const DirectBounds& bounds, int max_tap_rows, DirectPlan& plan) {
   constexpr int kSmem = 48 << 10;  // bytes that every architecture gives without asking
   const int element = bytes_of(params.dtype);

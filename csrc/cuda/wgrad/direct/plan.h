@@ -59,12 +59,12 @@ inline int wgrad_exact_taps(const WgradParams& params) {
 
 // What a CTA takes at a time.
 struct WgradDirectCut {
-  int row_pairs;
-  int col_blocks;
-  int channels;
-  int max_height;
-  int max_width;
-  int images;
+  int row_pairs;   // pairs of tap rows
+  int col_blocks;  // sets of WgradDirectPlan::taps tap columns
+  int channels;    // channels
+  int max_height;  // rows of gy per tile, at most
+  int max_width;   // columns of gy per tile, at most
+  int images;      // images
 };
 
 // Pairs of tap rows, and blocks of tap columns, that cover the kernel.
@@ -133,8 +133,8 @@ inline WgradDirectPlan choose_wgrad_direct_plan(const WgradParams& params, int c
     int col_blocks;
   };
   struct TileSize {
-    int height;
-    int width;
+    int height;  // rows of gy
+    int width;   // columns of gy
   };
   const int row_pairs = wgrad_row_pairs(params);
   const int col_blocks = wgrad_col_blocks(params, plan.taps);
