@@ -1,4 +1,6 @@
 // Sums of which what each addition rounds away is kept, and added at the end.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "simd.h"
 

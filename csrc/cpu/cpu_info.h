@@ -1,4 +1,6 @@
 // Facts about the processor that the kernels' plans depend on.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,6 @@
 // The CPU kernels of one instruction set, and the choice among the instruction sets.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 

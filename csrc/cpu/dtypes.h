@@ -1,5 +1,7 @@
 // The types that tensors are stored in. A storage type names the Real that kernels compute in, turns memory into
 // vectors of it, and back (rounding to nearest even).
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "../params.h"
 #include "simd.h"

@@ -1,5 +1,7 @@
 // Integer arithmetic of the CPU kernels. std::min and std::max would be instantiated with external linkage, which no
 // source that is compiled for a wide instruction set may have (simd.h).
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "../common/math.h"
 

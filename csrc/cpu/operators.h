@@ -1,5 +1,7 @@
 // The operators' entry points: each picks the kernel for the tensors' type. Every isa/operators_<isa>.cpp includes this
 // file and exports its table.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "depthwise/forward.h"
 #include "depthwise/wgrad.h"

@@ -1,4 +1,6 @@
 // Scratch memory of the kernels, which each thread keeps from call to call.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 #include <new>

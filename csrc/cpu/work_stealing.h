@@ -1,4 +1,6 @@
 // Runs a fixed sequence of parallel stages with work stealing; tolerates threads that start late or never.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #if defined(__linux__)
 #include <fcntl.h>

@@ -1,4 +1,6 @@
 // A choice of select.h in words: the kernel's name, and why it is not the tensor-core kernel. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <string>
 

@@ -1,5 +1,7 @@
 // Which CUDA kernel runs, with which launch geometry, and why it is not the tensor-core kernel: the only place that
 // decides, for the launchers and for convmixer_fast.explain. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>

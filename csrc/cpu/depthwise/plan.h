@@ -14,16 +14,16 @@ constexpr int64_t kMinStepPixels = 128;       // per step
 
 template <class Real>
 struct ForwardPlan {
-  static constexpr int64_t kMaxBlockChannelsInPlace = 256;  // whose sums fit the L1 cache
+  static constexpr int64_t kMaxBlockChannelsInPlace = 256;  // channels whose accumulators fit the L1 cache
   static constexpr int64_t kMaxBandWidth = 128;
-  static constexpr int64_t kWantedTasks = 64;    // for the threads to share
-  static constexpr int64_t kReusePixels = 1024;  // for which a block's weights are loaded once
-  static constexpr int64_t kFewTaps = 4;         // up to so many, the sums start from the bias
+  static constexpr int64_t kWantedTasks = 64;    // tasks for the threads to share
+  static constexpr int64_t kReusePixels = 1024;  // pixels per loading of a block's weights, at least
+  static constexpr int64_t kFewTaps = 4;         // with so many or fewer, accumulators start from the bias
 
   bool in_place = false;       // whether pixels are read where they lie, instead of packed
   int64_t first_tap = 0;       // columns of the kernel before the first one that meets the map
   int64_t taps = 0;            // columns of the kernel that meet the map at all
-  bool few_taps = false;       // whether the sums start from the bias
+  bool few_taps = false;       // whether accumulators start from the bias
   int64_t band_width = 0;      // outputs
   int64_t width_bands = 0;     // per map
   int64_t pitch = 0;           // pixels from row to row of the ring buffer
@@ -31,10 +31,10 @@ struct ForwardPlan {
   int64_t ring_rows = 0;       // rows of inputs that a step needs
   int64_t vectors = 0;         // channel vectors per block
   int64_t blocks = 0;          // blocks of channels
-  int64_t block_channels = 0;  // in every block but the last, which has the rest
+  int64_t block_channels = 0;  // channels per block; the last block has the rest
   int64_t band_height = 0;     // outputs
   int64_t height_bands = 0;    // per map
-  int64_t images = 0;          // that go through a block of channels before the next block's turn
+  int64_t images = 0;          // images that use a block's weights before the next block is loaded
   int64_t tasks = 0;
 
   explicit ForwardPlan(const DepthwiseParams& p) {
@@ -80,7 +80,7 @@ struct ForwardPlan {
 template <class Real>
 struct WgradPlan {
   static constexpr int64_t kMaxBandWidth = 64;
-  static constexpr int64_t kWantedTasks = 32;  // for the threads to share
+  static constexpr int64_t kWantedTasks = 32;  // tasks for the threads to share
   static constexpr int64_t kMinChain = 16;
   static constexpr int64_t kMaxChain = 128;
 

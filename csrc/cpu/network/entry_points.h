@@ -1,5 +1,7 @@
 // The network's entry points: each picks the kernels for the network's type. Every isa/network_<isa>.cpp includes this
 // file and exports its table.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "../dispatch.h"
 #include "pack.h"

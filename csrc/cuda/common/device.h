@@ -1,4 +1,6 @@
 // What the choice of a kernel and of its grid depends on.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_runtime_api.h>

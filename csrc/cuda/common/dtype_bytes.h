@@ -1,4 +1,6 @@
 // Sizes of the storage types, and of the types that their arithmetic is done in. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include "../../params.h"
 

@@ -1,4 +1,6 @@
 // Storage types and the arithmetic type each is computed in.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

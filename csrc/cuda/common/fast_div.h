@@ -1,4 +1,6 @@
 // Division by a value that is the same for the whole launch.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,6 @@
 // CMF_HOST_DEVICE marks functions that host and device call, in headers that a C++ compiler reads as well.
+//
+// Terms: docs/glossary.md.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,6 @@
 // Every launcher of a CUDA kernel, declared once. No torch: the emulator in the tests builds these files as they are.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -1,4 +1,6 @@
 // What a kernel promises to the compiler. Host and device code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 
 namespace convmixer_fast::cuda {

@@ -1,4 +1,6 @@
 // What keeps a tensor-core kernel from running, which leaves the direct kernel. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,6 @@
 // One PTX instruction per function.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,6 @@
 // What the CUDA runtime is told about a kernel with dynamic shared memory, once, before its first launch. No torch.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -3,6 +3,8 @@
 // Work tiles are ordered by channel block and split into contiguous ranges, one per CTA. A CTA flushes one partial sum
 // per channel block it touches. From one flush to the next exactly one of (CTA, channel block) advances, so
 // index = CTA + channel block is unique and dense.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>

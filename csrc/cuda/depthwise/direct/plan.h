@@ -1,5 +1,7 @@
 // The launch geometry of the direct kernel. Host code, no CUDA: the same choice launches the kernel and explains it
 // (convmixer_fast.explain).
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>

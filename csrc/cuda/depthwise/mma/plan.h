@@ -117,8 +117,8 @@ inline bool rows_are_contiguous(const DepthwiseParams& params) {
 }
 
 // What keeps the kernel from these parameters, whatever the geometry: it takes float16 and bfloat16, contiguous rows or
-// contiguous channels of a pixel, kernels up to kMaxKernelH x kMaxKernelW, and indices and offsets inside a work tile
-// of 32 bits.
+// contiguous channels of a pixel, kernels up to kMaxKernelH x kMaxKernelW, and 32-bit indices and offsets inside a work
+// tile.
 inline Obstacle find_obstacle(const DepthwiseParams& params) {
   const bool pixels_contiguous = params.x_stride.c == 1 && params.y_stride.c == 1;
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return Obstacle::kDType;

@@ -1,10 +1,10 @@
 // Gradient of a depthwise convolution's weight and bias on CUDA cores: any kernel size, map, strides and dtype.
 //
 // A CTA brings tiles of x, with their halo, and of gy into shared memory, zeros where the padding is. Each thread sums
-// 2 tap rows by kTaps tap columns in registers over its share of the tile: it goes down strips of 8 columns, and a row
-// of x, loaded once, meets the row of gy of either tap row, 16 kTaps FMAs. The accumulators stay in registers for as
-// long as the CTA stays in a channel; then the threads with the same taps add theirs up through shared memory and leave
-// one partial (wgrad/share.h). In channels_last a tile has as many channels as a sector holds.
+// 2 tap rows by kTaps tap columns in registers over its share of the tile: it goes down strips of 8 columns, and
+// each row of x, loaded once, meets the row of gy of either tap row, 16 kTaps FMAs. The accumulators stay in registers
+// for as long as the CTA stays in a channel; then the threads with the same taps add theirs up through shared memory
+// and leave one partial (wgrad/share.h). In channels_last a tile has as many channels as a sector holds.
 //
 // Terms: docs/glossary.md.
 #pragma once

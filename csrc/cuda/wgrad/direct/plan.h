@@ -1,4 +1,6 @@
 // The launch geometry of the direct kernel for the weight's gradient. Host code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>

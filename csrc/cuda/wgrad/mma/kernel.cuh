@@ -4,14 +4,13 @@
 // The subtiles are those of the forward pass: 8 x 8 elements of gy, and the x that their taps reach. For each tap row
 // dy
 //
-//   D_dy[i][j] = sum over subtiles and their rows o of  x[subtile, o + dy, i] * gy[subtile, o, j]   (i: stored columns
-//   of the subtile and its halo)
+//   D_dy[i][j] = sum over subtiles s and their rows o of  x[s][o + dy][i] * gy[s][o][j]
 //
-// and the gradient of tap dx is the sum of D_dy along a diagonal, dx = i - j - lead. So the 16 subtiles of an M block
-// are the K of an mma: row o + dy of all of them is the A operand, transposed by ldmatrix, row o of gy the B operand.
-// An A operand, loaded once, serves every row of gy that reaches it. The D_dy stay in registers, 4 per lane and tap
-// row, for as long as the CTA stays in a channel; the diagonals are then summed through shared memory and leave as one
-// partial (wgrad/share.h). The sum of gy is one more product, with ones.
+// with x[s][r][i] as in depthwise/mma/kernel.cuh, and the gradient of tap dx is the sum of D_dy along a diagonal, dx =
+// i - j - lead. So the 16 subtiles of an M block are the K of an mma: row o + dy of all of them is the A operand,
+// transposed by ldmatrix, row o of gy the B operand. An A operand, loaded once, serves every row of gy that reaches it.
+// The D_dy stay in registers, 4 per lane and tap row, for as long as the CTA stays in a channel; the diagonals are then
+// summed through shared memory and leave as one partial (wgrad/share.h). The sum of gy is one more product, with ones.
 //
 // A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide. For any other kernel it has a tap block of 8
 // tap rows by 16 stored columns, and the warps of a CTA divide the tap blocks; 16 tap blocks are one pass.

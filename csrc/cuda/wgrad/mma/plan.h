@@ -1,5 +1,7 @@
 // The launch geometry of the tensor-core kernel for the weight's gradient, and for which parameters there is one. Host
 // code, no CUDA.
+//
+// Terms: docs/glossary.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>
