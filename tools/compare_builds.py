@@ -8,7 +8,7 @@ encoding of each instruction; any other object's functions and tables. Names and
 compared as two multisets, in which the name of a callee or a table is replaced by the digest of its body, and the
 address of a constant by the constant. What a switch's jump table holds is not compared. Exits with 1 if they differ.
 
-Needs objdump (binutils), and for CUDA objects cuobjdump, next to nvcc or on PATH.
+Needs objdump (binutils), and for CUDA objects cuobjdump, where find_cuda.py finds it.
 """
 
 import argparse
@@ -17,12 +17,13 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from find_cuda import find_tool
 
 ROUNDS = 4  # of replacing callees by their digests: calls that differ deeper than that are not told apart
 
@@ -172,19 +173,10 @@ class Object:
         return tables
 
 
-def cuobjdump() -> Path:
-    beside = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
-    triton = Path(sysconfig.get_path("purelib"), "triton/backends/nvidia/bin")
-    for folder in (*beside, triton):
-        if (folder / "cuobjdump").exists():
-            return folder / "cuobjdump"
-    raise SystemExit("cuobjdump is neither next to nvcc nor in this Python's triton: CUDA objects cannot be compared")
-
-
 def kernels(path: Path) -> list[Function]:
     functions: list[Function] = []
     target = ""
-    for line in run(cuobjdump(), "-sass", path).splitlines():
+    for line in run(find_tool("cuobjdump"), "-sass", path).splitlines():
         if match := re.match(r"\s*code for (\S+)", line):
             target = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):

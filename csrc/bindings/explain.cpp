@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <string>
 
 #include "../cuda/describe.h"
@@ -56,7 +57,7 @@ bool fits(const DepthwiseQuery& query) {
   return countable({n, c, h, w}) && countable({c, kernel_h, kernel_w}) &&
          std::max(kernel_h, kernel_w) <= kLargestKernel && strides_fit &&
          within(int64_t(query.dtype), int64_t(DType::kBFloat16)) &&
-         within(int64_t(query.activation), int64_t(Activation::kRelu));
+         within(int64_t(query.activation), int64_t(std::size(kActivationNames)) - 1);
 }
 
 DepthwiseParams params_of(const DepthwiseQuery& query) {

@@ -2,7 +2,7 @@
 //
 // Two buffers take turns. Blocked maps are activations as (image, channel vector, row, column), each row with its zero
 // padding left and right, so that the depthwise convolution reads them as they stand. Panels are the packed left
-// operand of a matrix product (gemm/panel_cursor.h), which reads them from end to end. A stage reads one and writes the
+// operand of a matrix product (gemm/pack.h), which reads them from end to end. A stage reads one and writes the
 // other, applies bias, activation and BatchNorm while its results are in registers or in the L1 cache, and ends at a
 // barrier:
 //   patches: images -> panels   project: panels -> maps   depthwise: maps -> panels   conv1x1: panels -> maps
@@ -16,7 +16,7 @@
 #include "../compensated_sum.h"
 #include "../depthwise/microkernel.h"
 #include "../gemm/macrokernel.h"
-#include "../gemm/panel_cursor.h"
+#include "../gemm/pack.h"
 #include "layout.h"
 
 namespace convmixer_fast::cpu {

@@ -1,4 +1,5 @@
-// Where the elements of packed A panels lie.
+// How A is packed: where the elements of its panels lie. What makes A, a stage of the network, packs it as it stores;
+// B, the weights, is packed once (network/pack.h).
 //
 // Terms: docs/glossary.md.
 #pragma once
