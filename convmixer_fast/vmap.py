@@ -1,6 +1,9 @@
 """The rules of torch.func.vmap for depthwise_conv2d and its derivatives.
 
-The vmapped dimension is folded into the batch, or into the channels if the weight has it too.
+The vmapped dimension is folded into the batch if only x or gy has it; into the channels if weight or bias has it too,
+and always for the weight's gradient.
+
+fused_depthwise and activate_pool have no rules: torch calls them once per element.
 """
 
 from typing import Any

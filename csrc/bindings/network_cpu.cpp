@@ -98,7 +98,7 @@ MixerSizes sizes_of(const Tensor& patch, const Tensor& depthwise, const Tensor& 
 }
 
 MixerParams params_of(const Tensor& x, const MixerSizes& sizes) {
-  check_map("x", x);
+  check_maps("x", x);
   check(dtype_of("x", x) == sizes.dtype, "x must have the weights' dtype, got ", name_of(x.scalar_type()));
   check(x.size(1) == sizes.in_channels && x.size(2) >= sizes.patch_h && x.size(3) >= sizes.patch_w, "x must be (N, ",
         sizes.in_channels, ", H, W) with H >= ", sizes.patch_h, " and W >= ", sizes.patch_w, ", got ", ShapeOf{x});

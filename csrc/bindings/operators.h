@@ -34,9 +34,9 @@ struct Elementwise {
   Elementwise(const Tensor& x, const Tensor& bias_, const char* bias_name, const Tensor& scale_, const char* scale_name,
               const Tensor& shift_, const char* shift_name, Activation activation) {
     const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    bias = checked_affine(bias_name, bias_, x, type);
-    scale = checked_affine(scale_name, scale_, x, type);
-    shift = checked_affine(shift_name, shift_, x, type);
+    bias = checked_per_channel(bias_name, bias_, x, type);
+    scale = checked_per_channel(scale_name, scale_, x, type);
+    shift = checked_per_channel(shift_name, shift_, x, type);
     params = {bias.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
               type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32, activation};
   }
@@ -63,11 +63,11 @@ inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, c
 
 template <class Backend>
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_map("x", x);
+  check_maps("x", x);
   dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
   Tensor contiguous_bias;
-  if (bias) contiguous_bias = checked_affine("bias", *bias, x, x.scalar_type());
+  if (bias) contiguous_bias = checked_per_channel("bias", *bias, x, x.scalar_type());
   Tensor y = empty_output(x);
   DepthwiseParams params = depthwise_params(x, taps, y);
   params.epilogue.bias = bias ? contiguous_bias.const_data_ptr() : nullptr;
@@ -79,7 +79,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
 // The gradient of depthwise_conv2d's x, given that of its output: the convolution of gy with the mirrored taps.
 template <class Backend>
 Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
-  check_map("gy", gy);
+  check_maps("gy", gy);
   dtype_of("gy", gy);
   const Tensor taps = checked_weight(weight, gy, "gy");
   Tensor gx = empty_output(gy);
@@ -96,12 +96,12 @@ Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
 template <class Backend>
 std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor& gy, int64_t kernel_h, int64_t kernel_w,
                                                   bool bias) {
-  check_map("x", x);
+  check_maps("x", x);
   const DType dtype = dtype_of("x", x);
   check_same_device("gy", gy, x);
   check(gy.scalar_type() == x.scalar_type(), "gy must have x's dtype ", name_of(x.scalar_type()), ", got ",
         name_of(gy.scalar_type()));
-  check_map("gy", gy);
+  check_maps("gy", gy);
   bool same_shape = true;
   for (int64_t d = 0; d < 4; d++) same_shape = same_shape && gy.size(d) == x.size(d);
   check(same_shape, "gy must have x's shape ", ShapeOf{x}, ", got ", ShapeOf{gy});
@@ -142,7 +142,7 @@ Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& we
                             const Tensor& scale, const Tensor& shift, int64_t activation, bool residual,
                             const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
                             const std::optional<Tensor>& prologue_shift) {
-  check_map("x", x);
+  check_maps("x", x);
   dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
   const Elementwise epilogue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
@@ -194,7 +194,7 @@ void fused_depthwise_out(const Tensor& x, const Tensor& weight, const Tensor& bi
 template <class Backend>
 Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias, const Tensor& scale,
                           const Tensor& shift, int64_t activation) {
-  check_map("x", x);
+  check_maps("x", x);
   const DType dtype = dtype_of("x", x);
   const Elementwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   const int64_t channels = x.size(1);

@@ -51,7 +51,7 @@ inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t
 
 inline bool is_kernel_size(int64_t size) { return 1 <= size && size <= kLargestKernel; }
 
-inline void check_map(const char* argument, const Tensor& x) {
+inline void check_maps(const char* argument, const Tensor& x) {
   check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
 }
 
@@ -73,7 +73,7 @@ inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* 
 }
 
 // A bias, scale or shift, contiguous, with one value per channel of x.
-inline Tensor checked_affine(const char* argument, const Tensor& values, const Tensor& x, ScalarType type) {
+inline Tensor checked_per_channel(const char* argument, const Tensor& values, const Tensor& x, ScalarType type) {
   check_same_device(argument, values, x);
   check(values.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()),
         " x, got ", name_of(values.scalar_type()));

@@ -1,5 +1,5 @@
-// SIMD vectors. They are the compiler's own (GCC, Clang), so that kernels are plain arithmetic; every intrinsic, for
-// what plain arithmetic cannot say, is in this file.
+// SIMD vectors. They are the compiler's own (GCC, Clang), so that kernels are plain arithmetic; every intrinsic of
+// the kernels, for what plain arithmetic cannot say, is in this file.
 //
 // The CPU kernels are one source for every instruction set. Each translation unit in isa/ has its target pragma, states
 // in CMF_HAS_* what that brings (GCC 12 defines no macros of its own for a pragma in C++) and includes the kernels

@@ -12,9 +12,10 @@ struct KernelLimits {
   int height;               // tap rows, at most
   int width;                // tap columns, at most
   int width_channels_last;  // tap columns in channels_last, at most
+  bool channels_last;       // whether it takes that layout
 };
-constexpr KernelLimits kDepthwiseLimits = {kMaxKernelH, kMaxKernelW, kMaxKernelWChannelsLast};
-constexpr KernelLimits kWgradLimits = {kWgradMaxKernelH, kWgradMaxKernelW, kWgradMaxKernelW};
+constexpr KernelLimits kDepthwiseLimits = {kMaxKernelH, kMaxKernelW, kMaxKernelWChannelsLast, true};
+constexpr KernelLimits kWgradLimits = {kWgradMaxKernelH, kWgradMaxKernelW, 0, false};
 
 // Empty if nothing keeps the tensor-core kernel from running. Params: DepthwiseParams or WgradParams.
 template <class Params>
@@ -30,7 +31,10 @@ std::string describe(Obstacle obstacle, const Params& params, const Device& devi
     case Obstacle::kDType:
       return kernel + "takes float16 and bfloat16, dtype is " +
              (params.dtype == DType::kFloat64 ? "float64" : "float32");
-    case Obstacle::kLayout: return kernel + "takes tensors whose rows, or the channels of whose pixels, are contiguous";
+    case Obstacle::kLayout:
+      return kernel + (limits.channels_last
+                           ? "takes tensors whose rows, or the channels of whose pixels, are contiguous"
+                           : "takes tensors whose rows are contiguous");
     case Obstacle::kKernelWidth: return kernel + up_to(limits.width, " columns wide", params.kernel_w);
     case Obstacle::kKernelWidthChannelsLast:
       return "in channels_last " + kernel + up_to(limits.width_channels_last, " columns wide", params.kernel_w);

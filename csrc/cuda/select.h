@@ -63,7 +63,7 @@ struct WgradChoice {
   Obstacle obstacle;       // why it is the direct kernel
   WgradMmaPlan mma;        // launch geometry if it is the tensor-core kernel
   WgradDirectPlan direct;  // launch geometry if it is the direct kernel
-  WgradShare share;        // how CTAs share the work tiles; none of them if there is nothing to sum
+  WgradShare share;        // how CTAs share the work tiles; no CTAs if there is nothing to sum
 };
 
 inline WgradChoice select(const WgradParams& params, const Device& device) {

@@ -19,7 +19,8 @@ constexpr int kMaxTaps = 9;
 constexpr int kMaxColumns = 8;
 constexpr int kMaxTaps = 5;
 #endif
-// Taps that are summed before they are added to the rest, which is more accurate than one long sum.
+// About how many taps are summed before they are added to the rest, which is more accurate than one long sum; a chain
+// has whole tap rows.
 constexpr int64_t kTapsPerChain = 45;
 
 // The longest tap rows for which pixels are read in place because packing them would take longer (measured on Emerald
@@ -135,7 +136,7 @@ CMF_INLINE void add_tap_block(int64_t taps, const TapRows<Real, Input, Weight>& 
 
 // acc[c] += input[c + t] * weight[t] for `rows` rows of kTaps taps. Software pipelining across tap rows: at the end of
 // a row fewer and fewer taps have an accumulator to go to, and at the start of a row few have. The drain of a row
-// overlaps the fill of the next one, so that at least kTaps independent multiply-adds are always in flight.
+// overlaps the fill of the next one, so that between rows at least kTaps independent multiply-adds are in flight.
 template <int kTaps, class Real, class Input, class Weight, int kColumns>
 CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Real> (&acc)[kColumns]) {
   static_assert(kColumns >= kTaps - 1, "else an accumulator would get the next row's products before this one's");
@@ -182,8 +183,8 @@ CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Rea
   }
 }
 
-// The strip's outputs, channel vector by channel vector. kTaps is the length of a tap row if that is one of the usual
-// 3, 5, 7 or 9, and 0 for any other.
+// The strip's outputs, channel vector by channel vector. kTaps is the length of a tap row if that is odd, from 3 to
+// kMaxTaps, and 0 for any other.
 template <class Real, class Input, class Weight, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input, Weight>& strip, Vec<Real>* out) {
   const int64_t taps = kTaps > 0 ? kTaps : strip.taps;

@@ -1,4 +1,4 @@
-// The GEMM macro-kernel: the loops around the microkernel.
+// The GEMM macrokernel: the loops around the microkernel.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -9,11 +9,13 @@ namespace convmixer_fast::cpu {
 namespace {
 
 // Tasks [begin, end) of a blocking, each an M block times an N block. Loop order: sub-product, B tile, K block, A
-// panel: a KC x NR slice of packed B stays in the L1 cache while the M block's A panels stream from the L2 cache. Sums
-// at most `chain_vectors` channel vectors per chain, then adds the chains (accuracy).
+// panel: a KC x NR slice of packed B stays in the L1 cache (with Strassen's longer KC in L2) while the M block's A
+// panels stream from the L2 cache. Sums at most `chain_vectors` channel vectors per chain, then adds the chains
+// (accuracy).
 //
-// Calls on_m_block(first pixel, pixels) before the first task of an M block, and on_tile(pixel, quadrant, B tile,
-// results) for each finished tile, with the pixel counted within the M block.
+// Calls on_m_block(first pixel, pixels), which include those that fill up the last panel, before the first of these
+// tasks of an M block, and on_tile(pixel, quadrant, B tile, results) for each finished tile, with the pixel counted
+// within the M block.
 template <class Element, class OnMBlock, class OnTile>
 void macrokernel(const Blocking<Element>& blocking, const Element* a, const Element* b, int64_t chain_vectors,
                  int64_t begin, int64_t end, Scratch& scratch, OnMBlock on_m_block, OnTile on_tile) {
@@ -23,11 +25,11 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
   const int64_t quadrants = scheme.quadrants();
   const int64_t kc_vectors = Element::kc(scheme) / kLanes;
   const int64_t k_blocks = ceil_div(blocking.k_vectors, kc_vectors);
-  const int64_t tile_count = blocking.kMaxPanels * blocking.tiles_per_block * quadrants;
+  const int64_t accumulator_tiles = blocking.kMaxPanels * blocking.tiles_per_block * quadrants;
   const int64_t combined_size = scheme.products > 1 ? blocking.kMaxPanels * kMaxMr * blocking.k_vectors * kLanes : 0;
-  AccumulatorTile* tiles = static_cast<AccumulatorTile*>(
-      scratch.reserve(tile_count * sizeof(AccumulatorTile) + combined_size * sizeof(Element)));
-  Element* combined = reinterpret_cast<Element*>(tiles + tile_count);
+  AccumulatorTile* accumulators = static_cast<AccumulatorTile*>(
+      scratch.reserve(accumulator_tiles * sizeof(AccumulatorTile) + combined_size * sizeof(Element)));
+  Element* combined = reinterpret_cast<Element*>(accumulators + accumulator_tiles);
   const auto microkernel =
       microkernel_for<Element>(blocking.mr, std::make_integer_sequence<int, kMaxMr - kMinMr + 1>());
   AccumulatorTile chains;
@@ -37,35 +39,36 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t m_block = task / blocking.n_blocks;
-    const int64_t first_tile = task % blocking.n_blocks * blocking.tiles_per_block;
-    const int64_t task_tiles = min(blocking.tiles_per_block, blocking.tiles - first_tile);
+    const int64_t first_b_tile = task % blocking.n_blocks * blocking.tiles_per_block;
+    const int64_t task_b_tiles = min(blocking.tiles_per_block, blocking.tiles - first_b_tile);
     const int64_t first_panel = blocking.first_panel(m_block);
     const int64_t panels = blocking.first_panel(m_block + 1) - first_panel;
     const int64_t pitch = blocking.pitch(m_block);
     const Element* block_a = a + first_panel * blocking.mr * blocking.a_vectors() * kLanes;
-    if (task == begin || first_tile == 0) on_m_block(first_panel * blocking.mr, panels * blocking.mr);
+    if (task == begin || first_b_tile == 0) on_m_block(first_panel * blocking.mr, panels * blocking.mr);
 
     // One loop over (sub-product, B tile, K block), the last one fastest, which knows where its next slice of B begins.
-    const int64_t steps = scheme.products * task_tiles * k_blocks;
+    const int64_t steps = scheme.products * task_b_tiles * k_blocks;
     const auto b_at = [&](int64_t step) {
-      const int64_t product = step / k_blocks / task_tiles;
-      const int64_t tile = first_tile + step / k_blocks % task_tiles;
+      const int64_t product = step / k_blocks / task_b_tiles;
+      const int64_t tile = first_b_tile + step / k_blocks % task_b_tiles;
       const int64_t vector = product * blocking.k_vectors + step % k_blocks * kc_vectors;
       return b + (tile * blocking.b_vectors() + vector) * kNr * kLanes;
     };
-    const Element* next_task_b = b + (first_tile + task_tiles) % blocking.tiles * blocking.b_vectors() * kNr * kLanes;
+    const Element* next_task_b =
+        b + (first_b_tile + task_b_tiles) % blocking.tiles * blocking.b_vectors() * kNr * kLanes;
     const Element* product_a = nullptr;
     for (int64_t step = 0; step < steps; ++step) {
-      const int64_t product = step / k_blocks / task_tiles;
-      const int64_t tile = step / k_blocks % task_tiles;
+      const int64_t product = step / k_blocks / task_b_tiles;
+      const int64_t tile = step / k_blocks % task_b_tiles;
       const int64_t k = step % k_blocks * kc_vectors;
       const int64_t vectors = min(kc_vectors, blocking.k_vectors - k);
-      if (step % (task_tiles * k_blocks) == 0)
+      if (step % (task_b_tiles * k_blocks) == 0)
         product_a = combine_quadrants(scheme.u[product], quadrants, block_a, blocking.k_vectors * pitch, combined);
       const Element* step_b = b_at(step);
       const Element* next_b = step + 1 < steps ? b_at(step + 1) : next_task_b;
       for (int64_t p = 0; p < panels; ++p) {
-        AccumulatorTile* results = tiles + (tile * panels + p) * quadrants;
+        AccumulatorTile* results = accumulators + (tile * panels + p) * quadrants;
         Target targets[BilinearScheme::kMaxQuadrants];
         int64_t target_count = 0;
         for (int quadrant = 0; quadrant < quadrants; ++quadrant)
@@ -80,7 +83,7 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
                     targets, target_count, chains);
         if (product + 1 < scheme.products || k + vectors < blocking.k_vectors) continue;
         for (int quadrant = 0; quadrant < quadrants; ++quadrant)
-          on_tile(p * blocking.mr, quadrant, first_tile + tile, results[quadrant]);
+          on_tile(p * blocking.mr, quadrant, first_b_tile + tile, results[quadrant]);
       }
     }
   }

@@ -10,7 +10,7 @@ enum class Obstacle : int32_t {
   kNone,
   kComputeCapability,        // the GPU is older than sm_80
   kDType,                    // neither float16 nor bfloat16
-  kLayout,                   // neither rows nor the channels of a pixel are contiguous
+  kLayout,                   // the tensors have a layout that the kernel does not take
   kKernelWidth,              // the kernel has too many columns
   kKernelWidthChannelsLast,  // the kernel has too many columns for channels_last
   kKernelHeight,             // the kernel has too many rows

@@ -8,18 +8,19 @@
 // lies `left` columns left of the subtile, row 0 `pad_top` rows above it; lead = left - pad_left.
 //
 // One mma adds one tap row to one output row of 16 subtiles (M; shape.h): 8 output columns (N), over 16 stored input
-// columns (K). The Toeplitz fragment of a tap row is the B operand: two registers per lane and k-step, built once per
-// channel. A stored input row is the A operand: loaded once by ldmatrix, it serves the up to 8 output rows of the
-// subtile whose taps meet it.
+// columns (K). The Toeplitz fragment of a tap row is the B operand: two registers per lane and k-step. A stored input
+// row is the A operand: loaded once by ldmatrix, it serves the up to 8 output rows of the subtile whose taps meet it.
 //
-// A CTA keeps to consecutive work tiles (a channel's images, then the next channel's), so the Toeplitz fragments, bias,
-// scale and shift stay in registers. For each work tile it
+// A CTA keeps to consecutive work tiles (a channel's images, then the next channel's), so that taps, bias, scale and
+// shift are fetched into shared memory once per channel. The Toeplitz fragments of kernels 3, 5, 7 and 9 high stay in
+// registers; those of other kernels are read again for each M block (the ring). For each work tile it
 //   1. writes the inputs, through the prologue, into shared memory, whose zero border is the implicit padding,
-//   2. loads the next work tile into registers, in flight during all that follows,
+//   2. loads the next work tile into registers, in flight during all that follows (maps in one tile whose memory allows
+//      16-byte accesses; others are loaded in 1, row by row),
 //   3. sums the taps,
 //   4. adds the residual as one more product, with a shifted identity,
 //   5. applies the epilogue in registers and writes the outputs to shared memory,
-//   6. copies them to memory, 16 bytes per thread.
+//   6. copies them to memory, up to 16 bytes per thread and access.
 // That is for contiguous rows. In channels_last a work tile has 8 or 16 neighbouring channels, each computed by one
 // warp; 1 and 6 transpose in registers, 8 channels of two neighbouring pixels per thread.
 //
@@ -348,8 +349,8 @@ __global__ void __launch_bounds__(Traits::kBounds.threads, Traits::kBounds.min_c
     });
   };
 
-  // Writes each tap row with zeros on both sides, which make the band; and all of them twice: the second copy lies one
-  // element further, so that each lane finds its pairs aligned.
+  // Writes each tap row between zeros, which are there from the start and make the matrix banded; and all of them
+  // twice: the second copy lies one element further, so that each lane finds its pairs aligned.
   T* const team_taps = taps + team * 2 * kernel_h * plan.tap_pitch;
   const auto write_taps = [&] {
     const T* const weight =

@@ -66,7 +66,7 @@ struct MmaPlan {
   int k_steps;  // mmas along K that cover a subtile's columns and their halo
 
   // Layout of shared memory. Distances are in elements; those of inputs and outputs as in StoredMaps.
-  int left;                  // stored columns left of the map: the padding, rounded up to 8 bytes
+  int left;                  // stored columns left of the map: the padding, rounded up to 8 bytes, at least 4
   bool fixed;                // the layout is that of the constants kFixed*
   int pitch;                 // inputs: from one row to the next
   int gap;                   // inputs: unused after every kSubtile rows
@@ -78,8 +78,8 @@ struct MmaPlan {
   int input_channel_pitch;   // inputs: from one channel to the next; kOctetGap more after each octet
   int output_channel_pitch;  // outputs: from one channel to the next; kOctetGap more after each octet
 
-  // Loader map: which thread moves what, in one of three ways: `prefetch`, `unaligned_rows`, or row by row without
-  // prefetching.
+  // Loader map: which thread moves what. Aligned maps (`prefetch`) and `unaligned_rows` are loaded one work tile ahead,
+  // anything else row by row and not ahead.
   int load_vector;       // elements per load: of a row; in channels_last, of a pixel
   int store_vector;      // elements per store, likewise
   int channel_lanes;     // threads that move the channels of one pixel together; 1 for contiguous rows

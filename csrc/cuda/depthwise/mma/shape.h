@@ -20,7 +20,7 @@ constexpr int kMaxWholeMapSubtiles = 16 * kSubtilesPerMma;  // larger maps are c
 // The widest kernel, its padding centred, whose columns and those of a subtile fit so many mmas along K.
 constexpr int max_kernel_w(int k_steps) { return kMmaK * k_steps - (kSubtile - 1); }
 
-// The outputs of one work tile, per channel.
+// The outputs of one work tile, per channel; for the weight's gradient the elements of gy.
 struct TileShape {
   int images;        // images per work tile
   int subtile_rows;  // subtiles along h, per image

@@ -6,13 +6,14 @@
 
 namespace convmixer_fast::cuda {
 
-// The layout of tiles up to 32 wide under kernels up to 9 wide is known at compile time: addresses become immediates.
+// The pitches of tiles up to 32 wide under kernels up to 9 wide are known at compile time: addresses become immediates.
 constexpr int kFixedSubtileCols = 4;
 constexpr int kFixedPitch = 40;     // elements from one row of inputs to the next
 constexpr int kFixedLeft = 4;       // stored columns left of the map
 constexpr int kFixedOutPitch = 32;  // elements from one row of outputs to the next
 
-constexpr int kMaxSmem = 96 << 10;  // bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB
+constexpr int kMaxSmem =
+    96 << 10;  // bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB or more
 
 // The maps of one channel, image after image. Distances are in elements.
 struct StoredMaps {

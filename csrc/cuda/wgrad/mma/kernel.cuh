@@ -12,11 +12,12 @@
 // The D_dy stay in registers, 4 per lane and tap row, for as long as the CTA stays in a channel; the diagonals are then
 // summed through shared memory and leave as one partial (wgrad/share.h). The sum of gy is one more product, with ones.
 //
-// A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide. For any other kernel it has a tap block of 8
-// tap rows by 16 stored columns, and the warps of a CTA divide the tap blocks; 16 tap blocks are one pass.
+// A warp has all tap rows of kernels 3, 5, 7 and 9 high and up to 9 wide, on maps or tiles up to 32 wide. Otherwise it
+// has a tap block of 8 tap rows by 16 stored columns, and the warps of a CTA divide the tap blocks: at most 16 of them,
+// in whole rows of tap blocks, are one pass.
 //
-// Each tap has products of its own: an element that is not finite spoils the taps that meet it, and those that meet the
-// padding there (0 times Inf), no others.
+// Each tap has products of its own: an element that is not finite spoils the taps for which it is multiplied with an
+// element of the other tensor, or with a zero that stands for one outside the map (0 times Inf), no others.
 //
 // Terms: docs/glossary.md.
 #pragma once

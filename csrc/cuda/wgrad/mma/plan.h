@@ -18,7 +18,8 @@
 namespace convmixer_fast::cuda {
 
 constexpr int kWgradMmaTapRows = 8;  // tap rows per warp if no instantiation has all of them
-constexpr int kWgradFixedWarps = 4;  // warps of a CTA in which every warp has all taps
+constexpr int kWgradFixedWarps =
+    4;  // warps that share the M blocks if each has all taps; fewer per set of taps otherwise
 constexpr int kWgradDiagonals = 24;  // a 16 x 8 product has 23; the last is the sum of gy
 constexpr int kWgradMaxKernelH = kMmaK * kWgradMaxWarps;
 constexpr int kWgradMaxKernelW = max_kernel_w(kWgradMaxWarps);
@@ -41,7 +42,7 @@ struct WgradOperand {
 struct WgradTaps {
   bool fixed;          // each warp has all tap rows in its registers; pitches are kFixedPitch and kFixedOutPitch
   int tap_rows;        // tap rows per warp
-  int k_steps;         // products of 16 stored columns that one row of taps needs
+  int k_steps;         // products of 16 stored columns (here the M of an mma) that one row of taps needs
   int tap_row_blocks;  // sets of tap_rows tap rows that a pass takes
   int passes;          // passes over x and gy: one unless there are more tap row blocks than warps
 
@@ -93,13 +94,13 @@ inline WgradTaps divide_taps(int kernel_h, int k_steps, const TileShape& shape) 
 }
 
 // What lies in shared memory of one tensor: `rows` stored rows per map, and if subtiles are missing from the last M
-// block zeros for one subtile of zero_rows + 1 rows and zero_cols columns.
-inline void set_layout(const TileShape& shape, int rows, int pitch, int zero_rows, int zero_cols,
+// block zeros for one subtile, whose last row is last_zero_row, of zero_cols columns.
+inline void set_layout(const TileShape& shape, int rows, int pitch, int last_zero_row, int zero_cols,
                        WgradOperand& operand) {
   operand.maps = stored_maps(shape, rows, pitch);
   operand.zero_subtile = shape.images * operand.maps.image_pitch;
   const bool is_complete = shape.subtiles % kSubtilesPerMma == 0;
-  const int zeros = is_complete ? 0 : zero_rows * pitch + operand.maps.gap + zero_cols;
+  const int zeros = is_complete ? 0 : last_zero_row * pitch + operand.maps.gap + zero_cols;
   operand.elements = operand.zero_subtile + static_cast<int>(round_up(zeros, kSubtile));
 }
 
