@@ -407,7 +407,7 @@ def test_activation_argument_wins_over_the_file_name(tmp_path, narrow):
 )
 def test_activation_that_cannot_be_known(file_name, said, tmp_path, narrow):
     path = save(tmp_path / file_name, create_model("convmixer_256_8_k9_p1").state_dict())
-    message = f"activation must be given, 'gelu'.* 'relu'.*: the file name {file_name} {said}"
+    message = f"activation must be given, 'gelu' or 'relu': the file name {file_name} {said}"
     with pytest.raises(ValueError, match=message):
         load_checkpoint(path)
 
@@ -419,8 +419,8 @@ def test_sizes_of_another_model_than_the_file_name(tmp_path, ours):
 
 
 def test_unknown_activation(tmp_path):
-    with pytest.raises(ValueError, match="activation must be one of 'gelu', 'relu', .*got 'none'"):
-        load_checkpoint(tmp_path / "weights.pt", activation="none")
+    with pytest.raises(ValueError, match="activation must be one of 'gelu', 'relu', got 'silu'"):
+        load_checkpoint(tmp_path / "weights.pt", activation="silu")
 
 
 class Intruder:

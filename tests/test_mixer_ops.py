@@ -16,7 +16,6 @@ from cases import fuzz_run
 
 import convmixer_fast
 from convmixer_fast import ops
-from convmixer_fast._types import ACTIVATIONS
 
 mixer_ops = torch.ops.convmixer_fast
 HUGE = [2**20, 2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1]
@@ -57,7 +56,7 @@ def run(x, weights, activation=1, residual=True, **changed):
 def expected(x, weights, activation=1, residual=True):
     """The same in float64 and plain PyTorch."""
     patch, depthwise, pointwise, vectors, head_weight, head_bias = (weight.double() for weight in weights.values())
-    act = next(known.function for known in ACTIVATIONS.values() if known.code == activation)
+    act = {0: lambda z: z, 1: F.gelu, 2: F.relu}[activation]
 
     def after(z, convolution):
         bias, scale, shift = vectors[convolution][:, :, None, None]

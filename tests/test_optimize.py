@@ -425,7 +425,7 @@ def without(index):
         (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 3)), "model.0.stride is (3, 3), accepted: (4, 4)"),
         (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 4, 1)), "model.0.padding is (1, 1), accepted: 'valid' or (0, 0)"),
         (replaced("0", lambda _: nn.Conv2d(3, DIM, 4, 4, bias=False)), "model.0.bias is None, accepted: a tensor"),
-        (replaced("1", lambda _: nn.Tanh()), "model.1 is Tanh, accepted: nn.GELU or nn.ReLU"),
+        (replaced("1", lambda _: nn.SiLU()), "model.1 is SiLU, accepted: nn.GELU or nn.ReLU"),
         (replaced("1", lambda _: None), "model.1 is None, accepted: a module"),
         (replaced("1", lambda _: Halved()), "model.1 is Halved, accepted: nn.GELU or nn.ReLU"),
         (replaced("1", lambda _: nn.GELU("tanh")), "model.1.approximate is 'tanh', accepted: 'none'"),
@@ -513,7 +513,7 @@ def test_ablations_that_the_fused_step_cannot_express(options, message):
             dict(global_pool=""),
             "model.head is Linear, accepted: a module with one child fn and the forward fn(x) + x, or a",
         ),
-        (dict(act_layer=nn.Tanh), "model.stem.1 is Tanh, accepted: nn.GELU or nn.ReLU"),
+        (dict(act_layer=nn.SiLU), "model.stem.1 is SiLU, accepted: nn.GELU or nn.ReLU"),
     ],
 )
 def test_timm_models_that_do_not_match(options, message):
