@@ -3,7 +3,7 @@
 from .codegen import UnsupportedInstruction
 from .device import Device, LaunchRecord
 from .host import HostProgram
-from .module import DeviceError, LaunchResult, Module, Out, TensorMap, from_bf16, to_bf16
+from .module import DeviceError, LaunchResult, Module, Out, from_bf16, to_bf16
 from .parser import ParseError
 from .profile import Profile
 
@@ -16,7 +16,6 @@ __all__ = [
     "LaunchRecord",
     "Profile",
     "Out",
-    "TensorMap",
     "to_bf16",
     "from_bf16",
     "UnsupportedInstruction",

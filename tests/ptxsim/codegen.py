@@ -20,6 +20,8 @@ SHARED_START = 1024  # the hardware reserves the first KiB of the shared window
 SHARED_REDZONE = 32
 WIN_SHARED, WIN_LOCAL, WIN_PARAM, WIN_GLOBAL = (k << 44 for k in (1, 2, 3, 5))
 
+CLUSTER_DIRECTIVES = (".reqnctapercluster", ".explicitcluster", ".maxclusterrank")
+
 HANDLERS = {}
 ELEM_CODE = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6, "f64": 7}
 ACC_CODE = {"f16": 0, "f32": 1, "s32": 2, "f64": 3}
@@ -68,6 +70,8 @@ class EntryCodegen:
         self.global_addr = global_addr  # name -> device address of .global / .const variables
         self.sites = []  # pc -> (function, PTX line, loc index, opcode)
         self.op_ids = {}  # collective opcode -> id
+        if clusters := [d for d in ast.functions[entry].directives if d in CLUSTER_DIRECTIVES]:
+            raise UnsupportedInstruction(f"{entry}: unsupported directive '{clusters[0]}'")
         self.layout_shared()
 
     # -- layout
@@ -256,7 +260,7 @@ class FunctionCodegen:
     def statement(self, ins):
         fn = HANDLERS.get(ins.base)
         self.ins = ins
-        if fn is None:
+        if fn is None or "shared::cluster" in ins.mods:
             self.unsupported()
         try:
             self._pc = None
@@ -316,7 +320,7 @@ class FunctionCodegen:
     def sym_addr(self, name):
         unit = self.unit
         if name in unit.shared_addr:
-            return f"(T->shared_base + {unit.shared_addr[name]}u)"
+            return f"{unit.shared_addr[name]}u"
         if name in self.local_addr:
             return f"(lbase + {self.local_addr[name]}u)"
         if self.fn.is_entry and name in unit.param_addr:
@@ -368,23 +372,15 @@ class FunctionCodegen:
             "%lanemask_le": "((2u << T->lane) - 1)",
             "%lanemask_gt": "(~((2u << T->lane) - 1))",
             "%lanemask_ge": "(~((1u << T->lane) - 1))",
-            "%dynamic_smem_size": "cluster_reg(T, 20)",
-            "%total_smem_size": "cluster_reg(T, 21)",
-            "%aggr_smem_size": "cluster_reg(T, 21)",
-            "%cluster_ctarank": "cluster_reg(T, 12)",
-            "%cluster_nctarank": "cluster_reg(T, 13)",
-            "%is_explicit_cluster": "cluster_reg(T, 14)",
+            "%dynamic_smem_size": "shared_bytes(T, true)",
+            "%total_smem_size": "shared_bytes(T, false)",
         }
         if name in fixed:
             return fixed[name]
         base, _, comp = name.partition(".")
         k = {"x": 0, "y": 1, "z": 2}.get(comp)
-        if k is not None:
-            if base in ("%tid", "%ntid", "%ctaid", "%nctaid"):
-                return f"T->{base[1:]}[{k}]"
-            groups = {"%cluster_ctaid": 0, "%cluster_nctaid": 3, "%clusterid": 6, "%nclusterid": 9}
-            if base in groups:
-                return f"cluster_reg(T, {groups[base] + k})"
+        if k is not None and base in ("%tid", "%ntid", "%ctaid", "%nctaid"):
+            return f"T->{base[1:]}[{k}]"
         self.unsupported(f"special register {name}")
 
 
@@ -506,8 +502,6 @@ def h_cvta(g, ins):
 def h_isspacep(g, ins):
     space = ins.mods[-1].split("::")[0]
     a = g.val(ins.ops[1], "u64")
-    if ins.mods[-1] == "shared::cta":
-        return g.set(ins.ops[0], f"in_win({a}, WIN_SHARED) && ((u32){a} >> 24) == (T->shared_base >> 24)")
     if space == "const":
         return g.set(ins.ops[0], "false")
     return g.set(ins.ops[0], f"in_win({a}, WIN_{space.upper()})")
@@ -1079,8 +1073,8 @@ def check_call(g, space, addr, size, access):
     return f"mem_{fn}(T, {addr}, {size}, {access}, {g.pc})"
 
 
-PROF_GLOBAL = {"ld": 1, "st": 2, "atom": 3, "cp": 4}  # event kinds of profile.cpp
-PROF_SHARED = {"ld": 5, "st": 6, "atom": 7, "cp": 8, "ldmatrix": 9, "stmatrix": 10}
+PROF_GLOBAL = {"ld": 1, "st": 2, "atom": 3}  # event kinds of profile.cpp
+PROF_SHARED = {"ld": 4, "st": 5, "atom": 6, "ldmatrix": 7, "stmatrix": 8}
 
 
 def profile_access(g, space, op, addr, size):
@@ -1219,8 +1213,10 @@ def h_atom(g, ins):
     return out + tail + " atom_end(T); }"
 
 
-@handler("prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "griddepcontrol", "setmaxnreg", "pmevent")
+@handler("prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "pmevent")
 def h_nop(g, ins):
+    if "tensormap" in ins.mods:
+        g.unsupported()
     if ins.base == "createpolicy":
         return g.set(ins.ops[0], "0")
     return ";"
@@ -1228,8 +1224,8 @@ def h_nop(g, ins):
 
 @handler("fence", "membar")
 def h_fence(g, ins):
-    if "proxy" in ins.mods:
-        return "fence_proxy_async(T);" if any(m.startswith("async") for m in ins.mods) else ";"
+    if "proxy" in ins.mods or "mbarrier_init" in ins.mods:
+        g.unsupported()
     return "mem_fence(T);"
 
 
@@ -1348,24 +1344,14 @@ def h_activemask(g, ins):
     return g.set(ins.ops[0], f"warp_activemask(T, {g.pc})")
 
 
-@handler("elect")
-def h_elect(g, ins):
-    d, mask = ins.ops
-    call = f"warp_elect(T, {opkey(g, ins)}, {g.val(mask, 'u32')}, &q_, {g.pc})"
-    dest, pred = d.first, d.second
-    return "{ bool q_; " + f"u32 v_ = {call}; " + g.set(dest, "v_") + g.set(pred, "q_") + " }"
-
-
 @handler("bar", "barrier")
 def h_bar(g, ins):
     mods = [m for m in ins.mods if m != "cta"]
-    kind = next(m for m in mods if m in ("sync", "arrive", "red", "warp", "wait", "cluster"))
+    if "cluster" in mods:
+        g.unsupported()
     if "warp" in mods:
         return f"warp_sync(T, {opkey(g, ins)}, {g.val(ins.ops[0], 'u32')}, {g.pc});"
-    if "cluster" in mods:
-        if "arrive" in mods:
-            return f"cluster_arrive(T, {g.pc}, {'true' if 'relaxed' in mods else 'false'});"
-        return f"cluster_wait(T, {g.pc});"
+    kind = next(m for m in mods if m in ("sync", "arrive", "red"))
     aligned = 4 if ins.base == "bar" or "aligned" in mods else 0
     ops = list(ins.ops)
     if kind == "red":
@@ -1462,186 +1448,3 @@ def h_mma(g, ins):
     if wide:
         return out + " ".join(g.set(x, f"d_[{2 * i}] | (u64)d_[{2 * i + 1}] << 32") for i, x in enumerate(d)) + " }"
     return out + " ".join(g.set(x, f"d_[{i}]") for i, x in enumerate(d)) + " }"
-
-
-# =============================================================================================
-# cp.async, mbarrier, bulk copies, wgmma
-
-
-@handler("cp")
-def h_cp(g, ins):
-    mods = ins.mods
-    if mods[0] == "async" and "bulk" in mods:
-        return cp_bulk(g, ins)
-    if mods[0] == "reduce":
-        return cp_bulk(g, ins)
-    if "commit_group" in mods:
-        return "cp_async_commit(T);"
-    if "wait_group" in mods:
-        return f"cp_async_wait(T, {g.val(ins.ops[0], 'u32')}, false, {g.pc});"
-    if "wait_all" in mods:
-        return f"cp_async_wait(T, 0, true, {g.pc});"
-    if "mbarrier" in mods:
-        noinc = "true" if "noinc" in mods else "false"
-        return f"cp_async_mbar_arrive(T, {g.addr(ins.ops[0])}, {noinc}, {is_generic(ins)}, {g.pc});"
-    dst, src, size = ins.ops[:3]
-    size = size.value
-    rest = list(ins.ops[3:])
-    hint = any("cache_hint" in m for m in mods)
-    if hint:
-        rest.pop()
-    src_size = str(size)
-    if rest:
-        op = rest[0]
-        if isinstance(op, (Neg,)) or (isinstance(op, Reg) and op.type == "pred"):
-            src_size = f"({g.val(op, 'pred')} ? 0u : {size}u)"
-        else:
-            src_size = g.val(op, "u32")
-    log = profile_access(g, "global", "cp", src, "n_")
-    if log:
-        log = f"if (u32 n_ = {src_size}) {log}" + profile_access(g, "shared", "cp", dst, size)
-    return f"{log}cp_async(T, {g.addr(dst)}, {g.addr(src)}, {size}, {src_size}, {g.pc});"
-
-
-def cp_bulk(g, ins):
-    mods = ins.mods
-    if "commit_group" in mods:
-        return "bulk_commit(T);"
-    if "wait_group" in mods:
-        return f"bulk_wait(T, {g.val(ins.ops[0], 'u32')}, {'true' if 'read' in mods else 'false'}, {g.pc});"
-    if "prefetch" in mods:
-        return ";"
-    if "tensor" in mods:
-        return cp_tensor(g, ins)
-    spaces = [m for m in mods if m.startswith(("shared", "global"))]
-    dst, src, size = (g.addr(ins.ops[0]), g.addr(ins.ops[1]), g.val(ins.ops[2], "u32"))
-    if mods[0] == "reduce":
-        g.unsupported()
-    if spaces[0] == "global":
-        return f"bulk_s2g(T, {dst}, {src}, {size}, 0, {g.pc});"
-    bar = g.addr(ins.ops[3])
-    if spaces[1].startswith("shared"):
-        return f"bulk_s2s(T, {dst}, {src}, {size}, {bar}, {g.pc});"
-    mask = g.val(ins.ops[4], "u32") if any("multicast" in m for m in mods) else "0"
-    return f"bulk_g2s(T, {dst}, {src}, {size}, {bar}, 0, {mask}, {g.pc});"
-
-
-def cp_tensor(g, ins):
-    mods = ins.mods
-    if any(m.startswith(("im2col", "tile::")) for m in mods):
-        g.unsupported("im2col / gather modes")
-    rank = int(next(m for m in mods if re.fullmatch(r"[1-5]d", m))[0])
-    spaces = [m for m in mods if m.startswith(("shared", "global"))]
-
-    def coords(op):
-        return f"const s32 c_[] = {{{', '.join('(s32)' + g.val(c, 's32') for c in op.coords)}}};"
-
-    if spaces[0] == "global":
-        m, s = ins.ops[0], ins.ops[1]
-        red = 0
-        if mods[0] == "reduce":
-            red = {"add": 1, "min": 2, "max": 3}[next(x for x in mods if x in ("add", "min", "max"))]
-        map_ = g.addr(Addr(m.base, m.offset))
-        return f"{{ {coords(m)} tensor_store(T, {map_}, {g.addr(s)}, {rank}, c_, {red}, {g.pc}); }}"
-    d, m, bar = ins.ops[:3]
-    mask = g.val(ins.ops[3], "u32") if any("multicast" in x for x in mods) else "0"
-    return (
-        f"{{ {coords(m)} tensor_load(T, {g.addr(d)}, {g.addr(Addr(m.base, m.offset))}, {rank}, c_, "
-        f"{g.addr(bar)}, {mask}, 0, {g.pc}); }}"
-    )
-
-
-@handler("mbarrier")
-def h_mbarrier(g, ins):
-    op, mods = ins.mods[0], ins.mods
-    gen = is_generic(ins)
-    flag = 1 if gen == "true" else 0
-    ops = ins.ops
-    if op == "init":
-        return f"mbar_init(T, {g.addr(ops[0])}, {g.val(ops[1], 'u32')}, {gen}, {g.pc});"
-    if op == "inval":
-        return f"mbar_inval(T, {g.addr(ops[0])}, {gen}, {g.pc});"
-    if op in ("expect_tx", "complete_tx"):
-        expect = "true" if op == "expect_tx" else "false"
-        return f"mbar_tx(T, {g.addr(ops[0])}, {g.val(ops[1], 'u32')}, {expect}, {gen}, {g.pc});"
-    if op in ("arrive", "arrive_drop"):
-        if isinstance(ops[0], Addr):  # no state result
-            d, rest = SINK, ops
-        else:
-            d, rest = ops[0], ops[1:]
-        if op == "arrive_drop":
-            flag |= 16
-        if "noComplete" in mods:
-            flag |= 8
-        if "relaxed" in mods:
-            flag |= 4
-        tx, count = "0", "1"
-        if "expect_tx" in mods:
-            flag |= 2
-            tx = g.val(rest[1], "u32")
-        elif len(rest) > 1:
-            count = g.val(rest[1], "u32")
-        return g.set(d, f"mbar_arrive(T, {g.addr(rest[0])}, {count}, {tx}, {flag}, {g.pc})")
-    if op in ("test_wait", "try_wait"):
-        if "parity" in mods:
-            flag |= 32
-        if op == "try_wait":
-            flag |= 64
-        if "relaxed" in mods:
-            flag |= 4
-        ph = g.val(ops[2], "u32" if "parity" in mods else "u64")
-        return g.set(ops[0], f"mbar_wait(T, {g.addr(ops[1])}, {ph}, {flag}, {g.pc})")
-    if op == "pending_count":
-        return g.set(ops[0], f"mbar_pending({g.val(ops[1], 'u64')})")
-    g.unsupported()
-
-
-@handler("mapa")
-def h_mapa(g, ins):
-    ty = last_type(ins)
-    return g.set(ins.ops[0], f"map_shared(T, {g.val(ins.ops[1], ty)}, {g.val(ins.ops[2], 'u32')}, {g.pc})")
-
-
-@handler("getctarank")
-def h_getctarank(g, ins):
-    return g.set(ins.ops[0], f"((u32){g.val(ins.ops[1], last_type(ins))} >> 24)")
-
-
-@handler("wgmma")
-def h_wgmma(g, ins):
-    op, mods = ins.mods[0], ins.mods
-    if op == "fence":
-        return f"wgmma_fence(T, {g.pc});"
-    if op == "commit_group":
-        return f"wgmma_commit(T, {g.pc});"
-    if op == "wait_group":
-        return f"wgmma_wait(T, {g.val(ins.ops[0], 'u32')}, {g.pc});"
-    if op != "mma_async" or "sp" in mods:
-        g.unsupported()
-    shape = next(m for m in mods if re.fullmatch(r"m64n\d+k\d+", m))
-    n, k = int(shape[4:].split("k")[0]), int(shape.split("k")[1])
-    dt, at, bt = [t for t in mods if t in ELEM_CODE or t in ACC_CODE][-3:]
-    if at not in ELEM_CODE or dt not in ACC_CODE:
-        g.unsupported()
-    types = ACC_CODE[dt] | ELEM_CODE[at] << 4 | ELEM_CODE[bt] << 8 | k << 16
-    d, a, db, scale_d = ins.ops[:4]
-    imm = [o.value for o in ins.ops[4:]]
-    a_regs = isinstance(a, Vec)
-    neg = (1 if imm and imm[0] == -1 else 0) | (2 if len(imm) > 1 and imm[1] == -1 else 0)
-    tra = trb = 0
-    if at in ("f16", "bf16"):
-        if a_regs:
-            trb = imm[2] if len(imm) > 2 else 0
-        else:
-            tra, trb = (imm[2], imm[3]) if len(imm) > 3 else (0, 0)
-    nd = len(d.items)
-    out = "{ "
-    if a_regs:
-        out += f"const u32 a_[] = {{{', '.join(g.val(x, 'u32') for x in a.items)}}}; "
-        aptr, da = "a_", "0"
-    else:
-        aptr, da = "nullptr", g.val(a, "u64")
-    sd = g.val(scale_d, "pred") if isinstance(scale_d, (Reg, Neg)) else str(scale_d.value)
-    out += f"u32 d_[{nd}] = {{{', '.join(g.val(x, 'u32') for x in d.items)}}}; "
-    out += f"wgmma_mma(T, {n}, {types}, {aptr}, {da}, {g.val(db, 'u64')}, {sd}, {neg}, {tra}, {trb}, d_, {g.pc}); "
-    return out + " ".join(g.set(x, f"d_[{i}]") for i, x in enumerate(d.items)) + " }"

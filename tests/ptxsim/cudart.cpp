@@ -1,6 +1,5 @@
 // A stand-in for the CUDA runtime, linked into each HostProgram (host.py) in place of libcudart.
 // Registration and marshalling happen here; memory, launches and limits live in the Python Device.
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -139,9 +138,8 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 }
 
 static cudaError_t launch(const void* f, dim3 g, dim3 b, void** args, size_t shared, cudaStream_t s,
-                          dim3 cluster = dim3(0, 0, 0), bool cooperative = false) {
-  return call("launch", {u64(f), g.x, g.y, g.z, b.x, b.y, b.z, u64(args), shared, u64(s), cluster.x, cluster.y,
-                         cluster.z, cooperative});
+                          bool cooperative = false) {
+  return call("launch", {u64(f), g.x, g.y, g.z, b.x, b.y, b.z, u64(args), shared, u64(s), cooperative});
 }
 cudaError_t __cudaGetKernel(cudaKernel_t* k, const void* stub) {
   *k = (cudaKernel_t)stub;
@@ -156,18 +154,17 @@ cudaError_t cudaLaunchKernel(const void* f, dim3 g, dim3 b, void** args, size_t 
   return launch(f, g, b, args, shared, s);
 }
 cudaError_t cudaLaunchCooperativeKernel(const void* f, dim3 g, dim3 b, void** args, size_t shared, cudaStream_t s) {
-  return launch(f, g, b, args, shared, s, dim3(0, 0, 0), true);
+  return launch(f, g, b, args, shared, s, true);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void** args) {
-  dim3 cluster(0, 0, 0);
   bool cooperative = false;
   for (unsigned i = 0; i < c->numAttrs; i++) {
     const cudaLaunchAttribute& a = c->attrs[i];
-    if (a.id == cudaLaunchAttributeClusterDimension)
-      cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
-    if (a.id == cudaLaunchAttributeCooperative) cooperative = a.val.cooperative;
+    if (a.id != cudaLaunchAttributeCooperative)
+      return failed(cudaErrorNotSupported, "cudaLaunchKernelExC", "ptxsim: launch attributes other than cooperative");
+    cooperative = a.val.cooperative;
   }
-  return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, c->stream, cluster, cooperative);
+  return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, c->stream, cooperative);
 }
 
 // ---- functions: attributes, occupancy ----------------------------------------------------------
@@ -198,17 +195,6 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* n, const void* f, int threads, size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(n, f, threads, shared, 0);
-}
-cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void* f, const cudaLaunchConfig_t* c) {
-  int per_sm = 0;
-  cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
-      &per_sm, f, c->blockDim.x * c->blockDim.y * c->blockDim.z, c->dynamicSmemBytes, 0);
-  unsigned size = 1;
-  for (unsigned i = 0; i < c->numAttrs; i++)
-    if (c->attrs[i].id == cudaLaunchAttributeClusterDimension)
-      size = c->attrs[i].val.clusterDim.x * c->attrs[i].val.clusterDim.y * c->attrs[i].val.clusterDim.z;
-  *n = per_sm * limits.sm_count / (size ? size : 1);
-  return e;
 }
 
 // ---- device ------------------------------------------------------------------------------------
@@ -456,7 +442,6 @@ cudaError_t cudaPeekAtLastError() {
   X(cudaErrorLaunchFailure, "unspecified launch failure")                                        \
   X(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch")                 \
   X(cudaErrorNotSupported, "operation not supported")                                            \
-  X(cudaErrorInvalidClusterSize, "cluster misconfiguration")                                     \
   X(cudaErrorInvalidPtx, "a PTX JIT compilation failed")                                         \
   X(cudaErrorUnknown, "unknown error")
 
@@ -472,97 +457,5 @@ const char* cudaGetErrorString(cudaError_t e) {
   ERRORS(TEXT)
   return "unrecognized error code";
 }
-
-// ---- driver entry points -----------------------------------------------------------------------
-
-static CUresult bad_map(CUresult e, const char* why) {
-  call("log_error", {u64(e), u64("cuTensorMapEncodeTiled"), u64(why)});
-  last_error = cudaSuccess;  // driver errors are not the runtime's
-  return e;
-}
-
-// Validates as the driver does and writes ptxsim's descriptor (TensorMap.encode in module.py).
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const CUresult INVALID = CUDA_ERROR_INVALID_VALUE;
-  char why[200];
-#define REQUIRE(ok, ...)                    \
-  if (!(ok)) {                              \
-    snprintf(why, sizeof why, __VA_ARGS__); \
-    return bad_map(INVALID, why);           \
-  }
-  static const int sizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // by CUtensorMapDataType
-  static const int kinds[] = {4, 4, 4, 4, 4, 4, 0, 2, 3, 1, 2, 2, 2};
-  REQUIRE(map && (u64)map % 64 == 0, "the tensor map must be 64-byte aligned");
-  REQUIRE(dims && box && steps && (strides || rank == 1), "null argument");
-  REQUIRE(rank >= 1 && rank <= 5, "rank %u is not in 1..5", rank);
-  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE)
-    return bad_map(CUDA_ERROR_NOT_SUPPORTED, "ptxsim: interleaved layouts are not emulated");
-  if (u32(type) >= 13) return bad_map(CUDA_ERROR_NOT_SUPPORTED, "ptxsim: this data type is not emulated");
-  const u32 es = sizes[type];
-  REQUIRE((u64)address % 16 == 0, "the global address %p is not 16-byte aligned", address);
-  for (u32 i = 0; i < rank; i++) {
-    REQUIRE(dims[i] >= 1 && dims[i] <= 1ull << 32, "globalDim[%u] = %llu is not in 1..2^32", i,
-            (unsigned long long)dims[i]);
-    REQUIRE(box[i] >= 1 && box[i] <= 256, "boxDim[%u] = %u is not in 1..256", i, box[i]);
-    REQUIRE(steps[i] >= 1 && steps[i] <= 8, "elementStrides[%u] = %u is not in 1..8", i, steps[i]);
-  }
-  for (u32 i = 0; i + 1 < rank; i++)
-    REQUIRE(strides[i] % 16 == 0 && strides[i] < 1ull << 40,
-            "globalStrides[%u] = %llu is not a multiple of 16 below 2^40", i, (unsigned long long)strides[i]);
-  const u32 inner = box[0] * es, span = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE  ? 0
-                                        : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32
-                                        : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
-                                                                               : 128;
-  REQUIRE(inner % 16 == 0, "the inner box dimension is %u bytes, not a multiple of 16", inner);
-  REQUIRE(!span || inner <= span, "the inner box dimension is %u bytes, more than the %u-byte swizzle span", inner,
-          span);
-  REQUIRE(fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE || kinds[type] != 4, "NaN fill needs a floating-point type");
-  if (u32(swizzle) > CU_TENSOR_MAP_SWIZZLE_128B || (span && inner != span))
-    return bad_map(CUDA_ERROR_NOT_SUPPORTED, "ptxsim: the inner box dimension must equal the swizzle span");
-  u32 w[32] = {};
-  w[0] = 0x7074786d;
-  w[1] = rank | es << 8 | span << 16 | u32(fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) << 28;
-  memcpy(w + 2, &address, 8);
-  for (u32 i = 0; i < rank; i++) {
-    w[4 + i] = u32(dims[i]);
-    w[9 + i] = box[i];
-    w[14 + i] = steps[i];
-    if (i + 1 < rank) memcpy(w + 20 + 2 * i, &strides[i], 8);
-  }
-  w[19] = kinds[type];
-  memcpy(map, w, sizeof w);
-  return CUDA_SUCCESS;
-}
-CUresult cuGetErrorString(CUresult e, const char** s) {
-  *s = cudaGetErrorString(cudaError_t(e));
-  return CUDA_SUCCESS;
-}
-CUresult cuGetErrorName(CUresult e, const char** s) {
-  *s = cudaGetErrorName(cudaError_t(e));
-  return CUDA_SUCCESS;
-}
-
-static cudaError_t entry_point(const char* name, void** fn, cudaDriverEntryPointQueryResult* status) {
-  *fn = !strcmp(name, "cuTensorMapEncodeTiled") ? (void*)cuTensorMapEncodeTiled
-        : !strcmp(name, "cuGetErrorString")     ? (void*)cuGetErrorString
-        : !strcmp(name, "cuGetErrorName")       ? (void*)cuGetErrorName
-                                                : nullptr;
-  if (status) *status = *fn ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  if (!*fn) call("log_error", {0, u64("cudaGetDriverEntryPoint"), u64(name)});
-  return cudaSuccess;
-}
-cudaError_t cudaGetDriverEntryPoint(const char* name, void** fn, unsigned long long,
-                                    cudaDriverEntryPointQueryResult* status) {
-  return entry_point(name, fn, status);
-}
-#if CUDART_VERSION >= 12050
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fn, unsigned, unsigned long long,
-                                             cudaDriverEntryPointQueryResult* status) {
-  return entry_point(name, fn, status);
-}
-#endif
 
 }  // extern "C"

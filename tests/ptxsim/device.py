@@ -30,7 +30,7 @@ CAPABILITIES = {
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONFIGURATION, INVALID_SYMBOL, INVALID_FUNCTION = 1, 2, 9, 13, 98
 NO_KERNEL_IMAGE, INVALID_PTX, ILLEGAL_ADDRESS, OUT_OF_RESOURCES, TIMEOUT = 209, 218, 700, 701, 702
 CONTEXT_DESTROYED, ASSERT, MISALIGNED, LAUNCH_FAILURE = 709, 710, 716, 719
-COOPERATIVE_TOO_LARGE, NOT_SUPPORTED, INVALID_CLUSTER = 720, 801, 912
+COOPERATIVE_TOO_LARGE, NOT_SUPPORTED = 720, 801
 FAULT_CODE = {"out-of-bounds": ILLEGAL_ADDRESS, "misaligned": MISALIGNED, "assert": ASSERT, "timeout": TIMEOUT}
 CODE_NAME = {
     1: "cudaErrorInvalidValue",
@@ -49,19 +49,17 @@ CODE_NAME = {
     719: "cudaErrorLaunchFailure",
     720: "cudaErrorCooperativeLaunchTooLarge",
     801: "cudaErrorNotSupported",
-    912: "cudaErrorInvalidClusterSize",
 }
 
 
 @dataclass
 class LaunchRecord:
-    """One launch: kernel (C++ name), grid, block, cluster, shared_bytes (dynamic), stream, attributes (of the
+    """One launch: kernel (C++ name), grid, block, shared_bytes (dynamic), stream, attributes (of the
     function), error (name of the runtime's code, or None) and reason; profile, instructions and seconds of the run."""
 
     kernel: str
     grid: tuple
     block: tuple
-    cluster: tuple
     shared_bytes: int
     stream: int
     attributes: dict
@@ -358,9 +356,9 @@ class Device:
         return mod
 
     # -- launches
-    def _launch(self, program, stub, grid, block, args, shared, stream, cluster, cooperative) -> int:
+    def _launch(self, program, stub, grid, block, args, shared, stream, cooperative) -> int:
         """A launch by host code; returns the runtime's error code."""
-        record = LaunchRecord("?", grid, block, cluster, shared, stream, {})
+        record = LaunchRecord("?", grid, block, shared, stream, {})
         self.launches.append(record)
         try:
             if self.sticky:
@@ -368,7 +366,7 @@ class Device:
             mod, k = program._resolve(stub)
             record.kernel = mod.demangled.get(k.name, k.name)
             record.attributes = dict(program._attributes.get(stub, {}))
-            record.cluster = cluster = self._check_launch(mod, k, record, cooperative)
+            self._check_launch(mod, k, record, cooperative)
             params = np.zeros(max(k.unit.param_bytes, 1), np.uint8)
             pointers = ctypes.cast(args, ctypes.POINTER(ctypes.c_void_p))
             for i, p in enumerate(mod.ast.functions[k.name].params):
@@ -382,7 +380,6 @@ class Device:
                 _Memory(self),
                 grid,
                 block,
-                cluster,
                 shared,
                 self.order,
                 self.checks,
@@ -408,8 +405,8 @@ class Device:
         return code
 
     def _check_launch(self, mod, k, record, cooperative):
-        """The checks of the runtime before a launch; returns the cluster shape."""
-        grid, block, shared, cluster = record.grid, record.block, record.shared_bytes, record.cluster
+        """The checks of the runtime before a launch."""
+        grid, block, shared = record.grid, record.block, record.shared_bytes
         threads = block[0] * block[1] * block[2]
 
         def fail(code, reason):
@@ -434,27 +431,10 @@ class Device:
                     else "cudaFuncSetAttribute(MaxDynamicSharedMemorySize) was not called for this kernel"
                 ),
             )
-        fixed = directives.get(".reqnctapercluster")
-        if fixed:
-            fixed = tuple(fixed) + (1,) * (3 - len(fixed))
-            if any(cluster) and cluster != fixed:
-                fail(INVALID_CLUSTER, f"cluster {cluster}, but the kernel has __cluster_dims__ {fixed}")
-            cluster = fixed
         if cooperative and np.prod(grid) > self.occupancy(unit, threads, shared) * self.sm_count:
             fail(COOPERATIVE_TOO_LARGE, f"{np.prod(grid)} blocks do not fit on the device at once")
-        if threads * (np.prod(grid) if cooperative else np.prod(cluster)) > 16000:
-            fail(NOT_SUPPORTED, "ptxsim: more than 16000 threads run together (cluster or cooperative launch)")
-        if not any(cluster):
-            return (1, 1, 1)
-        size = cluster[0] * cluster[1] * cluster[2]
-        if self.capability < 90 and size > 1:
-            fail(INVALID_CLUSTER, f"{self.arch} has no clusters")
-        most = 16 if record.attributes.get("non_portable_cluster") else 8
-        if not 1 <= size <= most:
-            fail(INVALID_CLUSTER, f"cluster {cluster} of {size} blocks, at most {most}")
-        if any(g % c for g, c in zip(grid, cluster)):
-            fail(INVALID_CLUSTER, f"grid {grid} is not a multiple of the cluster {cluster}")
-        return cluster
+        if cooperative and threads * np.prod(grid) > 16000:
+            fail(NOT_SUPPORTED, "ptxsim: more than 16000 threads in a cooperative launch")
 
     def occupancy(self, unit, threads, shared) -> int:
         """Blocks per SM that threads, shared memory and (if given) registers allow."""

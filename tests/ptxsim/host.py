@@ -25,6 +25,7 @@ from .device import (
     INVALID_VALUE,
     LAUNCH_FAILURE,
     NO_KERNEL_IMAGE,
+    NOT_SUPPORTED,
     OUT_OF_MEMORY,
     Device,
     _LaunchFailed,
@@ -34,7 +35,7 @@ from .parser import ParseError
 from .toolchain import CXX, HERE, cache_dir, check_sizes, find_nvcc, install, making
 
 # symbols of the stand-in stay inside each library, so that it does not meet a real libcudart
-VERSION_SCRIPT = "{ local: cuda[A-Z]*; __cuda*; cuTensorMap*; cuGetError*; };\n"
+VERSION_SCRIPT = "{ local: cuda[A-Z]*; __cuda*; };\n"
 
 
 class _Limits(ctypes.Structure):
@@ -351,10 +352,8 @@ class HostProgram:
         self.device._log_error(op.decode(), code, reason)
         return code
 
-    def _op_launch(self, _, stub, gx, gy, gz, bx, by, bz, args, shared, stream, cx, cy, cz, cooperative):
-        return self.device._launch(
-            self, stub, (gx, gy, gz), (bx, by, bz), args, shared, stream, (cx, cy, cz), bool(cooperative)
-        )
+    def _op_launch(self, _, stub, gx, gy, gz, bx, by, bz, args, shared, stream, cooperative):
+        return self.device._launch(self, stub, (gx, gy, gz), (bx, by, bz), args, shared, stream, bool(cooperative))
 
     def _op_device_number(self, out, _):
         out[0] = self.device_number
@@ -412,10 +411,8 @@ class HostProgram:
             attributes["max_dynamic_shared"] = value
         elif attribute == 9:
             attributes["carveout"] = value
-        elif attribute == 14:
-            attributes["non_portable_cluster"] = bool(value)
         else:
-            attributes[attribute] = value
+            raise _LaunchFailed(NOT_SUPPORTED, f"ptxsim: cudaFuncAttribute {attribute}")
 
     def _op_func_get(self, out, stub, *_):
         mod, k = self._resolve(stub)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import parser as ptx
-from .codegen import WIN_GLOBAL, EntryCodegen, align_up
+from .codegen import WIN_GLOBAL, WIN_SHARED, EntryCodegen, align_up
 from .profile import Profile, ProfileStruct, Recorder
 from .toolchain import CXX, HERE, cache_dir, check_sizes, find_nvcc, making, run
 
@@ -22,7 +22,7 @@ CK_MEM, CK_RACE, CK_EXIT, CK_UNINIT = 1, 2, 4, 8
 SH_VALID, SH_INIT, SH_RO, SH_ONCE = 1, 3, 4, 8
 MAX_REDZONE = 64 << 20  # between buffers: as large as they are, up to this (untouched pages cost nothing)
 REDZONE = 512
-RUNTIME_SOURCES = ("runtime.cpp", "warp.cpp", "async.cpp", "hopper.cpp", "profile.cpp")
+RUNTIME_SOURCES = ("runtime.cpp", "warp.cpp", "profile.cpp")
 
 
 # ---- errors and small helpers --------------------------------------------------------------------
@@ -89,74 +89,6 @@ class Out:
 
 
 @dataclass
-class TensorMap:
-    """A tiled CUtensorMap over `array` (a numpy array or an Out).
-
-    shape, box and element_strides are innermost first, as for cuTensorMapEncodeTiled; strides are
-    the byte strides of dimensions 1.. (default: dense).  dtype: f16 bf16 f32 f64 u8 u16 u32 s32 u64 s64.
-    swizzle: 0, 32, 64 or 128 bytes.  oob_nan: fill out-of-bounds elements with NaN instead of zero.
-    """
-
-    array: object
-    dtype: str
-    shape: tuple
-    box: tuple
-    strides: tuple | None = None
-    element_strides: tuple | None = None
-    swizzle: int = 0
-    oob_nan: bool = False
-    offset: int = 0  # byte offset of the tensor in `array`
-
-    SIZES = {
-        "f16": 2,
-        "bf16": 2,
-        "f32": 4,
-        "f64": 8,
-        "u8": 1,
-        "u16": 2,
-        "u32": 4,
-        "s32": 4,
-        "u64": 8,
-        "s64": 8,
-        "tf32": 4,
-    }
-    CODES = {"f16": 0, "bf16": 1, "f32": 2, "tf32": 2, "f64": 3}
-
-    def encode(self, address: int) -> bytes:
-        """The 128 bytes that stand for the descriptor (ptxsim's own layout)."""
-        rank, es = len(self.shape), self.SIZES[self.dtype]
-        strides = list(self.strides) if self.strides is not None else []
-        if self.strides is None:
-            s = es
-            for n in self.shape[:-1]:
-                s *= n
-                strides.append(s)
-        est = self.element_strides or (1,) * rank
-        if not 1 <= rank <= 5 or len(self.box) != rank or len(strides) != rank - 1 or len(est) != rank:
-            raise ValueError("TensorMap: shape, box, strides and element_strides disagree in rank")
-        if any(s % 16 or not 0 <= s < 1 << 40 for s in strides):
-            raise ValueError("TensorMap: strides must be multiples of 16 bytes")
-        if any(not 1 <= b <= 256 for b in self.box) or any(not 1 <= e <= 8 for e in est):
-            raise ValueError("TensorMap: box dimensions must be 1..256 and element strides 1..8")
-        if self.box[0] * es % 16:
-            raise ValueError("TensorMap: the inner box dimension must be a multiple of 16 bytes")
-        if self.swizzle not in (0, 32, 64, 128) or self.swizzle and self.box[0] * es != self.swizzle:
-            raise ValueError("TensorMap: the inner box dimension must equal the swizzle span")
-        if (address + self.offset) % 16:
-            raise ValueError("TensorMap: the address must be 16-byte aligned")
-        out = np.zeros(32, np.uint32)
-        out[0] = 0x7074786D  # 'ptxm'
-        out[1] = rank | es << 8 | self.swizzle << 16 | int(self.oob_nan) << 28
-        out[2:4].view(np.uint64)[0] = address + self.offset
-        out[4 : 4 + rank] = self.shape
-        out[9 : 9 + rank] = self.box
-        out[14 : 14 + rank] = est
-        out[19] = self.CODES.get(self.dtype, 4)
-        out[20:28].view(np.uint64)[: rank - 1] = strides
-        return out.tobytes()
-
-
-@dataclass
 class LaunchResult:
     """instructions: PTX instructions executed by all threads; seconds: wall time of the run;
     profile: a Profile, when asked for."""
@@ -206,7 +138,6 @@ class _Launch(ctypes.Structure):
         ("n_shared_ranges", ctypes.c_uint32),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
-        ("cluster", ctypes.c_uint32 * 3),
         ("dyn_offset", ctypes.c_uint32),
         ("dyn_bytes", ctypes.c_uint32),
         ("local_bytes", ctypes.c_uint32),
@@ -426,7 +357,6 @@ class Module:
         block,
         args=(),
         shared_bytes: int = 0,
-        cluster=None,
         order="forward",
         checks=True,
         buffers=(),
@@ -439,7 +369,7 @@ class Module:
     ) -> LaunchResult:
         """Run a kernel.
 
-        name: PTX name, or a unique part of the (demangled) name.  grid, block, cluster: int or tuple.
+        name: PTX name, or a unique part of the (demangled) name.  grid, block: int or tuple.
         args: one per kernel parameter; see the README.  order: 'forward', 'reverse' or an int seed.
         checks: True (all), False (none but bounds of the address space), or a set out of
         {'memory', 'race', 'global'}; 'global' (not part of True) also reports plain accesses of different
@@ -452,13 +382,10 @@ class Module:
         """
         k = self.find(name)
         fn = self.ast.functions[k.name]
-        required = fn.directives.get(".reqnctapercluster")  # __cluster_dims__
-        if cluster is None:
-            cluster = tuple(required) if required else 1
-        grid, block, cluster = _dim3(grid), _dim3(block), _dim3(cluster)
+        grid, block = _dim3(grid), _dim3(block)
         if len(args) != len(fn.params):
             raise TypeError(f"{k.name} takes {len(fn.params)} arguments, {len(args)} given")
-        self._check_config(fn, grid, block, cluster, shared_bytes, coresident)
+        self._check_config(fn, grid, block, shared_bytes, coresident)
         arena = _Arena(self, args, buffers)
         self._translate(k)
         params = np.zeros(max(k.unit.param_bytes, 1), np.uint8)
@@ -473,7 +400,6 @@ class Module:
                 arena,
                 grid,
                 block,
-                cluster,
                 shared_bytes,
                 order,
                 checks,
@@ -497,7 +423,6 @@ class Module:
         arena,
         grid,
         block,
-        cluster,
         shared_bytes,
         order="forward",
         checks=True,
@@ -516,11 +441,7 @@ class Module:
         L.params, L.param_bytes = params.ctypes.data, k.unit.param_bytes
         L.arena, L.gshadow, L.arena_bytes = arena.data.ctypes.data, arena.shadow.ctypes.data, arena.data.size
         L.shared_ranges, L.n_shared_ranges = ranges.ctypes.data, len(k.unit.shared_vars)
-        L.grid, L.block, L.cluster = (
-            (ctypes.c_uint32 * 3)(*grid),
-            (ctypes.c_uint32 * 3)(*block),
-            (ctypes.c_uint32 * 3)(*cluster),
-        )
+        L.grid, L.block = (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block)
         L.dyn_offset, L.dyn_bytes = k.unit.dyn_offset, shared_bytes
         L.local_bytes = 65536
         regs = sum(len(f.regs) for f in k.unit.functions)
@@ -551,28 +472,22 @@ class Module:
         counters = recorder and Profile(recorder, self.demangled.get(k.name, k.name), lambda pc: self._user_line(k, pc))
         return LaunchResult(L.icount, seconds, counters)
 
-    def _check_config(self, fn, grid, block, cluster, shared_bytes, coresident):
+    def _check_config(self, fn, grid, block, shared_bytes, coresident):
         n = block[0] * block[1] * block[2]
         if not 1 <= n <= 1024 or block[2] > 64:
             raise ValueError(f"block of {n} threads")
         limit = fn.directives.get(".maxntid")
         if limit and n > int(np.prod(limit)):
             raise ValueError(f"block of {n} threads exceeds __launch_bounds__ {limit}")
-        required = fn.directives.get(".reqnctapercluster")
-        if required and _dim3(required) != cluster and not coresident:
-            raise ValueError(f"cluster {cluster}, the kernel requires {tuple(required)} (__cluster_dims__)")
         required = fn.directives.get(".reqntid")
         if required and _dim3(required) != block:
             raise ValueError(f"block {block}, the kernel requires {tuple(required)}")
-        if any(g % c for g, c in zip(grid, cluster)):
-            raise ValueError("the grid is not a multiple of the cluster")
         if min(grid) < 1 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
             raise ValueError(f"grid {grid}")
         if shared_bytes > 227 * 1024:
             raise ValueError("more than 227 KiB of dynamic shared memory")
-        group = int(np.prod(grid if coresident else cluster)) * n
-        if group > 16000:
-            raise ValueError("more than 16000 threads run together (cluster or coresident)")
+        if coresident and int(np.prod(grid)) * n > 16000:
+            raise ValueError("more than 16000 threads run together (coresident)")
 
     def _site(self, k, pc):
         if pc >= len(k.unit.sites):
@@ -630,7 +545,7 @@ class Module:
         if space == 5:
             regions = arena.regions
         elif space == 1:
-            addr &= 0xFFFFFF
+            addr -= WIN_SHARED
             regions = [(f"shared {n}", o, s) for n, o, s in k.unit.shared_vars]
             if shared_bytes:
                 regions.append(("dynamic shared memory", k.unit.dyn_offset, shared_bytes))
@@ -699,8 +614,6 @@ class _Arena:
             self.regions.append((f"{desc}, {arr.dtype}{list(arr.shape)}", WIN_GLOBAL + o, n))
 
     def _device_objects(self, a):
-        if isinstance(a, TensorMap):
-            return self._device_objects(a.array)
         return [a] if isinstance(a, Out) or isinstance(a, np.ndarray) and a.ndim else []
 
     def address(self, a):
@@ -714,8 +627,6 @@ class _Arena:
         """Bytes of kernel parameter p for argument a."""
         if a is None:
             raw = bytes(8)
-        elif isinstance(a, TensorMap):
-            raw = a.encode(self.address(a.array))
         elif isinstance(a, Out) or isinstance(a, np.ndarray) and a.ndim:
             raw = self.address(a).to_bytes(8, "little")
         elif isinstance(a, (bytes, bytearray)):

@@ -52,7 +52,6 @@ class Vec:
 class Addr:
     base: object  # Reg, Sym or Imm
     offset: int = 0
-    coords: tuple = ()  # [tensorMap, {c0, c1}]
 
 
 @dataclass(frozen=True)
@@ -708,12 +707,10 @@ class Parser:
         if self.peek() in ("+", "-"):
             sign = -1 if self.next() == "-" else 1
             offset = sign * self.integer()
-        coords = ()
-        if self.accept(","):
-            vec = self.parse_operand(scope)
-            coords = vec.items if isinstance(vec, Vec) else (vec,)
+        if self.accept(","):  # the coordinates of a texture or tensor map: codegen names the instruction and refuses it
+            self.parse_operand(scope)
         self.expect("]")
-        return Addr(base, offset, coords)
+        return Addr(base, offset)
 
     def parse_instr(self, scope):
         guard, neg = None, False

@@ -14,11 +14,9 @@ enum {  // mirrored in profile.py
   LD_GLOBAL,
   ST_GLOBAL,
   ATOM_GLOBAL,
-  CP_GLOBAL,
   LD_SHARED,
   ST_SHARED,
   ATOM_SHARED,
-  CP_SHARED,
   LDMATRIX,
   STMATRIX
 };
@@ -99,21 +97,6 @@ static void shared_request(Profiler* p, u32 pc, u32 kind, const Event** e, const
   s.kinds |= 1u << kind;
 }
 
-void prof_bulk(TS* t, u32 pc, bool store, const std::vector<std::pair<u64, u32>>& runs) {
-  Profiler* p = t->g->prof;
-  SiteCount& s = p->sites[pc];
-  u64 last = ~0ull;
-  for (auto [addr, size] : runs) {
-    u64 a = addr / 32, b = (addr + size - 1) / 32;
-    s.sectors += b - a + (a != last);
-    last = b;
-    s.bytes += size;
-    touch(p, store, addr, size);
-  }
-  s.requests++;
-  s.kinds |= 1u << (store ? ST_GLOBAL : CP_GLOBAL);
-}
-
 // ---- merging the lanes -------------------------------------------------------------------------
 
 static void issue(WarpTrace* w, u32 lanes, u32 block) {
@@ -139,7 +122,7 @@ static void issue(WarpTrace* w, u32 lanes, u32 block) {
       who[n] = i;
       e[n++] = &l.log[l.pos++];
     }
-    if (kind <= CP_GLOBAL) global_request(p, pc, kind, e, n);
+    if (kind <= ATOM_GLOBAL) global_request(p, pc, kind, e, n);
     else shared_request(p, pc, kind, e, who, n);
   }
 }

@@ -10,13 +10,13 @@ import numpy as np
 from .codegen import FLOATS, mem_space
 
 SITE = ["requests", "bytes", "sectors", "shared_requests", "wavefronts", "ideal", "kinds"]  # SiteCount
-KIND = ["", "ld", "st", "atom", "cp.async", "ld", "st", "atom", "cp.async", "ldmatrix", "stmatrix"]
+KIND = ["", "ld", "st", "atom", "ld", "st", "atom", "ldmatrix", "stmatrix"]
 WIDTHS = (1, 2, 4, 8, 16, 32)
 
 MUFU = {"ex2", "rcp", "rsqrt", "sqrt", "sin", "cos", "lg2", "tanh"}
 BRANCH = {"bra", "brx", "call", "ret", "exit", "trap"}
-SYNC = {"bar", "barrier", "fence", "membar", "mbarrier", "nanosleep", "griddepcontrol"}
-SHUFFLE = {"shfl", "vote", "match", "redux", "activemask", "elect"}
+SYNC = {"bar", "barrier", "fence", "membar", "nanosleep"}
+SHUFFLE = {"shfl", "vote", "match", "redux", "activemask"}
 FMA = {"add", "sub", "mul", "fma", "mad"}
 ALU = {"min", "max", "abs", "neg", "copysign", "testp", "setp", "set", "selp", "slct", "cvt"}
 INT = {
@@ -69,15 +69,13 @@ def op_class(opcode: str) -> str:
         return f"{'st' if base == 'st' else 'ld'}.{space}" if space in ("global", "shared", "generic") else "other"
     if base in ("atom", "red"):
         return "atomic"
-    if base in ("mma",) or opcode.startswith("wgmma.mma_async"):
+    if base == "mma":
         return "tensor"
     if base in ("ldmatrix", "stmatrix"):
         return base
-    if base == "cp":
-        return "sync" if {"wait_group", "wait_all", "commit_group", "arrive"} & set(mods) else "cp.async"
     if base in BRANCH:
         return "branch"
-    if base in SYNC or base == "wgmma":
+    if base in SYNC:
         return "sync"
     if base in SHUFFLE:
         return "shuffle"
@@ -210,7 +208,7 @@ class Recorder:
 
 @dataclass
 class GlobalTraffic:
-    """requests: by warp instructions and bulk copies; bytes: asked for by the threads; unique_bytes: different bytes
+    """requests: by warp instructions; bytes: asked for by the threads; unique_bytes: different bytes
     touched in the launch; sectors: 32-byte sectors summed over the requests; widths: bytes per thread -> accesses."""
 
     requests: int = 0
@@ -261,7 +259,7 @@ class LineProfile:
 
 class Profile:
     """Counters of one launch (see the README): instructions, thread_instructions, by_class, by_opcode,
-    loads and stores (GlobalTraffic), shared (SharedTraffic by ld st atom cp.async ldmatrix stmatrix), lines."""
+    loads and stores (GlobalTraffic), shared (SharedTraffic by ld st atom ldmatrix stmatrix), lines."""
 
     def __init__(self, recorder: Recorder, kernel: str, line_of):
         unit = recorder.unit
@@ -296,7 +294,7 @@ class Profile:
                 setattr(line, key, getattr(line, key) + count[key])
             kinds = [k for k in range(1, len(KIND)) if count["kinds"] >> k & 1]
             for k in kinds:
-                if k <= 4:
+                if k <= 3:
                     traffic = self.stores if k in (2, 3) else self.loads
                     traffic.requests += count["requests"]
                     traffic.bytes += count["bytes"]
@@ -339,7 +337,7 @@ class Profile:
         ]
         for name, t in (("global loads", self.loads), ("global stores", self.stores)):
             if t.requests:
-                widths = ", ".join(f"{n} of {w} B" for w, n in t.widths.items()) or "bulk copies"
+                widths = ", ".join(f"{n} of {w} B" for w, n in t.widths.items())
                 out.append(
                     f"  {name}: {t.bytes} bytes ({t.unique_bytes} unique) in {t.requests} requests, "
                     f"{t.sectors} sectors, traffic ratio {t.ratio:.2f}; {widths}"

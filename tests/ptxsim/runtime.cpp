@@ -138,7 +138,6 @@ void fail(TS* t, u32 pc, const char* kind, u64 addr, const char* fmt, ...) {
   va_end(ap);
   set_error(t->L, t, pc, kind, addr, msg);
   t->g->failed = true;
-  if (t->g->in_main) longjmp(t->g->main_jump, 1);
   void* dead;
   ptxsim_switch(&dead, t->g->main_sp);  // never resumed
   abort();
@@ -158,14 +157,12 @@ static void push_ready(Group* g, TS* t) {
   g->ready[(g->head + g->count++) % n] = t;
 }
 
-static TS* pop_ready(Group* g, bool in_fiber = true) {
+static TS* pop_ready(Group* g) {
   if (!g->count) return nullptr;
   u32 n = g->ready.size();
   if (g->L->order == 2) {
     u32 k = (g->head + next_random(g->rng) % g->count) % n;
     std::swap(g->ready[k], g->ready[g->head]);
-    if (in_fiber && !g->copies.empty() && next_random(g->rng) % 64 == 0)
-      complete_copy(g, next_random(g->rng) % g->copies.size());
   }
   TS* t = g->ready[g->head];
   g->head = (g->head + 1) % n;
@@ -240,38 +237,25 @@ extern "C" void device_yield(Thread* T) {
 
 extern "C" void mem_strong(Thread* T) {  // a spin loop on memory must let others run
   TS* t = ts(T);
-  Group* g = t->g;
   if (++t->spins >= 16) {
-    // spinning threads keep the ready queue full: let copies land and try_waits time out too
-    if (++g->polls > 4 * g->nthreads) {
-      g->polls = 0;
-      if (!g->copies.empty()) complete_copy(g, 0);
-    }
     t->spins = 0;
     device_yield(t);
   }
 }
 
 static void bar_check_exit(Block* b, TS* t);
-static void cluster_check(Group* g);
 
 extern "C" void thread_exit(Thread* T) {
   TS* t = ts(T);
   t->exited = true;
-  t->g->progress++;
   t->g->live--;
   Warp* w = t->warp;
   w->exited |= 1u << t->lane;
   w->runnable--;
   t->blk->exited++;
-  cp_async_wait(t, 0, true, 0);
-  bulk_commit(t);
-  bulk_wait(t, 0, false, 0);
   prof_exit(t);
   coll_check_exit(w);
   bar_check_exit(t->blk, t);
-  if (t->cluster_arrivals == t->g->cluster_phase) t->g->cluster_gone++;
-  cluster_check(t->g);
   if (!w->runnable && w->active_wait) resolve_activemask(w);
   TS* n = pop_ready(t->g);
   ptxsim_switch(&t->sp, n ? n->sp : t->g->main_sp);
@@ -291,7 +275,7 @@ u32 new_epoch(Group* g) { return ++g->now; }
 
 static u32 known(TS* t, TS* u) {  // t knows of u's accesses stamped below this
   if (u == t) return t->g->now + 1;
-  u32 k = t->cbase;
+  u32 k = 0;
   if (u->blk == t->blk) {
     k = std::max(k, t->base);
     if (u->warp == t->warp) k = std::max(k, t->wbase);
@@ -316,9 +300,7 @@ void release_to(TS* t, SyncClock& c) {
   u32 first = t->gid - t->linear;  // the block's threads have consecutive gids
   raise(first, t->blk->nthreads, t->base);
   raise(first + t->linear / 32 * 32, __builtin_popcount(t->warp->exist), t->wbase);
-  raise(0, n, t->cbase);
   c.vc[t->gid] = std::max(c.vc[t->gid], new_epoch(g));
-  for (u32 a = 0; a < N_AGENTS; a++) c.agents[a] = std::max(c.agents[a], t->agents[a]);
 }
 
 void acquire_from(TS* t, const SyncClock& c) {
@@ -333,8 +315,6 @@ void acquire_from(TS* t, const SyncClock& c) {
     for (u32 i = 0; i < n; i++) ext[i] = std::max(ext[i], vc[i]);
     t->ext_dirty = true;
   }
-  for (u32 a = 0; a < N_AGENTS; a++)
-    if (c.agents[a] > t->agents[a]) t->agents[a] = c.agents[a], t->ext_dirty = true;
 }
 
 // After a warp collective every participant knows what any participant knew.
@@ -361,33 +341,22 @@ void join_warp(Warp* w, u32 mask) {
     }
 }
 
-// Does t (or its async agent) know of the access recorded in w?
-static bool ordered(TS* t, u64 w, int agent) {
+// Does t know of the access recorded in w?
+static bool ordered(TS* t, u64 w) {
   u32 tid = w & 0x3fff, stamp = w >> 32;
-  if (tid == t->gid && agent < 0) return true;
-  if (tid >= AGENT0) return stamp < t->agents[tid - AGENT0] || (agent >= 0 && tid == AGENT0 + agent && agent > 0);
-  TS* u = &t->g->threads[tid];
-  if (u == t) return true;
-  return stamp < known(t, u);
+  return tid == t->gid || stamp < known(t, &t->g->threads[tid]);
 }
 
-[[noreturn]] static void race(TS* t, Block* b, u32 off, u64 other, bool other_write, bool write, u32 pc) {
+[[noreturn]] static void race(TS* t, u32 off, u64 other, bool other_write, bool write, u32 pc) {
   ErrorInfo& e = t->L->err;
-  u32 tid = other & 0x3fff;
-  char who[96];
-  if (tid >= AGENT0) {
-    const char* agent_name = tid == AGENT0 ? "bulk copy" : tid == AGENT0 + 11 ? "bulk store" : "wgmma";
-    snprintf(who, sizeof who, "an asynchronous operation (%s)", agent_name);
-  } else {
-    TS* u = &t->g->threads[tid];
-    snprintf(who, sizeof who, "thread (%u,%u,%u)%s", u->tid[0], u->tid[1], u->tid[2],
-             u->blk == t->blk ? "" : " of another block of the cluster");
-    if (!e.set)
-      for (int i = 0; i < 3; i++) e.tid2[i] = u->tid[i];
+  const TS& u = t->g->threads[other & 0x3fff];
+  if (!e.set) {
+    for (int i = 0; i < 3; i++) e.tid2[i] = u.tid[i];
+    e.pc2 = other >> 15 & 0x1ffff;
+    e.has_pc2 = 1;
   }
-  if (!e.set) e.pc2 = other >> 15 & 0x1ffff, e.has_pc2 = 1;
-  fail(t, pc, "race", WIN_SHARED + (b->rank << 24) + off, "shared memory race: %s after an unordered %s by %s",
-       write ? "write" : "read", other_write ? "write" : "read", who);
+  fail(t, pc, "race", WIN_SHARED + off, "shared memory race: %s after an unordered %s by thread (%u,%u,%u)",
+       write ? "write" : "read", other_write ? "write" : "read", u.tid[0], u.tid[1], u.tid[2]);
 }
 
 static void refine_cells(Block* b, u32 shift) {
@@ -398,11 +367,11 @@ static void refine_cells(Block* b, u32 shift) {
   b->shift = shift;
 }
 
-void race_access(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc, int agent) {
-  if (!checks(t, CK_RACE)) return;
+static void race_access(TS* t, u32 off, u32 size, u32 access, u32 pc) {
+  Block* b = t->blk;
   while ((off | size) & ((1u << b->shift) - 1)) refine_cells(b, b->shift - 1);
   bool write = access & 9, atomic = access & 2;
-  u64 me = u64(t->g->now) << 32 | u64(pc & 0x1ffff) << 15 | u64(atomic) << 14 | (agent >= 0 ? AGENT0 + agent : t->gid);
+  u64 me = u64(t->g->now) << 32 | u64(pc & 0x1ffff) << 15 | u64(atomic) << 14 | t->gid;
   Cell* c = &b->cells[off >> b->shift];
   Cell* end = &b->cells[(off + size - 1) >> b->shift] + 1;
   Cell old_prev = {~0ull, 0, 0}, new_prev = {};
@@ -414,20 +383,17 @@ void race_access(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc, int age
     }
     old_prev = *p;
     u32 at = off + u32(p - c) * (1u << b->shift);
-    if (p->w && !(atomic && (p->w & ATOMIC)) && !ordered(t, p->w, agent)) race(t, b, at, p->w, true, write, pc);
+    if (p->w && !(atomic && (p->w & ATOMIC)) && !ordered(t, p->w)) race(t, at, p->w, true, write, pc);
     if (write) {
-      if (p->r0 && !(atomic && (p->r0 & ATOMIC)) && !ordered(t, p->r0, agent)) race(t, b, at, p->r0, false, true, pc);
-      if (p->r1 && !(atomic && (p->r1 & ATOMIC)) && !ordered(t, p->r1, agent)) race(t, b, at, p->r1, false, true, pc);
+      if (p->r0 && !(atomic && (p->r0 & ATOMIC)) && !ordered(t, p->r0)) race(t, at, p->r0, false, true, pc);
+      if (p->r1 && !(atomic && (p->r1 & ATOMIC)) && !ordered(t, p->r1)) race(t, at, p->r1, false, true, pc);
       p->w = me;
       p->r0 = p->r1 = 0;
     } else {
       u32 mine = me & 0x3fff;
-      auto same_warp = [&](u64 r) {
-        u32 x = r & 0x3fff;
-        return x < AGENT0 && agent < 0 && t->g->threads[x].warp == t->warp;
-      };
-      if (!p->r0 || (p->r0 & 0x3fff) == mine || ordered(t, p->r0, agent)) p->r0 = me;
-      else if (!p->r1 || (p->r1 & 0x3fff) == mine || ordered(t, p->r1, agent)) p->r1 = me;
+      auto same_warp = [&](u64 r) { return t->g->threads[r & 0x3fff].warp == t->warp; };
+      if (!p->r0 || (p->r0 & 0x3fff) == mine || ordered(t, p->r0)) p->r0 = me;
+      else if (!p->r1 || (p->r1 & 0x3fff) == mine || ordered(t, p->r1)) p->r1 = me;
       else if (same_warp(p->r0)) p->r0 = me;
       else p->r1 = me;
     }
@@ -440,7 +406,6 @@ void race_access(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc, int age
 static void merge(SyncClock& to, const SyncClock& from) {
   if (to.vc.size() < from.vc.size()) to.vc.resize(from.vc.size(), 0);
   for (size_t i = 0; i < from.vc.size(); i++) to.vc[i] = std::max(to.vc[i], from.vc[i]);
-  for (u32 a = 0; a < N_AGENTS; a++) to.agents[a] = std::max(to.agents[a], from.agents[a]);
 }
 
 extern "C" void mem_order(Thread* T, u64 addr, u32 kind, u32 sem) {
@@ -517,7 +482,7 @@ static void global_race(TS* t, u64 off, u32 size, bool write, u32 pc) {
   }
 }
 
-u8* global_range(TS* t, u64 addr, u32 size, u32 access, u32 pc) {
+static u8* global_range(TS* t, u64 addr, u32 size, u32 access, u32 pc) {
   u64 off = addr - WIN_GLOBAL;
   if (off >= t->L->arena_bytes || off + size > t->L->arena_bytes)
     fail(t, pc, "out-of-bounds", addr, "%u-byte %s of global memory %s", size, verb(access),
@@ -543,11 +508,10 @@ u8* global_range(TS* t, u64 addr, u32 size, u32 access, u32 pc) {
     for (u32 i = 0; i < size; i++) {
       if (!(s[i] & 1))
         fail(t, pc, "out-of-bounds", addr + i, "%u-byte access of global memory outside every buffer", size);
-      if (!(s[i] & 2) && !(access & 32))
-        fail(t, pc, "uninitialised read", addr + i, "%u-byte read of never-written global memory", size);
+      if (!(s[i] & 2)) fail(t, pc, "uninitialised read", addr + i, "%u-byte read of never-written global memory", size);
     }
   }
-  if (t->L->gwriter && !(access & (2 | 32))) global_race(t, off, size, access & 9, pc);
+  if (t->L->gwriter && !(access & 2)) global_race(t, off, size, access & 9, pc);
   return t->L->arena + off;
 }
 
@@ -559,35 +523,13 @@ extern "C" u8* mem_global(Thread* T, u64 addr, u32 size, u32 access, u32 pc) {
   return p;
 }
 
-Block* shared_block(TS* t, u64 addr, u32 size, u32 pc, u32* off) {
-  Block* b = t->blk;
-  u32 rank = u32(addr) >> 24;
-  *off = addr & 0xffffff;
-  if (addr >> 32) fail(t, pc, "out-of-bounds", addr, "shared-memory address is not a 32-bit window address");
-  if (rank != b->rank) {
-    if (rank >= t->g->nblocks || t->L->coresident)
-      fail(t, pc, "out-of-bounds", addr, "shared-memory address outside the window");
-    b = &t->g->blocks[rank];
-    if (b->exited == b->nthreads)
-      fail(t, pc, "out-of-bounds", addr, "distributed shared memory of a block that has exited");
-  }
-  if (*off < SMEM_START || u64(*off) + size > b->smem_size)
-    fail(t, pc, "out-of-bounds", addr, "%u-byte access outside the %u bytes of shared memory", size,
-         b->smem_size - SMEM_START);
-  return b;
-}
-
-void check_shared_state(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc) {
-  if (!checks(t, CK_MEM)) return;
-  u8* s = b->sinit + off;
+static void check_shared_state(TS* t, u32 off, u32 size, u32 access, u32 pc) {
+  u8* s = t->blk->sinit + off;
   if (all_bytes(s, size, 0xff, SH_INIT)) return;
-  u64 base = WIN_SHARED + (b->rank << 24) + off;
+  u64 base = WIN_SHARED + off;
   for (u32 i = 0; i < size; i++) {
     if (!(s[i] & 1))
       fail(t, pc, "out-of-bounds", base + i, "%u-byte %s outside every shared variable", size, verb(access));
-    if (s[i] == SH_PENDING)
-      fail(t, pc, "race", base + i, "%s of shared memory with an asynchronous copy in flight (missing wait?)",
-           verb(access));
     if (s[i] == SH_VALID && (!(access & 9) || (access & 16)) && checks(t, CK_UNINIT))
       fail(t, pc, "uninitialised read", base + i, "%u-byte read of never-written shared memory", size);
   }
@@ -596,15 +538,18 @@ void check_shared_state(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc) 
 
 extern "C" u8* mem_shared(Thread* T, u64 addr, u32 size, u32 access, u32 pc) {
   TS* t = ts(T);
-  u32 off;
-  Block* b = shared_block(t, addr, size, pc, &off);
+  Block* b = t->blk;
+  if (addr < SMEM_START || addr > b->smem_size || size > b->smem_size - addr)
+    fail(t, pc, "out-of-bounds", WIN_SHARED + addr, "%u-byte access outside the %u bytes of shared memory", size,
+         b->smem_size - SMEM_START);
+  const u32 off = u32(addr);
   if (t->L->checks & CK_MEM) {
     if (off & (size - 1))
       fail(t, pc, "misaligned", WIN_SHARED + addr, "%u-byte %s of shared memory at a misaligned address", size,
            verb(access));
-    check_shared_state(t, b, off, size, access, pc);
+    check_shared_state(t, off, size, access, pc);
   }
-  if (t->L->checks & CK_RACE) race_access(t, b, off, size, access, pc);
+  if (t->L->checks & CK_RACE) race_access(t, off, size, access, pc);
   return b->smem + off;
 }
 
@@ -661,23 +606,14 @@ extern "C" void atom_end(Thread* T) {
   mem_strong(T);
 }
 
-void set_state(Block* b, u32 off, u32 size, u8 state) { memset(b->sinit + off, state, size); }
-
-u32 shared_offset(u64 addr, bool generic) { return generic ? u32(addr - WIN_SHARED) : u32(addr); }
-
 // ---- block barriers ----------------------------------------------------------------------------
 
 static void bar_complete(Group* g, Bar& bar, TS* self) {
-  g->progress++;
   u32 e = new_epoch(g);
   if (g->L->checks & CK_RACE) {
     if (bar.is_all) {
-      u32 agents[N_AGENTS] = {};
       bool ext = false;
-      for (TS* u : bar.members) {
-        for (u32 a = 0; a < N_AGENTS; a++) agents[a] = std::max(agents[a], u->agents[a]);
-        ext |= u->has_ext && g->nblocks > 1;
-      }
+      for (TS* u : bar.members) ext |= u->has_ext && g->nblocks > 1;
       if (ext) {
         SyncClock c;
         for (TS* u : bar.members) release_to(u, c);
@@ -686,7 +622,6 @@ static void bar_complete(Group* g, Bar& bar, TS* self) {
       }
       for (TS* u : bar.members) {
         u->base = u->wbase = e;
-        memcpy(u->agents, agents, sizeof agents);
         if (g->nblocks == 1) u->has_ext = false;
         u->ext_dirty = u->has_ext;
       }
@@ -787,74 +722,7 @@ extern "C" u32 bar_red(Thread* T, u32 op, bool p, u32 id, u32 count, u32 pc) {
   return r;
 }
 
-// ---- cluster barrier ---------------------------------------------------------------------------
-
-// Exited threads count as arrived (cluster_gone: those that exited before they arrived in this phase).
-static void cluster_check(Group* g) {
-  if (!g->cluster_arrived || g->cluster_arrived + g->cluster_gone < g->nthreads) return;
-  g->cluster_arrived = 0;
-  g->cluster_gone = g->nthreads - g->live;
-  g->cluster_phase++;
-  g->progress++;
-  g->cluster_done = std::move(g->cluster_clock);
-  g->cluster_clock = SyncClock();
-  std::vector<TS*> w;
-  w.swap(g->cluster_waiting);
-  wake_all(g, w);
-}
-
-extern "C" void cluster_arrive(Thread* T, u32 pc, bool relaxed) {
-  TS* t = ts(T);
-  Group* g = t->g;
-  if (t->cluster_arrivals != t->cluster_phase)
-    fail(t, pc, "barrier", 0, "barrier.cluster.arrive without a barrier.cluster.wait since the last one");
-  t->cluster_arrivals++;
-  if (!relaxed) release_to(t, g->cluster_clock);
-  else if (t->has_fence && checks(t, CK_RACE)) merge(g->cluster_clock, t->fence_clock);
-  g->cluster_arrived++;
-  cluster_check(g);
-}
-
-extern "C" void cluster_wait(Thread* T, u32 pc) {
-  TS* t = ts(T);
-  Group* g = t->g;
-  if (t->cluster_arrivals == t->cluster_phase)
-    fail(t, pc, "barrier", 0, "barrier.cluster.wait without a barrier.cluster.arrive");
-  if (g->cluster_phase == t->cluster_phase) {
-    g->cluster_waiting.push_back(t);
-    block_thread(t, W_CLUSTER, pc);
-  }
-  t->cluster_phase++;
-  acquire_from(t, g->cluster_done);
-}
-
-extern "C" u32 cluster_reg(Thread* T, u32 which) {
-  TS* t = ts(T);
-  Launch* L = t->L;
-  u32 k = which % 3;
-  switch (which / 3) {
-    case 0: return t->ctaid[k] % L->cluster[k];
-    case 1: return L->cluster[k];
-    case 2: return t->ctaid[k] / L->cluster[k];
-    case 3: return L->grid[k] / L->cluster[k];
-  }
-  u32 n = L->cluster[0] * L->cluster[1] * L->cluster[2];
-  switch (which) {
-    case 12: return t->blk->rank;
-    case 13: return n;
-    case 14: return n > 1;
-    case 20: return L->dyn_bytes;
-    case 21: return t->blk->smem_size;
-  }
-  return 0;
-}
-
-extern "C" u64 map_shared(Thread* T, u64 addr, u32 rank, u32 pc) {
-  TS* t = ts(T);
-  u32 n = t->L->coresident ? 1 : t->g->nblocks;
-  if (rank >= n) fail(t, pc, "out-of-bounds", addr, "mapa: rank %u in a cluster of %u", rank, n);
-  return (addr & ~0xff000000ull) | u64(rank) << 24;
-}
+extern "C" u32 shared_bytes(Thread* T, bool dynamic) { return dynamic ? T->L->dyn_bytes : T->blk->smem_size; }
 
 extern "C" u64 clock_ticks(Thread* T) { return T->icount; }
 
@@ -943,10 +811,9 @@ extern "C" __attribute__((noinline)) u64 f64_dir(int op, u64 a, u64 b, u64 c, in
 
 // ---- launch ------------------------------------------------------------------------------------
 
-static void setup_block(Group* g, Block& b, u32 rank, const u32 ctaid[3], u32 first) {
+static void setup_block(Group* g, Block& b, const u32 ctaid[3], u32 first) {
   Launch* L = g->L;
   b.g = g;
-  b.rank = rank;
   b.exited = 0;
   memcpy(b.ctaid, ctaid, 12);
   b.id = (ctaid[2] * L->grid[1] + ctaid[1]) * L->grid[0] + ctaid[0] + 1;
@@ -970,8 +837,6 @@ static void setup_block(Group* g, Block& b, u32 rank, const u32 ctaid[3], u32 fi
     bar.clock = SyncClock();
     memset(bar.warp_pc, 0, sizeof bar.warp_pc);
   }
-  b.mbars.clear();
-  for (WgRendezvous& r : b.wg) r.waiting.clear();
   u32 nx = L->block[0], ny = L->block[1], n = b.nthreads;
   b.threads.resize(n);
   b.warps.resize((n + 31) / 32);
@@ -996,29 +861,21 @@ static void setup_block(Group* g, Block& b, u32 rank, const u32 ctaid[3], u32 fi
     t.params = L->params;
     t.icount = 0;
     t.fuel = 20000;
-    t.shared_base = L->coresident ? 0 : rank << 24;
     t.local_sp = 0;
     t.L = L;
     t.blk = &b;
     t.warp = &b.warps[i / 32];
     t.g = g;
     t.gid = first + i;
-    t.exited = t.timed_out = false;
+    t.exited = false;
     t.wait = W_NONE;
-    t.base = t.wbase = t.cbase = t.pfence = 0;
+    t.base = t.wbase = 0;
     t.has_ext = t.ext_dirty = t.has_fence = t.has_acq = false;
     t.fence_clock = t.acq_clock = SyncClock();
-    memset(t.agents, 0, sizeof t.agents);
     t.in = nullptr;
     t.out = nullptr;
     t.spins = 0;
     t.local_mem = g->locals + u64(t.gid) * L->local_bytes;
-    t.cp_open.clear();
-    t.cp_groups.clear();
-    t.bulk_open.clear();
-    t.bulk_groups.clear();
-    t.wg_stamps.clear();
-    t.cluster_phase = t.cluster_arrivals = 0;
     t.warp->lane[t.lane] = &t;
     t.warp->exist |= 1u << t.lane;
     t.warp->runnable++;
@@ -1048,8 +905,7 @@ static void describe_deadlock(Group* g) {
     if (!found) groups.push_back({{t->wait, t->wait_pc, t->wait_arg}, {t}});
   }
   std::string msg = "no thread can run:";
-  static const char* names[] = {"nothing",     "a warp collective",   "barrier",
-                                "an mbarrier", "the cluster barrier", "activemask"};
+  static const char* names[] = {"nothing", "a warp collective", "barrier", "activemask"};
   bool bars = true;
   size_t shown = 0;
   TS* first = nullptr;
@@ -1069,52 +925,14 @@ static void describe_deadlock(Group* g) {
   set_error(g->L, first, first ? first->wait_pc : 0, bars ? "barrier divergence" : "deadlock", 0, msg.c_str());
 }
 
-// From the scheduler's own context; false if landing a copy found a fault.
-static bool land_copies(Group* g, bool all) {
-  g->in_main = true;
-  if (setjmp(g->main_jump) == 0) complete_some_copies(g, all);
-  g->in_main = false;
-  return !g->failed;
-}
-
 static void run_group(Group* g) {
-  while (true) {
-    TS* n = pop_ready(g, false);
-    if (n) {
-      ptxsim_switch(&g->main_sp, n->sp);
-      if (g->failed) return;
-      continue;
-    }
-    if (!g->live) break;
-    // nothing can run: let an asynchronous copy land, else time out mbarrier try_waits
-    if (!g->copies.empty()) {
-      if (!land_copies(g, false)) return;
-      continue;
-    }
-    if (!g->timed.empty() && g->idle_rounds < 64) {
-      static thread_local u64 last;
-      g->idle_rounds = last == g->progress ? g->idle_rounds + 1 : 0;
-      last = g->progress;
-      std::vector<TS*> w;
-      w.swap(g->timed);
-      for (TS* t : w) {
-        t->timed_out = true;
-        wake(t);
-      }
-      continue;
-    }
-    describe_deadlock(g);
-    g->failed = true;
-    return;
+  while (TS* n = pop_ready(g)) {
+    ptxsim_switch(&g->main_sp, n->sp);
+    if (g->failed) return;
   }
-  for (PendingCopy& c : g->copies)
-    if (c.kind != 2 && (g->L->checks & CK_MEM)) {
-      set_error(g->L, c.t, c.pc, "unfinished copy", WIN_SHARED + c.dst,
-                "the block exits with a bulk copy into its shared memory in flight");
-      g->failed = true;
-      return;
-    }
-  land_copies(g, true);
+  if (!g->live) return;
+  describe_deadlock(g);
+  g->failed = true;
 }
 
 static void init_group(Group* g, Launch* L, u32 nblocks, u32 nthreads) {
@@ -1124,7 +942,7 @@ static void init_group(Group* g, Launch* L, u32 nblocks, u32 nthreads) {
   g->threads.resize(g->nthreads);
   g->blocks.resize(nblocks);
   g->ready.resize(g->nthreads + 1);
-  g->failed = g->in_main = false;
+  g->failed = false;
   u64 page = 4096;
   g->stack_stride = (L->stack_bytes + page - 1) / page * page + page;
   auto map = [](u64 n) {
@@ -1153,11 +971,7 @@ static void free_group(Group* g) {
 
 static void worker(Launch* L, std::atomic<u64>* next, u64 total, double deadline) {
   u32 nthreads = L->block[0] * L->block[1] * L->block[2];
-  u32 cl[3];
-  for (int i = 0; i < 3; i++) cl[i] = L->coresident ? L->grid[i] : L->cluster[i];
-  u32 nblocks = cl[0] * cl[1] * cl[2];
-  u32 ng[3];
-  for (int i = 0; i < 3; i++) ng[i] = L->grid[i] / cl[i];
+  u32 nblocks = L->coresident ? L->grid[0] * L->grid[1] * L->grid[2] : 1;
   Group* g = new Group();
   init_group(g, L, nblocks, nthreads);
   prof_init(g);
@@ -1167,22 +981,16 @@ static void worker(Launch* L, std::atomic<u64>* next, u64 total, double deadline
     u64 k = next->fetch_add(1);
     if (k >= total) break;
     if (L->order == 1) k = total - 1 - k;
-    u32 gx = k % ng[0], gy = k / ng[0] % ng[1], gz = k / ng[0] / ng[1];
     g->head = g->count = 0;
     g->now = 1;
     g->rng = (L->seed * 0x9e3779b97f4a7c15ull + k * 0xd1342543de82ef95ull) | 1;
-    g->progress = 0;
-    g->idle_rounds = g->polls = 0;
     g->live = g->nthreads;
-    g->copies.clear();
-    g->timed.clear();
-    g->cluster_arrived = g->cluster_phase = g->cluster_gone = 0;
-    g->cluster_waiting.clear();
-    g->cluster_clock = g->cluster_done = SyncClock();
     g->locations.clear();
     for (u32 r = 0; r < nblocks; r++) {
-      u32 id[3] = {gx * cl[0] + r % cl[0], gy * cl[1] + r / cl[0] % cl[1], gz * cl[2] + r / cl[0] / cl[1]};
-      setup_block(g, g->blocks[r], L->coresident ? 0 : r, id, r * nthreads);
+      u64 linear = k * nblocks + r;
+      u32 id[3] = {u32(linear % L->grid[0]), u32(linear / L->grid[0] % L->grid[1]),
+                   u32(linear / L->grid[0] / L->grid[1])};
+      setup_block(g, g->blocks[r], id, r * nthreads);
     }
     prof_start(g);
     for (u32 i = 0; i < g->nthreads; i++) push_ready(g, &g->threads[L->order == 1 ? g->nthreads - 1 - i : i]);
@@ -1206,8 +1014,7 @@ extern "C" int ptxsim_size_of_profile() { return int(sizeof(Profile)); }
 
 extern "C" int ptxsim_run(Launch* L) {
   double deadline = L->timeout > 0 ? wall() + L->timeout : 0;
-  u64 total = 1;
-  for (int i = 0; i < 3; i++) total *= L->coresident ? 1 : L->grid[i] / L->cluster[i];
+  u64 total = L->coresident ? 1 : u64(L->grid[0]) * L->grid[1] * L->grid[2];
   std::atomic<u64> next(0);
   fenv_t env;
   fegetenv(&env);

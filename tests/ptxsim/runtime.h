@@ -1,7 +1,5 @@
 // Runtime-private structures: fibers, blocks, shadow memory and happens-before state.
 #pragma once
-#include <csetjmp>
-#include <deque>
 #include <unordered_map>
 #include <vector>
 
@@ -47,7 +45,7 @@ struct Launch {
   u32 *gwriter, *greader;  // per arena byte: block that wrote / read it (0 none), or null
   u64 icount;              // out: PTX instructions executed
   u32 param_bytes, n_shared_ranges;
-  u32 grid[3], block[3], cluster[3];
+  u32 grid[3], block[3];
   u32 dyn_offset, dyn_bytes, local_bytes, stack_bytes;
   u32 order;   // 0 forward, 1 reverse, 2 random
   u32 checks;  // CK_* bits
@@ -56,16 +54,13 @@ struct Launch {
   ErrorInfo err;
 };
 
-enum { CK_MEM = 1, CK_RACE = 2, CK_EXIT = 4, CK_UNINIT = 8 };  // Launch::checks; UNINIT: shared reads
-enum { SH_NONE = 0, SH_VALID = 1, SH_INIT = 3, SH_RO = 4, SH_PENDING = 5, SH_ONCE = 8 };  // shadow byte values
+enum { CK_MEM = 1, CK_RACE = 2, CK_EXIT = 4, CK_UNINIT = 8 };             // Launch::checks; UNINIT: shared reads
+enum { SH_NONE = 0, SH_VALID = 1, SH_INIT = 3, SH_RO = 4, SH_ONCE = 8 };  // shadow byte values
 constexpr u32 SMEM_START = 1024;
 
 // ---- happens-before ----------------------------------------------------------------------------
 // Every access is stamped with the group's logical clock `now`, which advances at each
 // synchronisation.  A thread knows of another thread's accesses up to some stamp.
-
-constexpr u32 AGENT0 = 16384 - 16;  // pseudo thread ids of the async proxy: bulk copies, wgmma
-constexpr u32 N_AGENTS = 12;
 
 struct Cell {     // shadow of 1, 2 or 4 shared bytes: last write and two concurrent reads
   u64 w, r0, r1;  // stamp << 32 | pc << 15 | atomic << 14 | thread
@@ -73,44 +68,28 @@ struct Cell {     // shadow of 1, 2 or 4 shared bytes: last write and two concur
 
 struct SyncClock {  // what a barrier object passes from arrivers to waiters
   std::vector<u32> vc;
-  u32 agents[N_AGENTS] = {};
 };
 
 // ---- threads -----------------------------------------------------------------------------------
 
 struct Group;
-struct MBar;
 struct Profiler;
 struct WarpTrace;
 
-struct CpOp {
-  u32 dst;
-  u32 size;
-  u8 data[16];
-  u32 pc;
-};
-struct BulkStore {
-  u32 kind;  // 0 linear, 1 tensor
-  u64 dst, map;
-  u32 src, size, rank, red, pc, stamp;
-  s32 c[5];
-};
-
-enum Wait { W_NONE, W_COLL, W_BAR, W_MBAR, W_CLUSTER, W_ACTIVE };
+enum Wait { W_NONE, W_COLL, W_BAR, W_ACTIVE };
 
 struct TS : Thread {
   void* sp;
   Group* g;
   u32 gid;  // index in the group
-  bool exited, timed_out;
+  bool exited;
   Wait wait;
   u32 wait_pc;
   u64 wait_arg;
   // happens-before knowledge
-  u32 base, wbase, cbase, pfence;
+  u32 base, wbase;
   bool has_ext, ext_dirty;
   std::vector<u32> ext;
-  u32 agents[N_AGENTS];
   bool has_fence, has_acq;           // fence_clock: knowledge at the last fence, published by
   SyncClock fence_clock, acq_clock;  // strong stores; acq_clock: seen by strong loads, for a fence
   // collectives
@@ -118,14 +97,6 @@ struct TS : Thread {
   void* out;
   u32 spins;
   u8 *local_mem, *stack_low;
-  // cp.async
-  std::vector<CpOp> cp_open;
-  std::deque<std::vector<CpOp>> cp_groups;
-  std::vector<BulkStore> bulk_open;
-  std::deque<std::vector<BulkStore>> bulk_groups;
-  // wgmma
-  std::deque<u32> wg_stamps;  // one per committed group
-  u32 cluster_phase, cluster_arrivals;
   WarpTrace* trace;
 };
 
@@ -152,23 +123,9 @@ struct Bar {
   SyncClock clock;
 };
 
-struct MBar {
-  u32 expected = 0, pending = 0;
-  s64 tx = 0;
-  u64 phase = 0;
-  u32 pc = 0;
-  std::vector<TS*> waiting;
-  SyncClock clock, done;
-};
-
-struct WgRendezvous {
-  u32 pc;
-  std::vector<TS*> waiting;
-};
-
 struct Block {
   Group* g;
-  u32 rank, ctaid[3], nthreads, exited, id;  // id: linear block index + 1
+  u32 ctaid[3], nthreads, exited, id;  // id: linear block index + 1
   u8 *smem, *sinit;
   u32 smem_size;
   u32 shift;  // log2 of bytes per Cell
@@ -176,22 +133,9 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<TS*> threads;
   Bar bars[16];
-  std::unordered_map<u32, MBar> mbars;
-  WgRendezvous wg[9];
 };
 
-struct PendingCopy {  // an async copy into shared memory (and the mbarrier it completes on)
-  u32 kind;           // 0 linear from global, 1 tensor, 2 cp.async mbarrier arrive, 3 linear from shared
-  TS* t;
-  Block *dst_blk, *bar_blk;
-  u32 dst, size, bar, bytes, stamp, pc, rank;
-  u64 src, map;
-  s32 c[5];
-  bool noinc;
-  std::vector<CpOp> cp;
-};
-
-struct Group {  // blocks that run together: one block, a cluster, or a co-resident grid
+struct Group {  // blocks that run together: one block, or a co-resident grid
   Launch* L;
   void* main_sp;
   std::vector<TS> threads;
@@ -200,15 +144,8 @@ struct Group {  // blocks that run together: one block, a cluster, or a co-resid
   std::vector<TS*> ready;
   u32 head, count;
   u32 now;
-  u64 rng, progress;
-  u32 idle_rounds, polls;
-  bool failed, in_main;
-  jmp_buf main_jump;  // fail() while the scheduler itself lands a copy
-  std::deque<PendingCopy> copies;
-  std::vector<TS*> timed;  // mbarrier try_wait: woken with false when nothing else runs
-  u32 cluster_arrived, cluster_phase, cluster_gone;
-  std::vector<TS*> cluster_waiting;
-  SyncClock cluster_clock, cluster_done;
+  u64 rng;
+  bool failed;
   std::unordered_map<u64, SyncClock> locations;  // released through strong accesses
   u8 *stacks, *locals;
   u64 stack_stride;
@@ -228,21 +165,10 @@ void release_to(TS* t, SyncClock& c);
 void acquire_from(TS* t, const SyncClock& c);
 void join_warp(Warp* w, u32 mask);
 void coll_check_exit(Warp* w);  // warp.cpp: a lane exited
-Block* shared_block(TS* t, u64 addr, u32 size, u32 pc, u32* off);
-void race_access(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc, int agent = -1);
-u8* global_range(TS* t, u64 addr, u32 size, u32 access, u32 pc);  // access | 32: bounds only
-void check_shared_state(TS* t, Block* b, u32 off, u32 size, u32 access, u32 pc);
-void set_state(Block* b, u32 off, u32 size, u8 state);
-void copy_shared_write(TS* t, Block* b, u32 off, const u8* data, u32 size, u32 pc, int agent, u32 stamp);
-const u8* async_shared_read(TS* t, Block* b, u32 off, u32 size, u32 pc, int agent);
-u32 shared_offset(u64 addr, bool generic);
-void complete_copy(Group* g, size_t index);
-bool complete_some_copies(Group* g, bool all);
 const char* read_string(TS* t, u64 addr, u32 pc, char* buf, size_t n);
 void prof_init(Group* g);  // profile.cpp; nothing unless Launch::profile is set
 void prof_start(Group* g);
 void prof_exit(TS* t);
 void prof_finish(Group* g);
-void prof_bulk(TS* t, u32 pc, bool store, const std::vector<std::pair<u64, u32>>& runs);  // (address, bytes)
 inline TS* ts(Thread* t) { return static_cast<TS*>(t); }
 inline bool checks(TS* t, u32 bit) { return t->L->checks & bit; }

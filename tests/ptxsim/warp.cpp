@@ -7,7 +7,6 @@
 static void complete(Warp* w, Coll c, TS* self) {
   c.fn(w, c.arrived, c.aux, c.pc);
   join_warp(w, c.arrived);
-  w->blk->g->progress++;
   if (w->blk->g->L->order == 1) {
     for (int i = 31; i >= 0; i--)
       if ((c.arrived >> i & 1) && w->lane[i] != self) wake(w->lane[i]);
@@ -128,7 +127,7 @@ extern "C" u32 warp_shfl(Thread* T, u32 op, u32 a, u32 b, u32 c, u32 mask, bool*
   return out.v;
 }
 
-// ---- vote, match, redux, elect -----------------------------------------------------------------
+// ---- vote, match, redux ------------------------------------------------------------------------
 
 static void do_vote(Warp* w, u32 lanes, u64 mode, u32) {
   u32 ballot = 0;
@@ -198,19 +197,6 @@ extern "C" u32 warp_redux(Thread* T, u32 op, u32 v, u32 mask, u32 mode, u32 pc) 
 static void do_nothing(Warp*, u32, u64, u32) {}
 extern "C" void warp_sync(Thread* T, u32 op, u32 mask, u32 pc) {
   collective(ts(T), op, mask, pc, do_nothing, 0, false);
-}
-
-static void do_elect(Warp* w, u32 lanes, u64, u32) {
-  u32 leader = __builtin_ctz(lanes);
-  EACH(i, lanes) res<u32>(w, i) = leader;
-}
-extern "C" u32 warp_elect(Thread* T, u32 op, u32 mask, bool* pred, u32 pc) {
-  TS* t = ts(T);
-  u32 out;
-  t->out = &out;
-  collective(t, op, mask, pc, do_elect, 0, false);
-  *pred = out == t->lane;
-  return out;
 }
 
 extern "C" u32 warp_activemask(Thread* T, u32 pc) {

@@ -269,10 +269,10 @@ extern "C" __global__ void mma_others(const unsigned* A, const unsigned* B, floa
   dd[g * 8 + 2 * t + 1] = f[1];
 }
 
-// Depthwise 9x9 convolution of [planes][32][32] f16, one plane per block of 4 warps: the halo tile
-// comes through cp.async with zero fill; each 16x8 output patch is a sum over the 9 kernel rows of
-// A (16 rows x 16 columns of input, ldmatrix) times a Toeplitz matrix of the kernel row (mma).
-template <int BUG>
+// Depthwise 9x9 convolution of [planes][32][32] f16, one plane per block of 4 warps: the tile with its halo lies in
+// shared memory; each 16x8 output patch is a sum over the 9 kernel rows of A (16 rows x 16 columns of input, ldmatrix)
+// times a Toeplitz matrix of the kernel row (mma).
+template <bool kSync>
 __device__ void dwconv9_body(const __half* x, const float* w, __half* y, int channels) {
   constexpr int H = 32, W = 32, LD = 56;
   __shared__ __align__(16) __half tile[40 * LD];
@@ -282,15 +282,10 @@ __device__ void dwconv9_body(const __half* x, const float* w, __half* y, int cha
   for (int i = tid; i < 40 * 10; i += blockDim.x) {
     int r = i / 10, c = i % 10, yy = r - 4, xx = c * 4 - 4;
     bool in = yy >= 0 && yy < H && xx >= 0 && xx < W;
-    const __half* src = xp + (in ? yy * W + xx : 0);
-    int bytes = in ? 8 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem_u32(&tile[r * LD + c * 4])), "l"(src),
-                 "r"(bytes));
+    *(uint2*)&tile[r * LD + c * 4] = in ? *(const uint2*)&xp[yy * W + xx] : make_uint2(0, 0);
   }
-  asm volatile("cp.async.commit_group;");
   for (int i = tid; i < 81; i += blockDim.x) ws[i] = __float2half_rn(w[(plane % channels) * 81 + i]);
-  if (BUG != 1) asm volatile("cp.async.wait_group 0;" ::: "memory");
-  if (BUG != 2) __syncthreads();
+  if (kSync) __syncthreads();
   int g = lane / 4, t = lane % 4;
   for (int patch = warp; patch < 8; patch += 4) {
     int y0 = patch / 4 * 16, x0 = patch % 4 * 8;
@@ -319,13 +314,10 @@ __device__ void dwconv9_body(const __half* x, const float* w, __half* y, int cha
   }
 }
 extern "C" __global__ void __launch_bounds__(128) dwconv9(const __half* x, const float* w, __half* y, int c) {
-  dwconv9_body<0>(x, w, y, c);
-}
-extern "C" __global__ void __launch_bounds__(128) dwconv9_nowait(const __half* x, const float* w, __half* y, int c) {
-  dwconv9_body<1>(x, w, y, c);
+  dwconv9_body<true>(x, w, y, c);
 }
 extern "C" __global__ void __launch_bounds__(128) dwconv9_nosync(const __half* x, const float* w, __half* y, int c) {
-  dwconv9_body<2>(x, w, y, c);
+  dwconv9_body<false>(x, w, y, c);
 }
 
 // ---- planted bugs --------------------------------------------------------------------------------
@@ -348,13 +340,6 @@ extern "C" __global__ void bug_war(const float* a, float* o) {
   __syncthreads();
   float v = s[63 - threadIdx.x];
   s[threadIdx.x] = v * 2;  // needs a barrier before
-  __syncthreads();
-  o[threadIdx.x] = s[threadIdx.x];
-}
-extern "C" __global__ void bug_cp_async(const float4* a, float4* o) {
-  __shared__ float4 s[32];
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_u32(&s[threadIdx.x])), "l"(a + threadIdx.x));
-  asm volatile("cp.async.commit_group;");
   __syncthreads();
   o[threadIdx.x] = s[threadIdx.x];
 }

@@ -1,12 +1,9 @@
-// Library code (CUB, cooperative groups, libcu++, fp8, math) must run without false reports.
+// Library code (CUB, cooperative groups, fp8, math) must run without false reports.
 #include <cooperative_groups.h>
-#include <cooperative_groups/memcpy_async.h>
 #include <cooperative_groups/reduce.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
-#include <cuda_pipeline.h>
 #include <cub/cub.cuh>
-#include <cuda/barrier>
 namespace cg = cooperative_groups;
 extern "C" __global__ void lib_cub(const int* x, int* o) {
   using R = cub::BlockReduce<int, 128>;
@@ -36,44 +33,6 @@ extern "C" __global__ void lib_cg(const float* x, float* o) {
   if (threadIdx.x % 3 == 0) {
     auto c = cg::coalesced_threads();
     o[256 + threadIdx.x] = c.size() * 100 + c.thread_rank();
-  }
-  __shared__ float s[128];
-  cg::memcpy_async(blk, s, x, sizeof(float) * 128);
-  cg::wait(blk);
-  o[384 + threadIdx.x] = s[127 - threadIdx.x];
-}
-extern "C" __global__ void lib_bar(const float* x, float* o, int n) {
-  __shared__ float s[2][64];
-  __shared__ cuda::barrier<cuda::thread_scope_block> bar[2];
-  if (threadIdx.x == 0) {
-    init(&bar[0], blockDim.x);
-    init(&bar[1], blockDim.x);
-  }
-  __syncthreads();
-  for (int i = 0; i < 2; i++) cuda::memcpy_async(&s[i][threadIdx.x], x + i * 64 + threadIdx.x, sizeof(float), bar[i]);
-  for (int i = 0; i < n; i++) {
-    bar[i & 1].arrive_and_wait();
-    float v = s[i & 1][63 - threadIdx.x];
-    bar[i & 1].arrive_and_wait();
-    o[i * 64 + threadIdx.x] = v;
-    cuda::memcpy_async(&s[i & 1][threadIdx.x], x + (i + 2) * 64 + threadIdx.x, sizeof(float), bar[i & 1]);
-  }
-  bar[0].arrive_and_wait();
-  bar[1].arrive_and_wait();
-}
-extern "C" __global__ void lib_pipe(const float4* x, float4* o) {
-  __shared__ float4 s[4][32];
-  for (int i = 0; i < 3; i++) {
-    __pipeline_memcpy_async(&s[i][threadIdx.x], x + i * 32 + threadIdx.x, 16);
-    __pipeline_commit();
-  }
-  for (int i = 0; i < 8; i++) {
-    if (i + 3 < 8) __pipeline_memcpy_async(&s[(i + 3) & 3][threadIdx.x], x + (i + 3) * 32 + threadIdx.x, 16);
-    __pipeline_commit();
-    __pipeline_wait_prior(3);
-    __syncwarp();
-    o[i * 32 + threadIdx.x] = s[i & 3][31 - threadIdx.x];
-    __syncwarp();
   }
 }
 extern "C" __global__ void lib_fp8(const float* x, __nv_fp8_e4m3* o, float* f) {

@@ -63,14 +63,6 @@ __global__ void ldm(uint4* y, int pitch) {  // ldmatrix.x4 with a row pitch in b
                : "r"(a));
   y[threadIdx.x] = v;
 }
-__global__ void cpasync(const uint4* x, uint4* y) {
-  __shared__ uint4 s[32];
-  uint32_t a = (uint32_t)__cvta_generic_to_shared(s + threadIdx.x);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\ncp.async.wait_all;" ::"r"(a), "l"(x + threadIdx.x),
-               "r"(threadIdx.x < 16 ? 16 : 0)
-               : "memory");
-  y[threadIdx.x] = s[threadIdx.x];
-}
 // Lane i goes round i + 1 times: 32 issues of the loop body, whatever order the lanes run in.
 __global__ void divergent(float* y, float a) {
   float s = a;

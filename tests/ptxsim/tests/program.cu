@@ -5,7 +5,6 @@
 
 __constant__ float bias[4];
 __device__ int calls;
-static __device__ int hidden = 7;
 
 // y[i] = K x[i] + bias[0]
 template <typename T, int K>
@@ -32,48 +31,6 @@ static __global__ void row_sums(const float* x, float* y, int n) {
     y[blockIdx.x] = s;
   }
 }
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define PAIRS __cluster_dims__(2, 1, 1)
-#else
-#define PAIRS
-#endif
-__global__ void PAIRS fixed_cluster(int* y) { y[blockIdx.x] = hidden; }
-__global__ void free_cluster(int* y) {
-  unsigned rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  if (threadIdx.x == 0) y[blockIdx.x] = rank;
-}
-
-#if !defined(NO_TMA)
-// Copies a box of 8 x 32 floats by TMA; out-of-bounds elements arrive as zeros.
-__global__ void tma_copy(const __grid_constant__ CUtensorMap map, float* y, int x0, int y0) {
-#if __CUDA_ARCH__ >= 900
-  __shared__ __align__(128) float tile[8 * 32];
-  __shared__ uint64_t bar;
-  uint32_t b = (uint32_t)__cvta_generic_to_shared(&bar), t = (uint32_t)__cvta_generic_to_shared(tile);
-  if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(b) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 1024;" ::"r"(b) : "memory");
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];" ::"r"(t),
-        "l"(&map), "r"(x0), "r"(y0), "r"(b)
-        : "memory");
-  }
-  __syncthreads();
-  asm volatile("{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n@!p bra W;\n}" ::"r"(b)
-               : "memory");
-  for (int i = threadIdx.x; i < 256; i += blockDim.x) y[i] = tile[i];
-#endif
-}
-#endif
-
-typedef CUresult (*Encode)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                           const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 extern "C" int scale(const ScaleParams* p, cudaStream_t stream) {
   int block = 128, grid = (p->n + block - 1) / block;
@@ -115,42 +72,25 @@ extern "C" int sums(const float* x, float* y, int rows, int n, int set_attribute
   return cudaLaunchKernelEx(&config, row_sums, x, y, n);  // leaves the error for the next cudaGetLastError
 }
 
-extern "C" int clusters(int* y, int blocks, int size, int fixed) {
-  if (fixed) {
-    fixed_cluster<<<blocks, 32>>>(y);
-    return cudaGetLastError();
-  }
-  cudaLaunchAttribute a[1];
-  a[0].id = cudaLaunchAttributeClusterDimension;
-  a[0].val.clusterDim = {unsigned(size), 1, 1};
+// A launch with an attribute that is not emulated.
+extern "C" int in_clusters(const float* x, float* y, int n) {
+  cudaLaunchAttribute pairs[1];
+  pairs[0].id = cudaLaunchAttributeClusterDimension;
+  pairs[0].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = 32;
-  config.attrs = a;
+  config.gridDim = 2;
+  config.blockDim = 64;
+  config.attrs = pairs;
   config.numAttrs = 1;
-  void* args[] = {&y};
-  cudaError_t e = cudaLaunchKernelExC(&config, (const void*)free_cluster, args);
+  cudaError_t e = cudaLaunchKernelEx(&config, row_sums, x, y, n);
   cudaGetLastError();
   return e;
 }
-
-#if !defined(NO_TMA)
-extern "C" int tma(const TmaParams* p, cudaStream_t stream) {
-  void* fn = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &found) || !fn)
-    return -1;
-  CUtensorMap map;
-  cuuint64_t dims[] = {cuuint64_t(p->width), cuuint64_t(p->height)}, strides[] = {cuuint64_t(p->pitch)};
-  cuuint32_t box[] = {cuuint32_t(p->box), 8}, steps[] = {1, 1};
-  CUresult r = ((Encode)fn)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, p->x, dims, strides, box, steps,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(p->swizzle),
-                            CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (r) return r;
-  tma_copy<<<1, 64, 0, stream>>>(map, (float*)p->y, p->x0, p->y0);
-  return cudaPeekAtLastError();
+extern "C" int allow_large_clusters() {
+  cudaError_t e = cudaFuncSetAttribute(row_sums, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaGetLastError();
+  return e;
 }
-#endif
 
 // Host code that works with the runtime on its own: allocation, copies, symbols, events; bug: leaves out a free, or
 // frees twice.

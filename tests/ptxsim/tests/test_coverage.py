@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from ptxsim import Module, Out
+from ptxsim import Module, Out, UnsupportedInstruction
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -34,8 +34,7 @@ FORMS = {
         isspacep.shared::cta p1, d1|selp.b32 r1, r2, r3, p1|selp.f64 e1, e2, e3, p1|selp.b16 h1, h2, h3, p1
         slct.f32.s32 f1, f2, f3, r1|mov.f32 f1, 0f3F800000|mov.f64 e1, 0d3FF0000000000000|mov.u32 r1, %laneid
         mov.u32 r1, %lanemask_lt|mov.u64 d1, %clock64|mov.u32 r1, %nctaid.z|mov.u32 r1, %smid
-        mov.u64 d1, %globaltimer|mov.u32 r1, %dynamic_smem_size|mov.u32 r1, %cluster_ctaid.x
-        mov.u32 r1, %cluster_nctarank""",
+        mov.u64 d1, %globaltimer|mov.u32 r1, %dynamic_smem_size|mov.u32 r1, %total_smem_size""",
     "integer": """add.s32 r1, r2, -5|add.u64 d1, d2, d3|add.s16 h1, h2, h3|add.sat.s32 r1, r2, r3|sub.sat.s32 r1, r2, r3
         add.u16x2 r1, r2, r3|sub.cc.u32 r1, r2, r3|subc.u32 r1, r2, r3|add.cc.u64 d1, d2, d3|addc.cc.u64 d1, d2, d3
         mul.lo.u16 h1, h2, h3|mul.hi.s16 h1, h2, h3|mul.wide.u16 r1, h2, h3|mul.wide.s32 d1, r2, -7
@@ -95,7 +94,7 @@ FORMS = {
         ld.global.L2::cache_hint.u32 r1, [d1], d2|ld.shared.s8 r1, [r2]|ld.shared.v2.f64 {e1, e2}, [sbuf+32]
         ld.volatile.shared.u32 r1, [r2]|ld.acquire.gpu.global.u32 r1, [d1]|ld.relaxed.sys.u64 d2, [d1]|ld.u8 h1, [d1]
         ld.const.u32 r1, [cbuf+4]|ld.global.b128 q1, [d1]|ld.local.u32 r1, [d1]|ldu.global.f32 f1, [d1]
-        ld.global.v8.f32 {f1, f2, f3, f4, f5, f6, f7, f8}, [d1]|ld.shared::cluster.u32 r1, [r2]
+        ld.global.v8.f32 {f1, f2, f3, f4, f5, f6, f7, f8}, [d1]
         ld.shared::cta.u32 r1, [r2]
         st.global.v4.u32 [d1], {r1, r2, r3, r4}|st.shared.u8 [r1+-4], r2|st.global.cs.f64 [d1], e1
         st.release.gpu.global.u32 [d1], r1
@@ -108,10 +107,8 @@ FORMS = {
         red.global.add.f32 [d1], f1|red.shared.max.u32 [r1], r2|red.release.gpu.global.add.s32 [d1], 1
         red.global.and.b32 [d1], r1
         red.global.add.noftz.bf16x2 [d1], r1|atom.global.v2.f32.add {f1, f2}, [d1], {f3, f4}|membar.gl|fence.acq_rel.gpu
-        fence.sc.cta|fence.proxy.async|fence.proxy.async.shared::cta|fence.mbarrier_init.release.cluster
-        prefetch.global.L2 [d1]
-        prefetchu.L1 [d1]|discard.global.L2 [d1], 128|createpolicy.fractional.L2::evict_first.b64 d1, 0f3F800000
-        prefetch.tensormap [d1]|fence.proxy.tensormap::generic.acquire.gpu [d1], 128""",
+        fence.sc.cta|prefetch.global.L2 [d1]
+        prefetchu.L1 [d1]|discard.global.L2 [d1], 128|createpolicy.fractional.L2::evict_first.b64 d1, 0f3F800000""",
     "sync": """bar.sync 0|barrier.sync.aligned 1, 64|barrier.cta.sync.aligned 2|barrier.sync r1, r2|bar.arrive 1, 64
         bar.warp.sync 0xffffffff
         bar.red.popc.u32 r1, 0, p1|barrier.cta.red.and.pred p1, 0, 64, !p2|bar.red.or.pred p1, 0, p2
@@ -119,11 +116,7 @@ FORMS = {
         vote.sync.ballot.b32 r1, p1, -1
         vote.sync.uni.pred p1, !p2, -1|match.any.sync.b64 r1, d1, -1|match.all.sync.b32 r1|p1, r2, -1
         redux.sync.add.s32 r1, r2, -1
-        redux.sync.xor.b32 r1, r2, -1|activemask.b32 r1|elect.sync r1|p1, 0xffffffff|elect.sync _|p1, 0xffffffff
-        nanosleep.u32 100|barrier.cluster.arrive|barrier.cluster.arrive.relaxed.aligned|barrier.cluster.wait.acquire
-        setmaxnreg.inc.sync.aligned.u32 232
-        griddepcontrol.launch_dependents|griddepcontrol.wait|mapa.shared::cluster.u32 r1, r2, 1|mapa.u64 d1, d2, r1
-        getctarank.shared::cluster.u32 r1, r2""",
+        redux.sync.xor.b32 r1, r2, -1|activemask.b32 r1|nanosleep.u32 100""",
     "matrix": """ldmatrix.sync.aligned.m8n8.x1.shared.b16 {r1}, [r2]
         ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {r1, r2, r3, r4}, [r5+64]
         stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [r1], {r2, r3}|movmatrix.sync.aligned.m8n8.trans.b16 r1, r2
@@ -135,42 +128,46 @@ FORMS = {
         {f1, f2, f3, f4}, {r1, r2, r3, r4}, {r5, r6}, {f5, f6, f7, f8}
         mma.sync.aligned.m16n8k16.row.col.satfinite.s32.u8.s8.s32 {r1, r2, r3, r4}, {r5, r6}, {r7}, {r8, r9, r10, r11}
         mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {r1, r2}, {r3}, {r4}, {r5, r6}""",
-    "async": """cp.async.ca.shared.global [r1], [d1], 4|cp.async.cg.shared.global.L2::128B [r1], [d1+16], 16
-        cp.async.ca.shared::cta.global [r1], [d1], 8, r2
-        cp.async.cg.shared.global [r1], [d1], 16, p1|cp.async.cg.shared.global.L2::cache_hint [r1], [d1], 16, r2, d2
-        cp.async.commit_group
-        cp.async.wait_group 3|cp.async.wait_all|cp.async.mbarrier.arrive.noinc.shared.b64 [r1]
-        mbarrier.init.shared::cta.b64 [r1], 1
-        mbarrier.init.b64 [d1], r1|mbarrier.inval.shared.b64 [r1]|mbarrier.arrive.shared.b64 d1, [r1]
-        mbarrier.arrive.release.cta.shared::cta.b64 d1, [r1], 2
-        mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [r1], r2
-        mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r1]
-        mbarrier.arrive.noComplete.b64 d1, [d2], 1|mbarrier.arrive_drop.shared.b64 d1, [r1]
-        mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [r1], 64
-        mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [r1], 64|mbarrier.test_wait.shared.b64 p1, [r1], d1
-        mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p1, [r1], r2, 1000
-        mbarrier.test_wait.parity.shared.b64 p1, [r1], 0
-        mbarrier.pending_count.b64 r1, d1|cp.async.bulk.commit_group|cp.async.bulk.wait_group.read 0
-        cp.async.bulk.wait_group 1
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [r1], [d1], r2, [r3], d2
-        cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [r1], [d1], 256, [r3]
-        cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [r1], [r2], 64, [r3]
-        cp.async.bulk.global.shared::cta.bulk_group [d1], [r1], 64
-        cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [r1], [d1, {r2}], [r3]
-        cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster \
-        [r1], [d1, {r2, r3, r4}], [r5], h1
-        cp.async.bulk.tensor.5d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint \
-        [r1], [d1, {r2, r3, r4, r5, r6}], [r7], d2
-        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [d1, {r1, r2}], [r3]
-        cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [d1, {r1, r2}], [r3]
-        cp.async.bulk.prefetch.L2.global [d1], 64
-        wgmma.fence.sync.aligned|wgmma.commit_group.sync.aligned|wgmma.wait_group.sync.aligned 1
-        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f1, f2, f3, f4}, d1, d2, p1, 1, -1, 0, 1
-        wgmma.mma_async.sync.aligned.m64n8k16.f16.f16.f16 {r1, r2}, {r3, r4, r5, r6}, d2, p1, 1, 1, 0
-        wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {f1, f2, f3, f4}, d1, d2, 1, 1, 1
-        wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {f1, f2, f3, f4}, d1, d2, p1, 1, 1
-        wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {r1, r2, r3, r4}, d1, d2, p1""",
 }
+
+
+# Of asynchronous copies, clusters, warp specialisation and warpgroups a form of each family, and one of textures.
+REFUSED = """cp.async.ca.shared.global [r1], [d1], 4
+    cp.async.wait_all
+    mbarrier.init.shared::cta.b64 [r1], 1
+    cp.async.bulk.global.shared::cta.bulk_group [d1], [r1], 64
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [r1], [d1, {r2, r3}], [r4]
+    cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [d1, {r1, r2}], [r3]
+    wgmma.fence.sync.aligned
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {f1, f2, f3, f4}, d1, d2, p1, 1, 1, 0, 0
+    ld.shared::cluster.u32 r1, [r2]
+    cvta.shared::cluster.u64 d1, d2
+    barrier.cluster.arrive.relaxed.aligned
+    mapa.u64 d1, d2, r1
+    getctarank.shared::cluster.u32 r1, r2
+    elect.sync r1|p1, 0xffffffff
+    setmaxnreg.inc.sync.aligned.u32 232
+    griddepcontrol.wait
+    fence.proxy.async
+    fence.mbarrier_init.release.cluster
+    prefetch.tensormap [d1]
+    mov.u32 r1, %cluster_ctaid.x
+    red.async.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [r1], r2, [r3]
+    tex.2d.v4.f32.s32 {f1, f2, f3, f4}, [d1, {r1, r2}]"""
+
+
+@pytest.mark.parametrize("instruction", [line.strip() for line in REFUSED.split("\n")])
+def test_an_unsupported_instruction_is_named_with_its_line(instruction):
+    line = HEAD.count("\n") + 1 + DECL.count("\n") + 1 + 2  # the second of the kernel's instructions
+    opcode = instruction.split()[0]
+    with pytest.raises(UnsupportedInstruction, match=f"PTX line {line}: unsupported instruction '{re.escape(opcode)}'"):
+        build(["mov.u32 r1, 0", instruction])
+
+
+def test_a_kernel_of_clusters_is_refused():
+    text = HEAD + ".visible .entry k() .explicitcluster .reqnctapercluster 2, 1, 1 { ret; }"
+    with pytest.raises(UnsupportedInstruction, match="k: unsupported directive '.explicitcluster'"):
+        Module.from_ptx(text)
 
 
 @pytest.mark.slow

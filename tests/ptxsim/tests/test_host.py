@@ -19,10 +19,6 @@ class ScaleParams(ctypes.Structure):
     _fields_ = [("x", P), ("y", P), ("n", INT), ("half", INT), ("bug", INT)]
 
 
-class TmaParams(ctypes.Structure):
-    _fields_ = [("x", P), ("y", P)] + [(n, INT) for n in ("width", "height", "pitch", "box", "swizzle", "x0", "y0")]
-
-
 @pytest.fixture(scope="session")
 def program():
     return HostProgram([SOURCE], arches=["sm_90a", "sm_80"])
@@ -85,46 +81,6 @@ def test_profile_and_options(program, dev):
     assert "program.cu:" in dev.launches[0].profile.report()
 
 
-def test_tma(program, dev):
-    x = f32(20 * 64).reshape(20, 64) + 1
-    p = TmaParams(dev.upload(x), dev.alloc(1024), 64, 20, 256, 32, 3, 48, 16)
-    assert program.tma(ctypes.byref(p), None) == 0
-    want = np.zeros((8, 32), np.float32)
-    want[:4, :16] = x[16:, 48:]
-    got = dev.download(p.y, (8, 32), np.float32).view(np.uint8).reshape(8, 8, 16)
-    rows = np.arange(8)[:, None]
-    assert np.array_equal(
-        got[rows, np.arange(8)[None] ^ rows].reshape(8, 128).view(np.float32), want
-    )  # 128-byte swizzle
-
-
-@pytest.mark.parametrize(
-    "change,reason",
-    [
-        (dict(pitch=260), "globalStrides"),
-        (dict(x=8), "16-byte aligned"),
-        (dict(box=257), "boxDim[0]"),
-        (dict(box=3), "multiple of 16"),
-        (dict(box=64), "swizzle span"),
-        (dict(width=0), "globalDim"),
-        (dict(box=16), "must equal the swizzle span"),
-    ],
-)
-def test_tensor_map_errors(program, dev, change, reason):
-    p = TmaParams(dev.upload(np.ones((20, 64), np.float32)), dev.alloc(1024), 64, 20, 256, 32, 3, 0, 0)
-    for k, v in change.items():
-        setattr(p, k, p.x + v if k == "x" else v)
-    assert program.tma(ctypes.byref(p), None) in (1, 801)
-    assert not dev.launches and reason in dev.errors[-1].reason and dev.errors[-1].call == "cuTensorMapEncodeTiled"
-
-
-def test_tma_outside_the_allocation(program, dev):
-    p = TmaParams(dev.upload(np.ones((20, 64), np.float32)), dev.alloc(1024), 64, 21, 256, 32, 3, 0, 16)
-    with pytest.raises(DeviceError) as e:
-        program.tma(ctypes.byref(p), None)
-    assert e.value.what == "out-of-bounds" and "float32[20, 64]" in e.value.buffer
-
-
 def test_runtime_calls(program, dev):
     out = np.zeros(300, np.float32)
     assert program.roundtrip(f32(300).ctypes.data_as(P), out.ctypes.data_as(P), 300, 0) == 0
@@ -149,17 +105,16 @@ def test_device_number(program, dev):
     assert program.query(out) == 0
 
 
-def test_clusters(program, dev):
-    y = dev.alloc(32)
-    assert program.clusters(P(y), 8, 4, 0) == 0
-    assert list(dev.download(y, 8, np.int32)) == [0, 1, 2, 3] * 2
-    assert program.clusters(P(y), 8, 0, 1) == 0 and dev.launches[-1].cluster == (2, 1, 1)
-    assert list(dev.download(y, 8, np.int32)) == [7] * 8
+def test_what_is_not_emulated_is_an_error(program, dev):
+    assert program.in_clusters(P(dev.upload(f32(8))), P(dev.alloc(8)), 4) == 801
+    assert "launch attributes" in dev.errors[-1].reason and not dev.launches
+    assert program.allow_large_clusters() == 801
+    assert dev.errors[-1].reason == "ptxsim: cudaFuncAttribute 14"
 
 
 def test_two_devices_and_extension(program):
     flags = ["-I", sysconfig.get_paths()["include"]]
-    ext = HostProgram([SOURCE, os.path.join(HERE, "extension.cpp")], arches=["sm_80"], flags=["-DNO_TMA", *flags])
+    ext = HostProgram([SOURCE, os.path.join(HERE, "extension.cpp")], arches=["sm_80"], flags=flags)
     with Device("sm_80") as a, Device("sm_90a") as b:
         ext.bind(a)
         program.bind(b)
@@ -193,16 +148,10 @@ def test_missing_attribute(program, dev):
     assert program.sums(P(src), P(dst), 1, 60000, 1, None) == -2
 
 
-@pytest.mark.parametrize("blocks,size,code", [(16, 16, 912), (6, 4, 912), (0, 2, 9)])
-def test_cluster_errors(program, dev, blocks, size, code):
-    assert program.clusters(P(dev.alloc(64)), blocks, size, 0) == code
-
-
 def test_other_arch(program):
     with Device("sm_80") as d:
         program.bind(d)
         assert np.array_equal(scale(program, d, f32(100))[1], 3 * f32(100))
-        assert program.clusters(P(d.alloc(64)), 8, 2, 0) == 912
     with Device("sm_75") as d:
         program.bind(d)
         assert scale(program, d, f32(100))[0] == 209

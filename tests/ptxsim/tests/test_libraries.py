@@ -1,4 +1,4 @@
-"""CUB, cooperative groups, libcu++ barriers, pipelines and the math library: right results, no false reports."""
+"""CUB, cooperative groups, fp8 and the math library: right results, no false reports."""
 
 import ctypes
 import math
@@ -32,22 +32,11 @@ def test_cub(mod, order):
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_cooperative_groups(mod, order):
-    x, o = rng.standard_normal(128).astype(np.float32), np.zeros(512, np.float32)
+    x, o = rng.standard_normal(128).astype(np.float32), np.zeros(384, np.float32)
     mod.launch("lib_cg", 1, 128, [x, o], order=order)
     assert np.allclose(o[:128].reshape(16, 8)[:, 0], x.reshape(16, 8).sum(1), atol=1e-5)
     assert np.array_equal(o[128:256].reshape(4, 32)[:, 0], x.reshape(4, 32).max(1))
     assert list(o[256:268:3]) == [1100, 1101, 1102, 1103]
-    assert np.array_equal(o[384:], x[::-1])
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_barrier_and_pipeline(mod, order):
-    x, o = rng.standard_normal((10, 64)).astype(np.float32), np.zeros((8, 64), np.float32)
-    mod.launch("lib_bar", 1, 64, [x, Out(o), 8], order=order, timeout=30)
-    assert np.array_equal(o, x[:8, ::-1])
-    x, o = rng.standard_normal((8, 32, 4)).astype(np.float32), np.zeros((8, 32, 4), np.float32)
-    mod.launch("lib_pipe", 1, 32, [x, Out(o)], order=order)
-    assert np.array_equal(o, x[:, ::-1])
 
 
 def test_fp8(mod):

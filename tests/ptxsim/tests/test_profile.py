@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from ptxsim import Module, Out, TensorMap
+from ptxsim import Module, Out
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -101,12 +101,6 @@ def test_ldmatrix(mod, pitch, wavefronts):
     assert line.source.startswith("profile.cu:") and line.wavefronts == wavefronts
 
 
-def test_cp_async(mod):
-    p = run(mod, "cpasync", [np.zeros(128, np.uint32), Out(np.zeros(128, np.uint32))])
-    assert (p.loads.bytes, p.loads.sectors, p.loads.requests, p.loads.widths) == (256, 8, 1, {16: 16})
-    assert p.by_class["cp.async"] == 1 and p.shared["cp.async"].wavefronts == 4
-
-
 def count(p, opcode):
     return sum(n for op, n in p.by_opcode.items() if op.startswith(opcode))
 
@@ -150,22 +144,6 @@ def test_many_blocks_and_steps(mod):
 
 def test_tensor(mod):
     assert run(mod, "mma_one", [out(32)]).by_class["tensor"] == 1
-
-
-def test_tma():
-    mod = Module.from_cu(os.path.join(HERE, "hopper.cu"), arch="sm_90a")
-    a, b = np.ones((64, 128), np.float16), np.ones((64, 128), np.float16)
-    c = np.zeros((64, 64), np.float32)
-    maps = [
-        TensorMap(a, "f16", (128, 64), (64, 64), swizzle=128),
-        TensorMap(b, "f16", (128, 64), (64, 64), swizzle=128),
-        TensorMap(Out(c), "f32", (64, 64), (32, 64)),
-    ]
-    p = run(mod, "gemm_tn", maps + [128], 1, 160, shared_bytes=3 * 2 * 8192 + 16384 + 1024)
-    assert (p.loads.bytes, p.loads.unique_bytes, p.loads.sectors, p.loads.ratio) == (32768, 32768, 1024, 1)
-    assert (p.stores.bytes, p.stores.sectors) == (16384, 512)
-    assert p.by_class["tensor"] == 2 * 4 * 4  # K steps of 16, four warps
-    assert np.all(c == 128)
 
 
 def test_report(mod):
