@@ -376,6 +376,7 @@ class Device:
                 return 0
             r = mod._execute(
                 k,
+                self.capability,
                 params,
                 _Memory(self),
                 grid,

@@ -22,7 +22,7 @@ CK_MEM, CK_RACE, CK_EXIT, CK_UNINIT = 1, 2, 4, 8
 SH_VALID, SH_INIT, SH_RO, SH_ONCE = 1, 3, 4, 8
 MAX_REDZONE = 64 << 20  # between buffers: as large as they are, up to this (untouched pages cost nothing)
 REDZONE = 512
-RUNTIME_SOURCES = ("runtime.cpp", "warp.cpp", "profile.cpp")
+RUNTIME_SOURCES = ("runtime.cpp", "warp.cpp", "mma.cpp", "profile.cpp")
 
 
 # ---- errors and small helpers --------------------------------------------------------------------
@@ -146,6 +146,7 @@ class _Launch(ctypes.Structure):
         ("checks", ctypes.c_uint32),
         ("workers", ctypes.c_uint32),
         ("coresident", ctypes.c_uint32),
+        ("capability", ctypes.c_uint32),
         ("profile", ctypes.c_void_p),
         ("err", _ErrorInfo),
     ]
@@ -251,6 +252,11 @@ class Module:
             run([find_nvcc(), "-ptx", f"-arch={arch}", "-lineinfo", *flags, os.fspath(path), "-o", out])
             with open(out) as f:
                 return cls(f.read(), os.path.basename(os.fspath(path)), only)
+
+    @property
+    def capability(self) -> int:
+        """Compute capability that the PTX was compiled for: 80 of sm_80."""
+        return int(re.search(r"\d+", self.ast.target)[0])
 
     @property
     def kernels(self) -> list:
@@ -396,6 +402,7 @@ class Module:
         try:
             result = self._execute(
                 k,
+                self.capability,
                 params,
                 arena,
                 grid,
@@ -419,6 +426,7 @@ class Module:
     def _execute(
         self,
         k,
+        capability,
         params,
         arena,
         grid,
@@ -433,7 +441,7 @@ class Module:
         profile=False,
         uninit_shared=False,
     ) -> LaunchResult:
-        """Run kernel k on the parameter bytes and an arena (data, shadow, regions)."""
+        """Run kernel k, as on this compute capability, on the parameter bytes and an arena (data, shadow, regions)."""
         k = self._compile_kernel(self._profiled(k) if profile else k)
         ranges = np.array([x for v in k.unit.shared_vars for x in v[1:]] or [0], np.uint32)
         L = _Launch()
@@ -459,7 +467,7 @@ class Module:
             L.checks |= CK_EXIT
         if not uninit_shared:
             L.checks |= CK_UNINIT
-        L.timeout, L.workers, L.coresident = timeout, workers, int(coresident)
+        L.timeout, L.workers, L.coresident, L.capability = timeout, workers, int(coresident), capability
         recorder = None
         if profile:
             recorder = Recorder(k.unit, arena.data.size)

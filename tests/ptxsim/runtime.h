@@ -47,10 +47,10 @@ struct Launch {
   u32 param_bytes, n_shared_ranges;
   u32 grid[3], block[3];
   u32 dyn_offset, dyn_bytes, local_bytes, stack_bytes;
-  u32 order;   // 0 forward, 1 reverse, 2 random
-  u32 checks;  // CK_* bits
-  u32 workers, coresident;
-  Profile* profile;  // or null
+  u32 order;                            // 0 forward, 1 reverse, 2 random
+  u32 checks;                           // CK_* bits
+  u32 workers, coresident, capability;  // capability: 10 major + minor
+  Profile* profile;                     // or null
   ErrorInfo err;
 };
 
@@ -164,7 +164,8 @@ u32 new_epoch(Group* g);
 void release_to(TS* t, SyncClock& c);
 void acquire_from(TS* t, const SyncClock& c);
 void join_warp(Warp* w, u32 mask);
-void coll_check_exit(Warp* w);  // warp.cpp: a lane exited
+void coll_check_exit(Warp* w);                   // warp.cpp: a lane exited
+void mma(Warp* w, u32 lanes, u64 code, u32 pc);  // mma.cpp
 const char* read_string(TS* t, u64 addr, u32 pc, char* buf, size_t n);
 void prof_init(Group* g);  // profile.cpp; nothing unless Launch::profile is set
 void prof_start(Group* g);

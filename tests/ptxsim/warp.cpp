@@ -1,4 +1,4 @@
-// Warp collectives: shfl, vote, match, redux, ldmatrix, stmatrix, movmatrix, mma.
+// Warp collectives: shfl, vote, match, redux, ldmatrix, stmatrix, movmatrix; the arithmetic of mma is in mma.cpp.
 #include "runtime.h"
 
 #include <algorithm>
@@ -286,85 +286,10 @@ extern "C" u32 warp_movmatrix(Thread* T, u32 a, u32 pc) {
 }
 
 // ---- mma ---------------------------------------------------------------------------------------
-// Fragment layouts, with g = lane / 4, t = lane % 4 and e elements per 32-bit register:
-//   A reg r elem j: row g + 8 (r & 1), k = e t + j + 4 e (r >> 1)      (m8: row g, one register)
-//   B reg r elem j: k = e t + j + 4 e r, column g
-//   C elem i:       row g + 8 (i >> 1), column 2 t + (i & 1)
-// Floating sums are formed in double and rounded once; the hardware truncates partial sums.
-
-enum { T_F16, T_BF16, T_TF32, T_E4M3, T_E5M2, T_S8, T_U8, T_F64 };
-
-static double elem(u32 type, u32 v, u32 j) {
-  switch (type) {
-    case T_F16: return h2f(u16(v >> 16 * j));
-    case T_BF16: return b2f(u16(v >> 16 * j));
-    case T_TF32: return F(v & ~0x1fffu);
-    case T_E4M3: return e4m3_f(u8(v >> 8 * j));
-    case T_E5M2: return e5m2_f(u8(v >> 8 * j));
-    case T_S8: return s8(v >> 8 * j);
-    default: return u8(v >> 8 * j);
-  }
-}
-
-static void do_mma(Warp* w, u32, u64 shape, u32) {
-  u32 K = shape & 0xff, ta = shape >> 8 & 15, tb = shape >> 12 & 15, td = shape >> 16 & 15;
-  u32 M = shape >> 20 & 1 ? 16 : 8;
-  static thread_local double A[16][32], B[32][8], C[16][8];
-  if (ta == T_F64) {
-    for (u32 i = 0; i < 32; i++) {
-      const u32* s = &arg<u32>(w, i);
-      u32 g = i / 4, t = i % 4;
-      A[g][t] = D(s[0] | u64(s[1]) << 32);
-      B[t][g] = D(s[2] | u64(s[3]) << 32);
-      for (u32 k = 0; k < 2; k++) C[g][2 * t + k] = D(s[4 + 2 * k] | u64(s[5 + 2 * k]) << 32);
-    }
-    for (u32 m = 0; m < 8; m++)
-      for (u32 n = 0; n < 8; n++)
-        for (u32 k = 0; k < 4; k++) C[m][n] = fma(A[m][k], B[k][n], C[m][n]);
-    for (u32 i = 0; i < 32; i++)
-      for (u32 k = 0; k < 2; k++) memcpy(&res<u32>(w, i) + 2 * k, &C[i / 4][2 * (i % 4) + k], 8);
-    return;
-  }
-  u32 e = ta <= T_BF16 ? 2 : ta == T_TF32 ? 1 : 4;
-  u32 na = M * K / (32 * e), nb = 8 * K / (32 * e), nc = M * 8 / 32;
-  for (u32 i = 0; i < 32; i++) {
-    const u32* s = &arg<u32>(w, i);
-    u32 g = i / 4, t = i % 4;
-    for (u32 r = 0; r < na; r++)
-      for (u32 j = 0; j < e; j++)
-        A[g + (M == 16 ? 8 * (r & 1) : 0)][e * t + j + (M == 16 ? 4 * e * (r >> 1) : 0)] = elem(ta, s[r], j);
-    for (u32 r = 0; r < nb; r++)
-      for (u32 j = 0; j < e; j++) B[e * t + j + 4 * e * r][g] = elem(tb, s[na + r], j);
-    const u32* c = s + na + nb;
-    for (u32 k = 0; k < nc; k++) {
-      double v = td == 0 ? h2f(u16(c[k / 2] >> 16 * (k & 1))) : td == 1 ? F(c[k]) : s32(c[k]);
-      C[g + 8 * (k >> 1)][2 * t + (k & 1)] = v;
-    }
-  }
-  for (u32 m = 0; m < M; m++) {
-    double acc[8];
-    for (u32 n = 0; n < 8; n++) acc[n] = C[m][n];
-    for (u32 k = 0; k < K; k++)
-      for (u32 n = 0; n < 8; n++) acc[n] += A[m][k] * B[k][n];
-    for (u32 n = 0; n < 8; n++) C[m][n] = acc[n];
-  }
-  bool sat = shape >> 21 & 1;
-  for (u32 i = 0; i < 32; i++) {
-    u32 g = i / 4, t = i % 4, *d = &res<u32>(w, i);
-    for (u32 k = 0; k < nc; k++) {
-      double v = C[g + 8 * (k >> 1)][2 * t + (k & 1)];
-      if (td == 1) d[k] = U((float)v);
-      else if (td == 2)
-        d[k] = sat ? u32(s32(v > 2147483647. ? 2147483647. : v < -2147483648. ? -2147483648. : v)) : u32(s64(v));
-      else if (k & 1) d[k / 2] |= u32(d2h(v)) << 16;
-      else d[k / 2] = d2h(v);
-    }
-  }
-}
 
 extern "C" void warp_mma(Thread* T, u32 shape, const u32* abc, u32* d, u32 pc) {
   TS* t = ts(T);
   t->in = abc;
   t->out = d;
-  collective(t, ALIGNED | pc, ~0u, pc, do_mma, shape, true);
+  collective(t, ALIGNED | pc, ~0u, pc, mma, shape, true);
 }
