@@ -201,8 +201,7 @@ static bool any(s32x8 x) {
 
 static void multiply_floats(const Instruction& ins, const Rule& rule, Matrices& x) {
   constexpr u32 kRows = 16, kDepth = 32;
-  constexpr u32 kSafe = 16;  // terms of at most (2 - 2^-10)^2 2^25 that a sum of 32 bits holds
-  16;  // products of up to 2^27 each whose sum fits into 32 bits: they are below (2 - 2^-7)^2 2^25
+  constexpr u32 kSafe = 16;  // products, each at most (2 - 2^-10)^2 2^25, whose sum 32 bits hold
   const Format &fa = kFormats[ins.a], &fb = kFormats[ins.b], &fc = ins.acc == ACC_F16 ? kFormats[T_F16] : kFloat32;
   alignas(32) s32 significand[kRows][kDepth], exponent[kRows][kDepth];  // of A
   Row b[kDepth];
@@ -236,6 +235,7 @@ static void multiply_floats(const Instruction& ins, const Rule& rule, Matrices& 
                           top - b[k].exponent - exponent[m][k]);
         sum += __builtin_convertvector(part, s64x8);
       }
+      // The sum is that of the group times 2^(fraction - top).
       u32x8 result;
       if (ins.acc == ACC_F32) {
         result = truncated_to_float32(sum, top - rule.fraction, rule.kept);
