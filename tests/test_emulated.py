@@ -7,12 +7,10 @@ import pytest
 import torch
 from cases import slow
 from emulated import EmulatedOps
-from exact import LAYOUTS, ORDERS, Case, dyadic, dyadic_vectors, first_finding, in_float64, matrix, plant, run_exact
+from exact import Case, first_finding, in_float64, matrix, plant, run_exact
 from numerics import assert_error_at_most_peer
 
 from convmixer_fast import reference
-
-dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +26,6 @@ def ops():
 @pytest.mark.parametrize("case", [*matrix()[::7], *slow(*(c for i, c in enumerate(matrix()) if i % 7))], ids=str)
 def test_depthwise_exactly(ops, case):
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
-
-
-@dtype
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("size", [(32, 32), (7, 7), (1, 1), (3, 70)], ids=str)
-def test_pool_exactly(ops, dtype, layout, size):
-    torch.manual_seed(0)
-    x = LAYOUTS[layout](dyadic(3, 33, *size, most=2, step=0.25, dtype=dtype))
-    arguments = (x, *dyadic_vectors(33, dtype), "relu")
-    for order in ORDERS:
-        ops.device.order = order
-        y = ops.activate_pool(*arguments)
-        torch.testing.assert_close(y, reference.activate_pool(*in_float64(arguments)).to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", cases.EMPTY_CASES, ids=str)

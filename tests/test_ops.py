@@ -107,7 +107,7 @@ def test_small_kernels_on_a_cpu_read_pixels_in_place(dtype, activation, kernel):
 @device
 @dtype
 @case
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "planes"])
 def test_activate_pool(device, dtype, case, layout):
     x, vectors = cases.make_input(case, dtype, layout, device), cases.make_vectors(case, dtype, 3, device)
     for activation in ops.ACTIVATIONS:
@@ -202,6 +202,10 @@ def test_more_than_2_31_elements(device, layout, channels, height, width):
     assert torch.equal(y[:, :, :2], expected[:, :, :2])
     assert torch.equal(y[:, :, -2:], expected[:, :, -2:])
     assert torch.equal(y[:, :, height // 2], expected[:, :, 2])
+    ones = torch.ones(channels, device=device)
+    mean = cf.activate_pool(x, 0 * ones, ones, 0 * ones, "relu").double()
+    unit = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(mean, row.double().relu().mean(1)[None], rtol=unit, atol=0)
 
 
 # ------------------------------------------------------------------------------------------- torch's machinery

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import math
+import re
 import struct
 import sys
 from ctypes import Structure, c_bool, c_float, c_int32, c_int64
@@ -96,9 +98,10 @@ LAYOUTS = exact.LAYOUTS | {
 
 # How a map is read: {(layout, channels, size): access in 16-bit types, in float32}, and by what team.
 CHOICES = {
-    ("contiguous", 3, (32, 32)): ("run 8", "run 32"),
+    ("contiguous", 3, (32, 32)): ("run 8", "run 8"),
     ("contiguous", 3, (16, 16)): ("run 8", "run 8"),
-    ("contiguous", 3, (33, 32)): ("run 32", "run 32"),
+    ("contiguous", 3, (33, 32)): ("run 8", "run 32"),
+    ("contiguous", 3, (65, 32)): ("run 32", "run 32"),
     ("contiguous", 40, (7, 7)): ("pixel 8", "pixel 8"),
     ("contiguous", 1, (7, 7)): ("pixel 8", "pixel 8"),
     ("contiguous", 3, (15, 15)): ("pixel 8", "pixel 8"),
@@ -116,7 +119,7 @@ CHOICES = {
     ("transposed", 3, (32, 16)): ("pixel 32", "pixel 32"),
     ("channels_last", 40, (7, 7)): ("octet 32", "channels 8"),
     ("channels_last", 33, (7, 7)): ("channels 8", "channels 8"),
-    ("channels_last", 1, (32, 32)): ("run 8", "run 32"),
+    ("channels_last", 1, (32, 32)): ("run 8", "run 8"),
     ("channels_last_unaligned", 40, (7, 7)): ("channels 8", "channels 8"),
     ("octets_apart", 40, (7, 7)): ("octet 32", "channels 8"),
     ("octets_apart_unaligned", 40, (7, 7)): ("channels 8", "channels 8"),
@@ -136,7 +139,7 @@ def test_choice(ops, layout, channels, size):
         assert f"{ACCESSES[plan.access]} {plan.team}" == expected, dtype
         vectors = (torch.ones(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32),) * 3
         assert (ops.activate_pool(x, *vectors, "none") == 3).all()
-        assert f"(PoolAccess){plan.access}, {str(plan.small_maps).lower()}>" in ops.launches[-1].kernel
+        assert f"PoolAccess){plan.access}, {str(plan.small_maps).lower()}>" in ops.launches[-1].kernel
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_huge_maps(ops, shape, strides, dtype):
 
 @dataclasses.dataclass
 class Case:
-    """Pixels whose sums are exact, one of which may be replaced by `value`."""
+    """Pixels whose sums are exact; `value`, if not 0, takes the place of one map's last pixel, or of all if it is finite."""
 
     layout: str
     channels: int
@@ -203,7 +206,8 @@ class Case:
         x = dyadic(self.batch, self.channels, *self.size, most=2, step=0.25, dtype=self.dtype)
         bias, scale, shift = dyadic_vectors(self.channels, self.dtype)
         if self.value:
-            x[0, self.channels // 2, -1, -1] = self.value
+            pixels = slice(None) if math.isfinite(self.value) else slice(-1, None)
+            x[0, self.channels // 2, pixels, pixels] = self.value
             scale = scale.where(scale != 0, 1)
         if self.activation == "gelu":  # whose values have no exact sums, so all pixels of a map are the same
             x = x.where(~x.isfinite(), x[..., :1, :1])
@@ -353,15 +357,19 @@ def test_traffic(ops, dtype, layout, channels, size):
 
 
 def executed(instructions):
-    """Instructions with those that sass.count takes for unknown, and that a loop or a branch depends on, replaced: a
-    constant that is written as a product of zeros, and the test for quotients that need a slow division."""
+    """Instructions, but for three that sass.count takes for unknown in a way that loops and branches depend on: a
+    constant written as a product of zeros, the conversion of 64 bits to one register, and the test for quotients that
+    need a slow division, which ordinary ones do not."""
     for instruction in instructions:
-        if instruction.opcode.startswith("HFMA2") and instruction.operands[1:3] == ["-RZ", "RZ"]:
-            low, high = (struct.pack("<e", float(operand)) for operand in reversed(instruction.operands[3:5]))
+        operands = instruction.operands
+        if instruction.opcode.startswith("HFMA2") and operands[1:3] == ["-RZ", "RZ"]:
+            high, low = (struct.pack("<e", float(operand)) for operand in operands[3:5])
             constant = hex(int.from_bytes(low + high, "little"))
-            instruction = instruction._replace(opcode="MOV", operands=[instruction.operands[0], constant])
+            instruction = instruction._replace(opcode="MOV", operands=[operands[0], constant])
+        elif instruction.opcode == "I2F.S64":
+            instruction = instruction._replace(opcode="I2F")
         elif instruction.opcode == "FCHK":
-            false = [instruction.operands[0], "PT", "RZ", "RZ", "PT"]
+            false = [operands[0], "PT", "RZ", "RZ", "PT"]
             instruction = instruction._replace(opcode="ISETP.NE.AND", operands=false)
         yield instruction
 
@@ -374,18 +382,14 @@ def test_instructions(ops):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     assert [kernel.name for kernel in kernels if kernel.resources.spills or kernel.resources.stack] == []
-    maps, size = 16, 32  # of a CTA with 4 warps
-    for dtype, layout, maps, warps in (
-        (torch.float16, torch.contiguous_format, 16, 4),
-        (torch.bfloat16, torch.contiguous_format, 16, 4),
-        (torch.float16, torch.channels_last, 64, 8),
-        (torch.bfloat16, torch.channels_last, 64, 8),
+    for dtype, (layout, maps, warps) in itertools.product(
+        HALF, ((torch.contiguous_format, 16, 4), (torch.channels_last, 64, 8))
     ):
-        x = torch.empty(1, maps, size, size, dtype=dtype).contiguous(memory_format=layout)
+        x = torch.empty(1, maps, 32, 32, dtype=dtype).contiguous(memory_format=layout)  # of one CTA
         params, plan = plan_of(ops, x.shape, x.stride(), dtype)
         assert plan.channel_blocks == 1
         name = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}[dtype]
-        gelu, access = ACTIVATIONS["gelu"].code, f"(PoolAccess){plan.access}, {str(plan.small_maps).lower()}>"
+        gelu, access = ACTIVATIONS["gelu"].code, f"PoolAccess){plan.access}, {str(plan.small_maps).lower()}>"
         (kernel,) = (k for k in kernels if f"<{name}, " in k.name and f"){gelu}, " in k.name and access in k.name)
         issued = sass.count(list(executed(kernel.instructions)), bytes(params) + bytes(plan), 90, warps)
         per_pixel = issued.total() / (x.numel() / 32)
@@ -414,7 +418,13 @@ PLANTED = {
     "shift_of_one_pixel": (KERNEL, "prologue.shift * count)", "prologue.shift)", WRONG),
     "same_chunk_again": (KERNEL, "sum_run<Traits>(map + first, ", "sum_run<Traits>(map, ", WRONG),
     "last_chunk_alone": (KERNEL, "sums_of[member][own + i] += sums[i]", "sums_of[member][own + i] = sums[i]", WRONG),
-    "missing_barrier": (KERNEL, "__syncthreads();\n  const int64_t channel", "const int64_t channel", {"race"}),
+    "no_biases_yet": (
+        KERNEL,
+        "= prologue.bias;\n  __syncthreads();",
+        "= prologue.bias;",
+        {"race", "uninitialised read"},
+    ),
+    "no_sums_yet": (KERNEL, "__syncthreads();\n\n  if (writes) {", "if (writes) {", {"race", "uninitialised read"}),
     "unguarded_maps": (
         KERNEL,
         "if (exists && member == 0) write_mean",
@@ -459,7 +469,8 @@ PLANTED = {
 }
 HOSTILE = [case for case in MATRIX if case.dtype == torch.float16] + [
     *LARGE,
-    *(Case(*NON_FINITE["run"], torch.float16, "gelu", value=torch.inf) for _ in range(1)),
+    Case(*NON_FINITE["run"], torch.float16, "gelu", value=torch.inf),
+    Case("contiguous", 3, (32, 32), torch.bfloat16, "none", value=2.0**126),
 ]
 
 
@@ -483,16 +494,16 @@ def test_planted_bug(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("barrier", [True, False])
+@pytest.mark.parametrize("barrier", ["", "first", "second"])
 def test_few_ctas(barrier):
-    """No launch that a test can run has more tiles than CTAs, so these are made few; without the barrier at its end, a
-    tile overwrites sums of the one before."""
+    """No launch that a test can run has more tiles than CTAs, so these are made few. Two barriers keep a tile's sums
+    from those of the tile before."""
     overlay = plant(f"pool_few_ctas_{barrier}", KERNEL, "params.batch * plan.channel_blocks, 1 << 30", "2, 1 << 30")
-    if not barrier:
+    if barrier:
         path = overlay / "cuda" / KERNEL
-        text = path.read_text()
-        assert text.count("  __syncthreads();  // before the next sums\n") == 1
-        path.write_text(text.replace("  __syncthreads();  // before the next sums\n", ""))
+        before, first, between, second, after = re.split("(__syncthreads[(][)];)", path.read_text())
+        first, second = ("", second) if barrier == "first" else (first, "")
+        path.write_text(before + first + between + second + after)
     with contextlib.closing(EmulatedOps(overlay=overlay)) as ops:
         many = [dataclasses.replace(case, channels=136, batch=3) for case in HOSTILE if case.size == (7, 7)]
-        assert first_finding(ops, many, run_hostile) == ("nothing" if barrier else "race")
+        assert first_finding(ops, many, run_hostile) == ("race" if barrier else "nothing")

@@ -77,8 +77,8 @@ class PoolSummand {
   using Real = arithmetic_t<T>;
 
   PoolSummand() = default;
-  __device__ PoolSummand(const PoolParams& params, const PoolPlan& plan, const Elementwise<T>& prologue)
-      : bias_(prologue.bias),
+  __device__ PoolSummand(const PoolParams& params, const PoolPlan& plan, Real bias)
+      : bias_(bias),
         weight_(plan.weight),
         floor_(params.prologue.activation == Activation::kRelu ? Real(0) : -Real(INFINITY)) {}
 
@@ -248,7 +248,7 @@ __device__ __forceinline__ void pool_along_maps(const PoolParams& params, const 
   const Elementwise<T> prologue(params.prologue, exists ? channel : 0);
   Real sum = 0;
   if (exists) {
-    const PoolSummand<T, Traits::kActivation> summand(params, plan, prologue);
+    const PoolSummand<T, Traits::kActivation> summand(params, plan, prologue.bias);
     sum = sum_map<Traits>(plan, map_at<T>(params, image, channel), member, summand);
   }
 #pragma unroll
@@ -256,7 +256,9 @@ __device__ __forceinline__ void pool_along_maps(const PoolParams& params, const 
   if (exists && member == 0) write_mean(params, plan, image, channel, prologue, sum);
 }
 
-// Neighbouring lanes have neighbouring channels, or octets; the threads of a team meet in shared memory.
+// Neighbouring lanes have neighbouring channels, or octets. The threads of a team meet in shared memory. Its barriers
+// also keep a tile from the one before: biases are written after the second and read before it, sums of threads written
+// after the first and read before it.
 template <class Traits>
 __device__ __forceinline__ void pool_along_channels(const PoolParams& params, const PoolPlan& plan, int64_t image,
                                                     int64_t first_channel) {
@@ -264,15 +266,22 @@ __device__ __forceinline__ void pool_along_channels(const PoolParams& params, co
   using Real = typename Traits::Real;
   constexpr PoolShape kShape = Traits::kShape;
   constexpr int kLanes = kShape.threads / kShape.team;  // threads that read one pixel
+  __shared__ Real biases[kShape.maps()];
   __shared__ Real sums_of[kShape.team][kShape.maps()];
+
+  const int64_t channel = first_channel + threadIdx.x;  // whose mean this thread writes, if it does
+  const bool writes = threadIdx.x < kShape.maps() && channel < params.channels;
+  const Elementwise<T> prologue(params.prologue, writes ? channel : 0);
+  if (writes) biases[threadIdx.x] = prologue.bias;
+  __syncthreads();
+
   const int member = threadIdx.x / kLanes;
   const int own = threadIdx.x % kLanes * kShape.channels;
   if (first_channel + own < params.channels) {
     const T* const map = map_at<T>(params, image, first_channel + own);
     PoolSummand<T, Traits::kActivation> summands[kShape.channels];
 #pragma unroll
-    for (int i = 0; i < kShape.channels; i++)
-      summands[i] = {params, plan, Elementwise<T>(params.prologue, first_channel + own + i)};
+    for (int i = 0; i < kShape.channels; i++) summands[i] = {params, plan, biases[own + i]};
     if constexpr (kShape.channels == 1) {
       sums_of[member][own] = sum_map<Traits>(plan, map, member, summands[0]);
     } else {
@@ -286,13 +295,12 @@ __device__ __forceinline__ void pool_along_channels(const PoolParams& params, co
     }
   }
   __syncthreads();
-  const int64_t channel = first_channel + threadIdx.x;
-  if (threadIdx.x < kShape.maps() && channel < params.channels) {
+
+  if (writes) {
     Real sum = 0;
     for (int i = 0; i < kShape.team; i++) sum += sums_of[i][threadIdx.x];
-    write_mean(params, plan, image, channel, Elementwise<T>(params.prologue, channel), sum);
+    write_mean(params, plan, image, channel, prologue, sum);
   }
-  __syncthreads();  // before the next sums
 }
 
 template <class Traits>

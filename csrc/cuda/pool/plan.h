@@ -102,8 +102,11 @@ inline PoolPlan choose_pool_plan(const PoolParams& params) {
   PoolPlan plan{};
   set_pool_rows(params, plan);
   plan.access = choose_pool_access(params, plan);
-  // 32 x 32 pixels of 16 bits are 16 loads for each of 8 lanes. Single pixels take more of them.
-  plan.small_maps = plan.access == PoolAccess::kRun ? plan.pixels * bytes_of(params.dtype) <= 2048 : plan.pixels <= 256;
+  // A run of 32 x 32 pixels is 16 or 32 loads of a small team's threads. Single pixels take more of them.
+  constexpr int64_t kSmallRun = 4096;  // bytes
+  constexpr int64_t kSmallMap = 256;   // pixels
+  plan.small_maps = (plan.access == PoolAccess::kRun && plan.pixels * bytes_of(params.dtype) <= kSmallRun) ||
+                    (plan.access == PoolAccess::kPixel && plan.pixels <= kSmallMap);
   const PoolShape shape = pool_shape(plan.access, plan.small_maps);
   plan.channel_blocks = ceil_div(params.channels, shape.maps());
   plan.step_cols = shape.team % plan.width;
