@@ -5,7 +5,6 @@ import ctypes
 import dataclasses
 import itertools
 import math
-import re
 import struct
 import sys
 from ctypes import Structure, c_bool, c_float, c_int32, c_int64
@@ -93,6 +92,7 @@ LAYOUTS = exact.LAYOUTS | {
     "pixels_apart": strided(lambda c, h, w, _: (c * h * w * 8, h * w * 8, w * 8, 8)),
     "octets_apart": strided(lambda c, h, w, _: (h * w * (c + 8) + h * 8, 1, w * (c + 8) + 8, c + 8)),
     "octets_apart_unaligned": strided(lambda c, h, w, _: (h * w * (c + 1), 1, w * (c + 1), c + 1)),
+    "octets_padded": strided(lambda c, h, w, _: (h * w * -(-c // 8) * 8, 1, w * -(-c // 8) * 8, -(-c // 8) * 8)),
     "octet_rows_unaligned": strided(lambda c, h, w, _: (h * (w * c + 1) * 8, 1, w * c + 1, c)),
 }
 
@@ -122,6 +122,7 @@ CHOICES = {
     ("channels_last", 1, (32, 32)): ("run 8", "run 8"),
     ("channels_last_unaligned", 40, (7, 7)): ("channels 8", "channels 8"),
     ("octets_apart", 40, (7, 7)): ("octet 32", "channels 8"),
+    ("octets_padded", 33, (7, 7)): ("channels 8", "channels 8"),
     ("octets_apart_unaligned", 40, (7, 7)): ("channels 8", "channels 8"),
     ("octet_rows_unaligned", 40, (7, 7)): ("channels 8", "channels 8"),
 }
@@ -186,7 +187,7 @@ def test_huge_maps(ops, shape, strides, dtype):
 
 @dataclasses.dataclass
 class Case:
-    """Pixels whose sums are exact; `value`, if not 0, takes the place of one map's last pixel, or of all if it is finite."""
+    """Pixels whose sums are exact. A `value` takes the place of one map's last pixel, or of all if it is finite."""
 
     layout: str
     channels: int
@@ -268,7 +269,7 @@ def test_accuracy(ops, dtype, activation, layout, own_dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
 def test_gelu_of_every_value(ops, dtype):
-    """Of maps of one pixel, each finite 16-bit number once: the nearest number to the exact result, or its neighbour."""
+    """Of maps of one pixel, which are each finite number once: the number nearest to the result, or its neighbour."""
     ops.device.order = "forward"
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite()].view(1, -1, 1, 1)
@@ -448,12 +449,17 @@ PLANTED = {
     ),
     "unaligned_maps": (
         PLAN,
-        "&&\n                   starts_on_16_bytes(params, params.channels, stride.c);",
-        ";",
+        "starts_on_16_bytes(params, params.channels, stride.c);",
+        "true;",
         {"misaligned"},
     ),
     "unaligned_octets": (PLAN, "params.channels % 8 == 0 && aligned", "params.channels % 8 == 0", {"misaligned"}),
-    "part_of_an_octet": (PLAN, "params.channels % 8 == 0 && aligned", "aligned", {"misaligned", "out-of-bounds"}),
+    "part_of_an_octet": (
+        PLAN,
+        "params.channels % 8 == 0 && aligned",
+        "aligned",
+        {"out-of-bounds", "uninitialised read"},
+    ),
     "unaligned_octet_rows": (
         PLAN,
         "starts_on_16_bytes(params, params.height, stride.h) &&",
@@ -494,16 +500,12 @@ def test_planted_bug(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("barrier", ["", "first", "second"])
-def test_few_ctas(barrier):
-    """No launch that a test can run has more tiles than CTAs, so these are made few. Two barriers keep a tile's sums
-    from those of the tile before."""
-    overlay = plant(f"pool_few_ctas_{barrier}", KERNEL, "params.batch * plan.channel_blocks, 1 << 30", "2, 1 << 30")
-    if barrier:
-        path = overlay / "cuda" / KERNEL
-        before, first, between, second, after = re.split("(__syncthreads[(][)];)", path.read_text())
-        first, second = ("", second) if barrier == "first" else (first, "")
-        path.write_text(before + first + between + second + after)
+@pytest.mark.parametrize("step, reports", [("gridDim.x", {"nothing"}), ("1", {"second write", "global race"})])
+def test_few_ctas(step, reports):
+    """No launch that a test can run has more tiles than CTAs, so these are made few; once with tiles taken twice."""
+    overlay = plant(f"pool_few_ctas_{step}", KERNEL, "params.batch * plan.channel_blocks, 1 << 30", "2, 1 << 30")
+    path = overlay / "cuda" / KERNEL
+    path.write_text(path.read_text().replace("tile += gridDim.x", f"tile += {step}"))
     with contextlib.closing(EmulatedOps(overlay=overlay)) as ops:
         many = [dataclasses.replace(case, channels=136, batch=3) for case in HOSTILE if case.size == (7, 7)]
-        assert first_finding(ops, many, run_hostile) == ("race" if barrier else "nothing")
+        assert first_finding(ops, many, run_hostile) in reports
