@@ -439,7 +439,7 @@ PLANTED = {
         {"out-of-bounds", "uninitialised read"},
     ),
     "infinity_is_nan": (KERNEL, "fabsf(fminf(v, 16.f))", "fabsf(v)", WRONG),
-    "small_sums_of_large_values": (PLAN, "pixels *= 2) plan.weight /= 2;", "pixels *= 2) plan.weight = 1;", WRONG),
+    "small_sums_of_large_values": (PLAN, "left /= 2) plan.weight /= 2;", "left /= 2) plan.weight = 1;", WRONG),
     "unaligned_base": (PLAN, "reinterpret_cast<uintptr_t>(params.x) % 16 == 0", "true", {"misaligned"}),
     "unaligned_images": (
         PLAN,

@@ -343,8 +343,8 @@ cudaError_t activate_pool(const PoolParams& params, const PoolPlan& plan, cudaSt
     activate_pool_kernel<Traits><<<ctas, Traits::kShape.threads, 0, stream>>>(params, plan);
     return cudaGetLastError();
   };
-  const bool is_gelu = params.prologue.activation == Activation::kGelu;
-  return dispatch_activation(is_gelu ? Activation::kGelu : Activation::kRelu, [&](auto activation) {
+  const Activation wanted = params.prologue.activation;
+  return dispatch_activation(wanted == Activation::kNone ? Activation::kRelu : wanted, [&](auto activation) {
     return dispatch_pool_traits<T, decltype(activation)::value>(plan, launch);
   });
 }

@@ -113,7 +113,7 @@ inline PoolPlan choose_pool_plan(const PoolParams& params) {
   plan.step_offset = shape.team / plan.width * plan.row_stride + plan.step_cols * plan.col_stride;
   plan.wrap_offset = plan.row_stride - plan.width * plan.col_stride;
   plan.weight = 1;
-  for (int64_t pixels = 1; pixels < plan.pixels; pixels *= 2) plan.weight /= 2;
+  for (int64_t left = plan.pixels - 1; left > 0; left /= 2) plan.weight /= 2;
   return plan;
 }
 
