@@ -218,6 +218,37 @@ def small_arguments(device="cpu", dtype=torch.float32):
     return x, weight, cases.make_vectors(SMALL, dtype, 6, device)
 
 
+def called(operator, *arguments, **out) -> list[str]:
+    """The operators that a call dispatches, itself first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        operator(*arguments, **out)
+    return [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_calls_through_the_dispatcher(mode):
+    """None but the operator itself, which would cost more than what it does: only strided weights and vectors are
+    copied, and a copy of `out` to itself counts the write."""
+    x, weight, v = small_arguments()
+    arguments, strided = (x, weight, *v[:3], 1, True, *v[3:]), weight.transpose(2, 3).contiguous().transpose(2, 3)
+    with mode():
+        for name, own in {
+            "depthwise_conv2d": (x, weight, v[0]),
+            "depthwise_conv2d_dgrad": (x, weight),
+            "depthwise_conv2d_wgrad": (x, x, 3, 4, True),
+            "fused_depthwise": arguments,
+            "activate_pool": (x, *v[:3], 1),
+        }.items():
+            itself, copy = f"convmixer_fast::{name}", "aten::copy_"
+            packet = getattr(torch.ops.convmixer_fast, name)
+            assert called(packet.default, *own) == [itself]
+            assert called(packet.default, x.transpose(2, 3).contiguous().transpose(2, 3), *own[1:]) == [itself]
+            assert "out" not in packet.overloads() or called(packet.out, *own, out=packet(*own)) == [itself, copy]
+        assert called(packet.default, x, v[0].repeat_interleave(2)[::2], *own[2:]) == [itself, copy]
+        fused = torch.ops.convmixer_fast.fused_depthwise.default
+        assert called(fused, x, strided, *arguments[2:]) == ["convmixer_fast::fused_depthwise", copy]
+
+
 @device
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
 def test_opcheck(device, layout):

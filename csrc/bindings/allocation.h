@@ -1,7 +1,6 @@
 // New tensors on a given one's device: outputs in its memory format, contiguous copies, workspaces.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -15,12 +14,14 @@ namespace convmixer_fast {
 
 // torch's own rule (c10::is_channels_last_strides_2d), which the stable ABI does not offer.
 inline bool is_channels_last(const Tensor& t) {
+  const int64_t* const sizes = t.sizes().data();
+  const int64_t* const strides = t.strides().data();
   int64_t least = 0;
-  if (t.stride(1) == 0) return false;
+  if (strides[1] == 0) return false;
   for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least) return false;
-    if (d == 0 && least == t.stride(1)) return false;  // N1HW and the like: ambiguous, taken as contiguous
-    least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
+    if (sizes[d] == 0 || strides[d] < least) return false;
+    if (d == 0 && least == strides[1]) return false;  // N1HW and the like: ambiguous, taken as contiguous
+    least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
   }
   return true;
 }
@@ -48,10 +49,15 @@ Tensor empty_strided_like(const Tensor& x, std::array<int64_t, kDims> sizes, std
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   const AtenTensorHandle handle = allocate(x, kDims, sizes.data(), strides.data(), dtype);
-  check(handle != nullptr, kAllocationFailed, what, ", ", Listed{sizes.data(), kDims}, " of ",
-        name_of(x.scalar_type()));
+  check(handle != nullptr, kAllocationFailed, what, ", ", Listed{sizes.data(), kDims}, " of ", DtypeOf{x});
   return Tensor(handle);
 }
+
+// What torch::stable::copy_ and zero_ do, but these look their operator up by its name in every call.
+inline void copy(const Tensor& to, const Tensor& from) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), /*non_blocking=*/0));
+}
+inline void zero(const Tensor& tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(tensor.get())); }
 
 // The tensor itself if it is contiguous, else a copy that is.
 template <size_t kDims>
@@ -66,8 +72,9 @@ Tensor contiguous(const char* argument, const Tensor& tensor) {
     stride *= sizes[d];
   }
   const std::string what = std::string("a contiguous copy of ") + argument;
-  Tensor copy = empty_strided_like<kDims>(tensor, sizes, strides, what.c_str());
-  return torch::stable::copy_(copy, tensor);
+  const Tensor copied = empty_strided_like<kDims>(tensor, sizes, strides, what.c_str());
+  copy(copied, tensor);
+  return copied;
 }
 
 // Uninitialised bytes on x's device.

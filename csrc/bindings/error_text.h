@@ -8,6 +8,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../params.h"
+
 namespace convmixer_fast {
 
 using torch::headeronly::ScalarType;
@@ -63,6 +65,16 @@ inline std::ostream& operator<<(std::ostream& out, DeviceOf device) {
   }
 }
 
+inline const char* name_of(DType type) {
+  switch (type) {
+    case DType::kFloat64: return "float64";
+    case DType::kFloat32: return "float32";
+    case DType::kFloat16: return "float16";
+    case DType::kBFloat16: return "bfloat16";
+  }
+  __builtin_unreachable();
+}
+
 inline const char* name_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double: return "float64";
@@ -86,5 +98,12 @@ inline const char* name_of(ScalarType type) {
     default: return "another type";
   }
 }
+
+// Asks for the dtype only when it is printed. check() evaluates its arguments although it seldom prints them, and
+// Tensor::scalar_type() compares torch's number of the dtype with one after the other.
+struct DtypeOf {  // prints as float32
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, DtypeOf dtype) { return out << name_of(dtype.tensor.scalar_type()); }
 
 }  // namespace convmixer_fast

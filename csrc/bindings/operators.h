@@ -31,18 +31,18 @@ struct Elementwise {
   Tensor shift;
   ElementwiseParams params;  // points into the three tensors
 
-  Elementwise(const Tensor& x, const Tensor& bias_, const char* bias_name, const Tensor& scale_, const char* scale_name,
-              const Tensor& shift_, const char* shift_name, Activation activation) {
-    const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    bias = checked_per_channel(bias_name, bias_, x, type);
-    scale = checked_per_channel(scale_name, scale_, x, type);
-    shift = checked_per_channel(shift_name, shift_, x, type);
-    params = {bias.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
-              type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32, activation};
-  }
+  Elementwise(const Tensor& x, DType type, const Tensor& bias_, const char* bias_name, const Tensor& scale_,
+              const char* scale_name, const Tensor& shift_, const char* shift_name, Activation activation)
+      : bias(checked_per_channel(bias_name, bias_, x, type)),
+        scale(checked_per_channel(scale_name, scale_, x, type)),
+        shift(checked_per_channel(shift_name, shift_, x, type)),
+        params{bias.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(), type, activation} {}
 };
 
-inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
+// The dtype of an Elementwise's tensors for an x of the given dtype.
+inline DType elementwise_dtype(DType x) { return x == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+inline DepthwiseParams depthwise_params(const Tensor& x, DType dtype, const Tensor& weight, const Tensor& y) {
   DepthwiseParams params{};
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
@@ -57,20 +57,20 @@ inline DepthwiseParams depthwise_params(const Tensor& x, const Tensor& weight, c
   params.kernel_w = weight.size(3);
   params.pad_top = (params.kernel_h - 1) / 2;
   params.pad_left = (params.kernel_w - 1) / 2;
-  params.dtype = dtype_of("x", x);
+  params.dtype = dtype;
   return params;
 }
 
 template <class Backend>
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_maps("x", x);
-  dtype_of("x", x);
+  const DType dtype = dtype_of("x", x);
   const Tensor taps = checked_weight(weight, x);
-  Tensor contiguous_bias;
-  if (bias) contiguous_bias = checked_per_channel("bias", *bias, x, x.scalar_type());
+  std::optional<Tensor> contiguous_bias;
+  if (bias) contiguous_bias = checked_per_channel("bias", *bias, x, dtype);
   Tensor y = empty_output(x);
-  DepthwiseParams params = depthwise_params(x, taps, y);
-  params.epilogue.bias = bias ? contiguous_bias.const_data_ptr() : nullptr;
+  DepthwiseParams params = depthwise_params(x, dtype, taps, y);
+  params.epilogue.bias = contiguous_bias ? contiguous_bias->const_data_ptr() : nullptr;
   params.epilogue.param_dtype = params.dtype;
   if (y.numel() > 0) Backend::depthwise(params, x);
   return y;
@@ -80,10 +80,10 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
 template <class Backend>
 Tensor depthwise_conv2d_dgrad(const Tensor& gy, const Tensor& weight) {
   check_maps("gy", gy);
-  dtype_of("gy", gy);
+  const DType dtype = dtype_of("gy", gy);
   const Tensor taps = checked_weight(weight, gy, "gy");
   Tensor gx = empty_output(gy);
-  DepthwiseParams params = depthwise_params(gy, taps, gx);
+  DepthwiseParams params = depthwise_params(gy, dtype, taps, gx);
   params.flip_taps = true;
   params.pad_top = params.kernel_h / 2;
   params.pad_left = params.kernel_w / 2;
@@ -99,8 +99,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor&
   check_maps("x", x);
   const DType dtype = dtype_of("x", x);
   check_same_device("gy", gy, x);
-  check(gy.scalar_type() == x.scalar_type(), "gy must have x's dtype ", name_of(x.scalar_type()), ", got ",
-        name_of(gy.scalar_type()));
+  check_same_dtype("gy", gy, x);
   check_maps("gy", gy);
   bool same_shape = true;
   for (int64_t d = 0; d < 4; d++) same_shape = same_shape && gy.size(d) == x.size(d);
@@ -112,8 +111,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& x, const Tensor&
                                          {kernel_h * kernel_w, kernel_h * kernel_w, kernel_w, 1});
   Tensor gbias = empty_strided_like<1>(x, {bias ? channels : 0}, {1});
   if (x.numel() == 0) {
-    torch::stable::zero_(gweight);
-    torch::stable::zero_(gbias);
+    zero(gweight);
+    zero(gbias);
     return {gweight, gbias};
   }
   WgradParams params{};
@@ -143,16 +142,17 @@ Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& we
                             const std::optional<Tensor>& prologue_bias, const std::optional<Tensor>& prologue_scale,
                             const std::optional<Tensor>& prologue_shift) {
   check_maps("x", x);
-  dtype_of("x", x);
+  const DType dtype = dtype_of("x", x);
+  const DType vector_dtype = elementwise_dtype(dtype);
   const Tensor taps = checked_weight(weight, x);
-  const Elementwise epilogue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
+  const Elementwise epilogue(x, vector_dtype, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
   check(prologue_bias.has_value() == prologue_scale.has_value() &&
             prologue_bias.has_value() == prologue_shift.has_value(),
         "prologue must give all of bias, scale and shift, or none");
   std::optional<Elementwise> prologue;
   if (prologue_bias)
-    prologue.emplace(x, *prologue_bias, kPrologueBias, *prologue_scale, kPrologueScale, *prologue_shift, kPrologueShift,
-                     activation_of(activation));
+    prologue.emplace(x, vector_dtype, *prologue_bias, kPrologueBias, *prologue_scale, kPrologueScale, *prologue_shift,
+                     kPrologueShift, activation_of(activation));
   if (out) {
     std::vector<Input> inputs = {{"x", x}, {"weight", weight}, {"bias", bias}, {"scale", scale}, {"shift", shift}};
     if (prologue_bias) {
@@ -164,7 +164,7 @@ Tensor fused_depthwise_into(const Tensor* out, const Tensor& x, const Tensor& we
     count_write(*out);
   }
   Tensor y = out ? *out : empty_output(x);
-  DepthwiseParams params = depthwise_params(x, taps, y);
+  DepthwiseParams params = depthwise_params(x, dtype, taps, y);
   params.residual = residual;
   params.epilogue = epilogue.params;
   params.has_prologue = prologue.has_value();
@@ -196,7 +196,8 @@ Tensor activate_pool_into(const Tensor* out, const Tensor& x, const Tensor& bias
                           const Tensor& shift, int64_t activation) {
   check_maps("x", x);
   const DType dtype = dtype_of("x", x);
-  const Elementwise prologue(x, bias, "bias", scale, "scale", shift, "shift", activation_of(activation));
+  const Elementwise prologue(x, elementwise_dtype(dtype), bias, "bias", scale, "scale", shift, "shift",
+                             activation_of(activation));
   const int64_t channels = x.size(1);
   if (out) {
     check_output<2>(*out, {x.size(0), channels}, {{"x", x}, {"bias", bias}, {"scale", scale}, {"shift", shift}});

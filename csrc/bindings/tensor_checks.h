@@ -1,7 +1,6 @@
 // Checks of the operators' arguments: dtypes, shapes, devices, and that an output shares no memory with an input.
 // convmixer_fast/fakes.py has the same checks for tensors without data.
 #pragma once
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -19,15 +18,28 @@
 
 namespace convmixer_fast {
 
-inline DType dtype_of(const char* argument, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: break;
+// torch's number for a dtype. To compare these takes a fraction of the time of Tensor::scalar_type().
+inline int32_t dtype_number(const Tensor& tensor) {
+  int32_t number;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  return number;
+}
+
+inline int32_t dtype_number(DType type) {
+  switch (type) {
+    case DType::kFloat64: return aoti_torch_dtype_float64();
+    case DType::kFloat32: return aoti_torch_dtype_float32();
+    case DType::kFloat16: return aoti_torch_dtype_float16();
+    case DType::kBFloat16: return aoti_torch_dtype_bfloat16();
   }
-  check(false, argument, " must be float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
+  __builtin_unreachable();
+}
+
+inline DType dtype_of(const char* argument, const Tensor& tensor) {
+  const int32_t number = dtype_number(tensor);
+  for (DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
+    if (number == dtype_number(type)) return type;
+  check(false, argument, " must be float64, float32, float16 or bfloat16, got ", DtypeOf{tensor});
   __builtin_unreachable();
 }
 
@@ -47,7 +59,10 @@ inline Activation activation_of(int64_t value) {
   return static_cast<Activation>(value);
 }
 
-inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+inline Strides strides_of(const Tensor& t) {
+  const int64_t* const strides = t.strides().data();
+  return {strides[0], strides[1], strides[2], strides[3]};
+}
 
 inline bool is_kernel_size(int64_t size) { return 1 <= size && size <= kLargestKernel; }
 
@@ -55,16 +70,31 @@ inline void check_maps(const char* argument, const Tensor& x) {
   check(x.dim() == 4, argument, " must be (N, C, H, W), got ", x.dim(), " dimensions: ", ShapeOf{x});
 }
 
+// As torch numbers devices, which takes a fraction of the time of comparing Tensor::device().
+inline bool on_same_device(const Tensor& one, const Tensor& other) {
+  int32_t types[2];
+  int32_t indices[2];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(one.get(), &types[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(other.get(), &types[1]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(one.get(), &indices[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(other.get(), &indices[1]));
+  return types[0] == types[1] && indices[0] == indices[1];
+}
+
 inline void check_same_device(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
-  check(tensor.device() == x.device(), argument, " must be on ", x_name, "'s device ", DeviceOf{x}, ", got ",
+  check(on_same_device(tensor, x), argument, " must be on ", x_name, "'s device ", DeviceOf{x}, ", got ",
         DeviceOf{tensor});
+}
+
+inline void check_same_dtype(const char* argument, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
+  check(dtype_number(tensor) == dtype_number(x), argument, " must have ", x_name, "'s dtype ", DtypeOf{x}, ", got ",
+        DtypeOf{tensor});
 }
 
 // The weight, contiguous, for the convolution of x.
 inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* x_name = "x") {
   check_same_device("weight", weight, x, x_name);
-  check(weight.scalar_type() == x.scalar_type(), "weight must have ", x_name, "'s dtype ", name_of(x.scalar_type()),
-        ", got ", name_of(weight.scalar_type()));
+  check_same_dtype("weight", weight, x, x_name);
   check(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && is_kernel_size(weight.size(2)) &&
             is_kernel_size(weight.size(3)),
         "weight must be (C, 1, kh, kw) with C = ", x.size(1), " channels as ", x_name, " and kh, kw from 1 to ",
@@ -73,10 +103,10 @@ inline Tensor checked_weight(const Tensor& weight, const Tensor& x, const char* 
 }
 
 // A bias, scale or shift, contiguous, with one value per channel of x.
-inline Tensor checked_per_channel(const char* argument, const Tensor& values, const Tensor& x, ScalarType type) {
+inline Tensor checked_per_channel(const char* argument, const Tensor& values, const Tensor& x, DType type) {
   check_same_device(argument, values, x);
-  check(values.scalar_type() == type, argument, " must be ", name_of(type), " for ", name_of(x.scalar_type()),
-        " x, got ", name_of(values.scalar_type()));
+  check(dtype_number(values) == dtype_number(type), argument, " must be ", name_of(type), " for ", DtypeOf{x},
+        " x, got ", DtypeOf{values});
   check(values.dim() == 1 && values.size(0) == x.size(1), argument, " must be (C,) with C = ", x.size(1),
         " channels as x, got ", ShapeOf{values});
   return contiguous<1>(argument, values);
@@ -127,8 +157,7 @@ template <size_t kDims>
 void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std::vector<Input>& inputs) {
   const Tensor& x = inputs.front().tensor;
   check_same_device("out", out, x);
-  check(out.scalar_type() == x.scalar_type(), "out must have x's dtype ", name_of(x.scalar_type()), ", got ",
-        name_of(out.scalar_type()));
+  check_same_dtype("out", out, x);
   bool fits = out.dim() == static_cast<int64_t>(kDims);
   for (size_t d = 0; d < kDims && fits; d++) fits = out.size(d) == sizes[d];
   check(fits, "out must be ", Listed{sizes.data(), kDims}, ", got ", ShapeOf{out});
@@ -136,11 +165,8 @@ void check_output(const Tensor& out, std::array<int64_t, kDims> sizes, const std
   for (const Input& input : inputs) check_apart("out", out, input.name, input.tensor);
 }
 
-// Tells autograd that a tensor is written. Its version counter is not part of the stable ABI, but zeroing none of its
-// elements advances it.
-inline void count_write(const Tensor& tensor) {
-  Tensor nothing = torch::stable::narrow(const_cast<Tensor&>(tensor), 0, 0, 0);
-  torch::stable::zero_(nothing);
-}
+// Tells autograd that a tensor is written. Its version counter is not part of the stable ABI, but a copy of the tensor
+// to itself advances it, and moves no data.
+inline void count_write(const Tensor& tensor) { copy(tensor, tensor); }
 
 }  // namespace convmixer_fast
