@@ -155,20 +155,25 @@ class _Wgrad(torch.autograd.function._SingleLevelFunction):
 
 def _register(name: str, function: Any) -> None:
     """function: a subclass of _SingleLevelFunction, whose apply() PyTorch's types do not tell."""
-    op = getattr(_ops, name).default
+    redispatch = getattr(_ops, name).default.redispatch
+    after_autograd = torch._C._after_autograd_keyset
 
-    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    def differentiable(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         # function.apply turns gradients off, but they are on for the level of torch.func below.
         def run(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+                return redispatch(keyset & after_autograd, *arguments)
 
+        with enable_single_level_autograd_function():
+            return function.apply(run, *arguments)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0
         if forward_mode or torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            with enable_single_level_autograd_function():
-                return function.apply(run, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return differentiable(keyset, *arguments)
+        # Most calls under torch.no_grad() end here, so it does no more than it must: like torch's own fallback for
+        # operators without gradients, it leaves the key Autograd in force for what the operator calls in turn.
+        return redispatch(keyset & after_autograd, *arguments)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 

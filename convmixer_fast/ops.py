@@ -12,7 +12,6 @@ As torch's own functions they leave a call to the __torch_function__ of an argum
 records each as one node. Dynamo does so itself, for the operators that it finds inside.
 """
 
-from types import NoneType
 from typing import Any
 
 import torch
@@ -127,10 +126,11 @@ def activate_pool(
 
 
 def _check_types(x: object, weight: object, bias: object) -> None:
-    for name, argument in dict(x=x, weight=weight).items():
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
-    if not isinstance(bias, (Tensor, NoneType)):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(
             f"bias must be a Tensor or None, got {bias!r}: unlike F.conv2d, depthwise_conv2d takes no stride, padding, "
             'dilation or groups, which are 1, "same", 1 and C'
