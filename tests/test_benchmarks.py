@@ -24,6 +24,7 @@ import cpu  # noqa: E402
 import depthwise  # noqa: E402
 import gemm  # noqa: E402
 import gradients  # noqa: E402
+import overhead  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import runtimes  # noqa: E402
@@ -683,6 +684,44 @@ def test_depthwise_by_cudnn(tmp_path, monkeypatch):
     cudnn, ours = json.loads(results.read_text())["rows"]
     assert cudnn["status"] == "skipped" and cudnn["message"].endswith("cuDNN needs a CUDA device, this is cpu")
     assert ours["status"] == "timed"
+
+
+class TickingClock:
+    """Every span takes a second."""
+
+    now = 0
+
+    @classmethod
+    def mark(cls) -> int:
+        cls.now += 1
+        return cls.now
+
+    seconds = staticmethod(lambda start, end: end - start)
+
+
+def test_overhead_is_a_call_s_share_of_its_round(monkeypatch):
+    calls = []
+    monkeypatch.setattr(overhead, "calls_to_time", lambda device: {"torch.mm": lambda: calls.append(device)})
+    result = overhead.microseconds("cpu", rounds=3, calls=4, clock=TickingClock)
+    assert result == {"inference_mode": {"torch.mm": 250_000}, "no_grad": {"torch.mm": 250_000}}
+    assert calls == ["cpu"] * 2 * 4 * (timing.WARM_UP + 3)
+    result["no_grad"]["ours"] = result["inference_mode"]["ours"] = 500_000
+    assert overhead.table(result).splitlines()[-1].split() == "| ours | 500000 | 2 | 500000 | 2 |".split()
+
+
+def test_overhead_times_every_operator(capsys):
+    assert overhead.main(["--device", "cpu", "--rounds", "1", "--calls", "1"]) == 0
+    timed = re.findall(
+        r"^\| (operator|function) (\w+)(, out)?", capsys.readouterr().out.replace(", prologue", ""), re.M
+    )
+    registered = {name.removeprefix("convmixer_fast::") for name in torch._C._dispatch_get_all_op_names()}
+    of_layers = {name for name in registered if re.match(r"(depthwise_conv2d|fused_depthwise|activate_pool)", name)}
+    assert {name + (".out" if out else "") for kind, name, out in timed if kind == "operator"} == of_layers
+    assert {name for kind, name, _ in timed if kind == "function"} == {
+        "depthwise_conv2d",
+        "fused_depthwise",
+        "activate_pool",
+    }
 
 
 def run_gemm(tmp_path, *options: str) -> tuple[int, dict[str, dict]]:

@@ -2,28 +2,34 @@
 
 import contextlib
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from emulated import EmulatedOps
 from ptxsim.device import OUT_OF_MEMORY, _LaunchFailed
+from ptxsim.toolchain import find_nvcc
 
 OPTIN = 232448  # bytes of shared memory of a block on sm_90, at most
 MAX_DYNAMIC_SHARED, CARVEOUT = 8, 9  # cudaFuncAttribute
 WITHOUT_ASKING = 48 << 10  # bytes that every kernel may have
 
 
+def emulated_ops():
+    return contextlib.closing(EmulatedOps("sm_90a", sm_count=2))
+
+
 @pytest.fixture(scope="module")
 def ops():
-    with contextlib.closing(EmulatedOps("sm_90a", sm_count=2)) as emulated:
+    with emulated_ops() as emulated:
         yield emulated
 
 
 # Numbers of devices: under a new one, launchers take the emulated GPU for one that they have not seen.
-NEW_NUMBERS = iter(range(30))
-FIRST_TO_FAIL = 30  # as many as a test needs, for kernels that no other such test launches
+NEW_NUMBERS = iter(range(60))
 FIRST_OF_OTHERS = 60
 
 
@@ -31,8 +37,7 @@ class RuntimeCalls:
     """What the launchers call of the runtime, as far as it goes through a HostProgram.
 
     Attributes:
-        names: of all calls so far. cudaDeviceGetAttribute is a "device_number", as it asks whether there is that
-            device.
+        names: of all calls so far.
         settings: (attribute, value) of all function attributes set so far.
         failing: which call is to fail, counted from the next; None: none.
         before: by name, what to do once before such a call is made.
@@ -193,15 +198,16 @@ def test_each_device_has_limits_of_its_own(ops, calls):
         assert len(calls.settings) - before == 2 * times, number
 
 
-def test_flags_belong_to_one_library(ops):
+def test_flags_and_answers_belong_to_one_library(ops):
     """Were they symbols that the linker merges, a second copy of the library would take its kernels for prepared."""
     symbols = subprocess.run(["nm", "-C", ops.program.path], capture_output=True, text=True, check=True).stdout
-    kinds = [line.split()[1] for line in symbols.splitlines() if line.endswith(">()::prepared")]
-    assert len(kinds) > 100
-    assert set(kinds) == {"b"}  # local, of the data that starts as zero
+    for name, least in ((">()::prepared", 100), (")::answers", 60)):
+        kinds = [line.split()[1] for line in symbols.splitlines() if line.endswith(name)]
+        assert len(kinds) > least
+        assert set(kinds) == {"b"}  # local, of the data that starts as zero
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------------ questions
 
 PUBLIC = {
     "depthwise": partial(forward, size=(14, 14)),
@@ -211,11 +217,81 @@ PUBLIC = {
     "depthwise_wgrad, direct": partial(wgrad_direct, size=(8, 8)),
     "activate_pool": partial(pool, size=(5, 5)),
 }
+NO_QUESTIONS = {"device_number", "launch"}  # the first comes from the thread's memory, not from the driver
+DEVICE = {"device_attribute": 4}  # compute capability, SMs, shared memory of a CTA and of an SM
+PREPARED = {"device_attribute": 1, "func_get": 1, "func_set": 2}
+OCCUPANCY = {"occupancy": 1}
+# What a first call asks and sets.
+FIRST_CALL = {
+    "depthwise": [DEVICE, PREPARED, OCCUPANCY],
+    "depthwise, direct": [DEVICE, PREPARED],
+    "depthwise_direct": [PREPARED],
+    "depthwise_wgrad": [DEVICE, PREPARED],
+    "depthwise_wgrad, direct": [DEVICE, PREPARED],
+    "activate_pool": [],
+}
 
 
 @pytest.mark.parametrize("launcher", PUBLIC)
-def test_error_is_returned_once(ops, calls, monkeypatch, launcher):
+def test_the_driver_is_asked_once(ops, calls, monkeypatch, launcher):
+    if launcher == "depthwise_direct":
+        monkeypatch.setattr(ops, "launcher", ops.program.depthwise_direct)
+    run = partial(PUBLIC[launcher], ops)
+    asked = Counter(name for name in calls.of(run) if name not in NO_QUESTIONS)
+    assert asked == sum(map(Counter, FIRST_CALL[launcher]), Counter())
+    assert NO_QUESTIONS.issuperset(calls.of(run))
+
+
+def occupancies(calls, run) -> int:
+    return calls.of(run).count("occupancy")
+
+
+def test_occupancy_is_asked_for_each_size_of_shared_memory(ops, calls):
+    run, large, small = LAUNCHERS["depthwise_mma_kernel"]
+    assert [occupancies(calls, partial(run, ops, size)) for size in (small, large, small, large)] == [1, 1, 0, 0]
+
+
+def test_a_first_launch_amid_another_ones_question(ops, calls):
+    """As of two threads: each asks, and takes its answer."""
+    run, large, _ = LAUNCHERS["depthwise_mma_kernel"]
+    between = []
+    calls.before["occupancy"] = lambda: between.append(run(ops, large))
+    assert occupancies(calls, lambda: between.append(run(ops, large))) == 2
+    assert torch.equal(*between)
+    assert occupancies(calls, partial(run, ops, large)) == 0
+
+
+def test_each_device_has_properties_of_its_own(ops, calls):
+    run, large, _ = LAUNCHERS["depthwise_mma_kernel"]
+    numbers = ops.program.device_number, next(NEW_NUMBERS)
+    asked = []
+    for number in 2 * numbers:
+        ops.program.device_number = number
+        asked.append(calls.of(partial(run, ops, large)))
+    assert [names.count("occupancy") for names in asked] == [1, 1, 0, 0]
+    assert [names.count("device_attribute") for names in asked] == [5, 5, 0, 0]
+
+
+def test_answer_cache(tmp_path):
+    program = Path(__file__).with_name("answer_cache_program.cpp")
+    flags = ["-std=c++17", "-cudart", "none", "-Xcompiler=-O1,-Wall,-pthread,-fsanitize=thread"]
+    subprocess.run([find_nvcc(), *flags, program, "-o", tmp_path / "program"], check=True)
+    ran = subprocess.run([tmp_path / "program"], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("launcher", PUBLIC)
+def test_error_is_returned_once(monkeypatch, launcher):
     """Whatever runtime call fails, the launcher returns its error, leaves none behind, and the next call is good."""
+    with emulated_ops() as ops:
+        check_errors(ops, RuntimeCalls(monkeypatch, ops.program), monkeypatch, launcher)
+
+
+def check_errors(ops, calls, monkeypatch, launcher):
+    """ops: of which no launcher has been called."""
     name = launcher.partition(",")[0]
     if name == "depthwise_direct":
         monkeypatch.setattr(ops, "launcher", ops.program.depthwise_direct)
@@ -224,8 +300,7 @@ def test_error_is_returned_once(ops, calls, monkeypatch, launcher):
     assert made.count("launch") == (2 if "wgrad" in name else 1)
     returned_by, public = set(), {name, "depthwise_wgrad_workspace"} if "wgrad" in name else {name}
     for failing, call in enumerate(made):
-        ops.program.device_number = FIRST_TO_FAIL + failing
-        assert ops.program.device_number < FIRST_OF_OTHERS
+        ops.program.device_number += 1
         calls.failing = failing
         with pytest.raises(RuntimeError, match=rf"returned CUDA error {OUT_OF_MEMORY}: .*planted in {call}") as error:
             run()
@@ -235,4 +310,5 @@ def test_error_is_returned_once(ops, calls, monkeypatch, launcher):
         assert torch.equal(results[-1], results[0])
         wanted = made.count("func_set") if made[:failing].count("func_set") < made.count("func_set") else 0
         assert again.count("func_set") == wanted, f"after a failed {call}"
+        assert call in again, f"after a failed {call}"
     assert returned_by == public

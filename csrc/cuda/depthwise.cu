@@ -1,6 +1,6 @@
 // The launchers of the depthwise convolution.
 #include "common/activation.cuh"
-#include "common/device.h"
+#include "common/current_device.h"
 #include "common/dtypes.cuh"
 #include "common/launch.h"
 #include "select.h"
@@ -34,7 +34,7 @@ static cudaError_t launch_direct(const DepthwiseParams& params, const DirectPlan
 
 static cudaError_t launch_selected(const DepthwiseParams& params, cudaStream_t stream) {
   Device device{};
-  if (const cudaError_t status = query_device(device); status != cudaSuccess) return status;
+  if (const cudaError_t status = query_current_device(device); status != cudaSuccess) return status;
   const DepthwiseChoice choice = select(params, device);
   return choice.tensor_cores ? launch_mma(params, choice.mma, device.sms, stream)
                              : launch_direct(params, choice.direct, stream);

@@ -1,6 +1,6 @@
 // Gradient of a depthwise convolution's weight and bias: launches the selected kernel, which leaves partial sums in the
 // workspace, and the kernel that adds these up.
-#include "common/device.h"
+#include "common/current_device.h"
 #include "common/dtypes.cuh"
 #include "common/launch.h"
 #include "select.h"
@@ -18,7 +18,7 @@ cudaError_t reduce_partials(const WgradParams& params, const WgradShare& share, 
 
 static cudaError_t select_for_current_device(const WgradParams& params, WgradChoice& choice) {
   Device device{};
-  const cudaError_t status = query_device(device);
+  const cudaError_t status = query_current_device(device);
   if (status == cudaSuccess) choice = select(params, device);
   return status;
 }

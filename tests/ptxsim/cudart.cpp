@@ -236,7 +236,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int device) {
-  if (cudaError_t e = only_current(device, "cudaDeviceGetAttribute")) return e;
+  if (cudaError_t e = call("device_attribute", {u64(int64_t(device)), u64(a)})) return e;
   switch (a) {
     case cudaDevAttrMaxThreadsPerBlock:
     case cudaDevAttrMaxBlockDimX:

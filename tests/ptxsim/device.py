@@ -27,7 +27,8 @@ CAPABILITIES = {
 }
 
 # the runtime's error codes
-INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONFIGURATION, INVALID_SYMBOL, INVALID_FUNCTION = 1, 2, 9, 13, 98
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONFIGURATION, INVALID_SYMBOL = 1, 2, 9, 13
+INVALID_FUNCTION, INVALID_DEVICE = 98, 101
 NO_KERNEL_IMAGE, INVALID_PTX, ILLEGAL_ADDRESS, OUT_OF_RESOURCES, TIMEOUT = 209, 218, 700, 701, 702
 CONTEXT_DESTROYED, ASSERT, MISALIGNED, LAUNCH_FAILURE = 709, 710, 716, 719
 COOPERATIVE_TOO_LARGE, NOT_SUPPORTED = 720, 801
@@ -38,6 +39,7 @@ CODE_NAME = {
     9: "cudaErrorInvalidConfiguration",
     13: "cudaErrorInvalidSymbol",
     98: "cudaErrorInvalidDeviceFunction",
+    101: "cudaErrorInvalidDevice",
     209: "cudaErrorNoKernelImageForDevice",
     218: "cudaErrorInvalidPtx",
     700: "cudaErrorIllegalAddress",

@@ -19,6 +19,7 @@ from .codegen import UnsupportedInstruction
 from .device import (
     CODE_NAME,
     CONTEXT_DESTROYED,
+    INVALID_DEVICE,
     INVALID_FUNCTION,
     INVALID_PTX,
     INVALID_SYMBOL,
@@ -357,6 +358,10 @@ class HostProgram:
 
     def _op_device_number(self, out, _):
         out[0] = self.device_number
+
+    def _op_device_attribute(self, _, device, __):
+        if device != self.device_number:
+            raise _LaunchFailed(INVALID_DEVICE, "there is one device")
 
     def _op_malloc(self, out, size, _):
         out[1] = self.device.alloc(size, _from_host=True) if size else 0

@@ -34,6 +34,7 @@
 #include "../../common/access_vector.cuh"
 #include "../../common/activation.cuh"
 #include "../../common/launch.h"
+#include "../../common/occupancy.h"
 #include "../../common/shared_memory.h"
 #include "plan.h"
 #include "work_tile.cuh"
@@ -584,8 +585,7 @@ cudaError_t launch_mma(const DepthwiseParams& params, const MmaPlan& plan, int s
   const int threads = 32 * plan.warps;
   int ctas_per_sm = 0;
   cudaError_t status = prepare_shared_memory<kernel>();
-  if (status == cudaSuccess)
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas_per_sm, kernel, threads, smem);
+  if (status == cudaSuccess) status = query_ctas_per_sm<kernel>(threads, smem, ctas_per_sm);
   if (status != cudaSuccess) return status;
   const int64_t max_ctas = std::max(sms * ctas_per_sm / plan.siblings * plan.siblings, plan.siblings);
   const int ctas = static_cast<int>(std::min(plan.work_tiles, max_ctas));
