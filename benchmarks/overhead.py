@@ -82,8 +82,13 @@ def table(result: dict[str, dict[str, float]]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=101, help="times that each is timed (%(default)s)")
-    parser.add_argument("--calls", type=positive, default=300, help="calls in a row that are timed (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=1001, help="times that each is timed (%(default)s)")
+    parser.add_argument(
+        "--calls",
+        type=positive,
+        default=20,
+        help="calls in a row: few, so that another process seldom interrupts them (%(default)s)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     args = parser.parse_args(argv)
     report.resolve_device(parser, args, {"cpu": {}, "cuda": {}})
