@@ -2,16 +2,17 @@
 
 Nothing here is measured: it is counted in nvcc's output, no GPU is needed.
 
-Registers, stack, spills and static shared memory are what ptxas says of each kernel of csrc/cuda. For the kernels of
-the paper's shape (32x32 maps) it also counts the instructions that a warp issues for one plane: it executes the control
-flow of the machine code (sass.py) of a block that owns 4, then of one that owns 8 images, and divides the difference;
-what runs once a block or once a channel drops out. The kernel's arguments come from the code that launches it.
+Registers, stack, spills and static shared memory are what ptxas says of each kernel of csrc/cuda. For the launches of
+CASES the report also has the instructions that the warps of a block issue for one plane: it executes the machine code
+(warp_trace.py) of a block that gets some work tiles, then of one that gets twice as many, and takes the difference;
+what a block does less often than that drops out, such as the fetch of a channel's weights. The kernel's arguments come
+from the code that launches it.
 
-From that follows the time of a plane if everything overlaps: the longest of the memory traffic (x read, y written
-once), the issue slots (one instruction a cycle for each quarter of an SM) and each pipe (PIPES, DEVICES). Latency, bank
-conflicts and barriers are left out: a lower bound, made to compare kernels before a GPU can.
+A cycle model of an SM (cycle_model.py) tells how long as many warps as fit need for these instructions. A layer takes
+that time, or that of the memory traffic (x read, y written once) if that is longer.
 
     python benchmarks/kernel_report.py --targets sm_90a --kernels 'depthwise_mma_f16*'
+    python benchmarks/kernel_report.py --update docs/kernel_report.md
 """
 
 import argparse
@@ -20,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,55 +34,88 @@ from typing import NamedTuple
 
 import sass
 import torch
+import warp_trace
+from cycle_model import DEVICES, simulate, steady_state
 from report import ROOT, table, write
+from sass import PIPE_OF, PIPES
 
-from convmixer_fast.diagnostics import GPUS, explain, mma_arguments, short_name, wgrad_launch
+from convmixer_fast.diagnostics import GPUS, Launch, mma_launch, short_name, wgrad_launch
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernel_report"
 FLAGS = ("-O3", "-std=c++17", "-lineinfo")  # as setup.py
-PLANE = 32  # the paper's maps: 224 / 7, and CIFAR-10's
-CHANNELS, BATCH = 1536, 64  # a layer of ConvMixer-1536/20
 MARKERS = "<!-- kernel_report.py: begin -->\n", "<!-- kernel_report.py: end -->\n"
+FEWEST_TILES = 4  # work tiles in the shorter of the two traces; half as many for blocks of many warps
+GPU_OF = {"sm_90a": "H200", "sm_80": "A100", "sm_89": "RTX 4090"}  # for which each target is traced
 
 
-class Device(NamedTuple):
-    """Clock and bandwidth, and the cycles for which a warp's instruction occupies a pipe of a quarter of an SM."""
+class Case(NamedTuple):
+    """One launch. operator: "depthwise", with what is fused into it; or "wgrad", of contiguous tensors."""
 
-    target: str
-    ghz: float
-    gb_per_s: float
-    note: str
-    tensor: float
-    fma: float
-    half: float
-    alu: float = 2
-    mufu: float = 8
+    shape: tuple[int, int, int, int]
+    kernel_size: int | tuple[int, int]
+    dtype: torch.dtype = torch.float16
+    layout: str = "contiguous"
+    activation: str = "gelu"
+    prologue: bool = False
+    residual: bool = True
+    operator: str = "depthwise"
+
+    def launch(self, target: str) -> Launch:
+        if self.operator == "wgrad":
+            return wgrad_launch(self.shape, self.kernel_size, self.dtype)
+        fused = dict(activation=self.activation, prologue=self.prologue, residual=self.residual)
+        return mma_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused, device=GPU_OF[target])
+
+    @property
+    def planes(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def step(self) -> str:
+        if self.operator != "depthwise":
+            return self.operator
+        parts = [self.activation] if self.activation != "none" else []
+        parts += ["residual"] * self.residual + ["prologue"] * self.prologue
+        return ", ".join(parts) or "plain"
+
+    @property
+    def labels(self) -> list[str]:
+        batch, channels, height, width = self.shape
+        kernel = self.kernel_size if isinstance(self.kernel_size, int) else "x".join(map(str, self.kernel_size))
+        layout = "NCHW" if self.layout == "contiguous" else "NHWC"
+        return [str(self.dtype)[6:], layout, f"{batch}x{channels}x{height}x{width}", str(kernel), self.step]
 
 
-# Throughputs: CUDA C++ Programming Guide, "Arithmetic Instructions". IMAD, at half of FFMA's rate on sm_89 and sm_90,
-# is taken as FFMA: there are few. Tensor cores: the vendor's peak of dense float16 with float32 sums; on sm_90, whose
-# peak takes wgmma, 62 % of it.
-DEVICES = {
-    "H200": Device("sm_90a", 1.755, 4300, "4.3 TB/s, measured copy; 60 MB L2", tensor=6.5, fma=1, half=1),
-    "H100": Device("sm_90a", 1.755, 3000, "3.0 TB/s, measured copy; 50 MB L2", tensor=6.5, fma=1, half=1),
-    "A100": Device("sm_80", 1.41, 2039, "80 GB, 2.039 TB/s by data sheet", tensor=8, fma=2, half=1),
-    "RTX 4090": Device("sm_89", 2.52, 1008, "1.008 TB/s by data sheet", tensor=32, fma=1, half=2),
+PLAIN = dict(activation="none", residual=False)
+PAPER = (64, 1536, 32, 32)  # a layer of ConvMixer-1536/20: maps of 224 / 7, and CIFAR-10's
+EVERY_TARGET = [
+    *(Case(PAPER, k, prologue=prologue) for k in (3, 5, 7, 9) for prologue in (False, True)),
+    *(Case(PAPER, k, **PLAIN) for k in (3, 7, 9)),
+    *(Case(PAPER, k, operator="wgrad") for k in (3, 5, 7, 9)),
+]
+CASES = {
+    "sm_80": EVERY_TARGET,
+    "sm_89": EVERY_TARGET,
+    "sm_90a": [
+        *EVERY_TARGET,
+        Case(PAPER, 9, torch.bfloat16, prologue=True),
+        Case(PAPER, 9, torch.bfloat16, operator="wgrad"),
+        Case(PAPER, 7, layout="channels_last", prologue=True),
+        Case(PAPER, 9, layout="channels_last", prologue=True),
+        Case(PAPER, 9, layout="channels_last", **PLAIN),
+        Case((64, 768, 32, 32), 7, activation="relu", prologue=True),  # ConvMixer-768/32
+        Case((64, 1024, 16, 16), 9, prologue=True),  # ConvMixer-1024/20
+        Case(PAPER, 31, prologue=True),
+        *(  # ConvNeXt-T
+            Case((64, channels, size, size), 7, layout=layout, **PLAIN)
+            for layout in ("channels_last", "contiguous")
+            for channels, size in ((96, 56), (192, 28), (384, 14), (768, 7))
+        ),
+        Case((64, 256, 28, 28), 31, **PLAIN),  # RepLKNet-31B, whose later stages have slightly smaller kernels
+        Case((64, 512, 14, 14), 31, **PLAIN),
+    ],
 }
-
-# Opcodes by pipe. The load/store unit is shared by the four quarters of an SM and moves 128 bytes a cycle.
-PIPES = {
-    "tensor": "HMMA",
-    "fma": "FFMA FADD FMUL IMAD",
-    "half": "HADD2 HFMA2 HMUL2 HMNMX2",
-    "alu": "IADD3 VIADD VIADDMNMX VIMNMX IMNMX IABS LEA LOP3 SHF ISETP SEL PRMT MOV PLOP3 "
-    "FMNMX FSEL FSETP F2FP P2R R2P BMSK",
-    "mufu": "MUFU I2F F2I POPC FLO",
-    "lsu": "LDS STS LDSM LDG STG",
-    "uniform": "UIADD3 UIMAD ULEA ULOP3 USHF UISETP USEL UMOV ULDC R2UR S2UR UPLOP3 UP2UR UPRMT",
-    "other": "LDC S2R CS2R BRA BAR BSSY BSYNC WARPSYNC NOP EXIT CALL RET",
-}
-PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 
 class Resources(NamedTuple):
@@ -97,41 +132,64 @@ class Kernel(NamedTuple):
     instructions: list[sass.Instruction]
 
 
+class Prediction(NamedTuple):
+    """Of a case on a GPU; microseconds."""
+
+    warps: int  # on an SM
+    memory: float
+    model: float
+    cycles: float  # of a quarter of an SM, a plane
+    issue: float  # share of the issue slots in use
+    reasons: dict[str, float]  # shares of the warps' time, the largest first
+
+    @property
+    def microseconds(self) -> float:
+        return max(self.memory, self.model)
+
+
 class Plane(NamedTuple):
-    """What a kernel does for one plane of a shape."""
+    """What a block does in steady state."""
 
     kernel: Kernel
-    kernel_size: int
-    dtype: torch.dtype
-    prologue: bool
-    wgrad: bool  # the gradient of weight and bias, else the forward pass; that of x is the latter without prologue
-    opcodes: Counter
+    case: Case
+    launch: Launch
+    tiles: int  # work tiles of the steps
+    planes: int  # of the steps
+    steps: list[list[warp_trace.Step]]  # of each warp
+
+    @property
+    def opcodes(self) -> Counter:
+        """Instructions a plane."""
+        issued = warp_trace.opcodes(self.kernel.instructions, self.steps)
+        return Counter({opcode: times / self.planes for opcode, times in issued.items()})
 
     @property
     def pipes(self) -> Counter:
-        result = Counter()
+        result: Counter = Counter()
         for opcode, times in self.opcodes.items():
             result[PIPE_OF[opcode.partition(".")[0]]] += times
         return result
 
-    def lsu_cycles(self) -> float:
-        """Of one SM: lanes' bytes by 128."""
-        bytes_a_lane = {"64": 8, "128": 16, "4": 16, "2": 8}
-        return sum(
-            times * max(bytes_a_lane.get(modifier, 4) for modifier in opcode.split(".")) * 32 / 128
-            for opcode, times in self.opcodes.items()
-            if PIPE_OF[opcode.partition(".")[0]] == "lsu"
-        )
+    @property
+    def work_tiles(self) -> float:
+        """Of the whole launch."""
+        return self.case.planes * self.tiles / self.planes
 
-    def predict(self, name: str) -> dict[str, float]:
-        """Microseconds of a layer on a device: by memory, by issue slots, by each pipe."""
-        device, gpu, pipes = DEVICES[name], GPUS[name], self.pipes
-        cycles = {pipe: pipes[pipe] * getattr(device, pipe) for pipe in ("tensor", "fma", "half", "alu", "mufu")}
-        cycles |= {"issue": self.opcodes.total(), "lsu": 4 * self.lsu_cycles()}
-        planes = CHANNELS * BATCH
-        times = {pipe: planes * count / (4 * gpu.sm_count * device.ghz * 1e3) for pipe, count in cycles.items()}
-        tensor_bytes = planes * PLANE**2 * self.dtype.itemsize
-        return {"memory": 2 * tensor_bytes / (device.gb_per_s * 1e3)} | times
+    @property
+    def wavefronts(self) -> float:
+        """A plane."""
+        return sum(step.wavefronts for warp in self.steps for step in warp) / self.planes
+
+    def predict(self, name: str) -> Prediction:
+        device, gpu = DEVICES[name], GPUS[name]
+        blocks = gpu.occupancy(self.launch.block, self.launch.smem_bytes, self.kernel.resources.registers)
+        result = simulate(self.kernel.instructions, device, self.steps, blocks)
+        tiles = math.ceil(self.work_tiles / (blocks * gpu.sm_count))  # of the block that has most
+        model = tiles * result.cycles / self.tiles / (device.ghz * 1e3)
+        elements = math.prod(self.case.shape)
+        memory = 2 * elements * self.case.dtype.itemsize / (device.gb_per_s * 1e3)
+        cycles = 4 * result.cycles / (blocks * self.planes)
+        return Prediction(blocks * self.launch.block // 32, memory, model, cycles, result.issue, result.reasons)
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -201,56 +259,44 @@ def architecture_of(kernel: Kernel) -> int:
     return int(re.search(r"\d+", kernel.target)[0])
 
 
-def count_plane(kernel: Kernel, kernel_size: int, dtype: torch.dtype, prologue: bool, wgrad: bool) -> Plane:
-    """Instructions that the warps of a block issue for one plane, by opcode.
+def trace_case(kernel: Kernel, case: Case) -> Plane:
+    """What a block of the kernel does for the case in steady state.
 
     Raises:
-        sass.UndecidedError: the path hangs on what is not known; or an opcode belongs to no pipe.
+        UndecidedError: the path hangs on what is not known; or an opcode belongs to no pipe.
     """
+    launch = case.launch(kernel.target)
+    maps, tile_h, tile_w = launch.tile
+    tiles_per_map = math.ceil(case.shape[2] / tile_h) * math.ceil(case.shape[3] / tile_w)
+    fewest = FEWEST_TILES if launch.block <= 128 else FEWEST_TILES // 2
+    tiles = tiles_per_map * math.ceil(fewest / tiles_per_map)
+    planes = tiles // tiles_per_map * maps
 
-    def issued(images):
-        shape = (images, 1, PLANE, PLANE)
-        if wgrad:
-            launch = wgrad_launch(shape, kernel_size, dtype)
-            return sass.count(kernel.instructions, launch.arguments, architecture_of(kernel), launch.block // 32)
-        warps = explain(shape, kernel_size, dtype, prologue=prologue).block // 32
-        arguments = mma_arguments(shape, kernel_size, dtype, prologue=prologue)
-        return sass.count(kernel.instructions, arguments, architecture_of(kernel), warps)
+    def trace(times: int) -> list[list[warp_trace.Step]]:
+        if case.operator == "wgrad":  # its only block does all the work
+            arguments = case._replace(shape=(times * planes, 1, *case.shape[2:])).launch(kernel.target).arguments
+            blocks = 1
+        else:  # an even number of blocks: siblings come in pairs
+            arguments, blocks = launch.arguments, launch.work_tiles // (times * tiles) // 2 * 2
+        return warp_trace.trace(kernel.instructions, arguments, architecture_of(kernel), launch.block // 32, blocks)
 
-    few, many = issued(4), issued(8)
-    opcodes = Counter({opcode: (times - few[opcode]) / 4 for opcode, times in many.items() if times != few[opcode]})
-    if unknown := {opcode for opcode in opcodes if opcode.partition(".")[0] not in PIPE_OF}:
-        raise sass.UndecidedError(f"{kernel.name}, {kernel.target}: no pipe is known for {', '.join(sorted(unknown))}")
-    return Plane(kernel, kernel_size, dtype, prologue, wgrad, opcodes)
+    steps = [steady_state(few, many) for few, many in zip(trace(1), trace(2))]
+    plane = Plane(kernel, case, launch, tiles, planes, steps)
+    if unknown := {opcode for opcode in plane.opcodes if opcode.partition(".")[0] not in PIPE_OF}:
+        raise warp_trace.UndecidedError(f"{kernel.name}, {kernel.target}: no pipe for {', '.join(sorted(unknown))}")
+    return plane
 
 
-def count_planes(kernels: list[Kernel]) -> list[Plane]:
-    """Of those kernels that the paper's shape runs, the forward pass with GELU; for the targets that sass.py covers."""
+def trace_cases(kernels: list[Kernel]) -> list[Plane]:
+    """Of those cases whose kernels are there."""
     by_name = {(kernel.name, kernel.target): kernel for kernel in kernels}
-    result = []
-    for target in sorted({kernel.target for kernel in kernels if sass.is_covered(architecture_of(kernel))}):
-        for dtype, k, prologue in itertools.product((torch.float16, torch.bfloat16), (3, 5, 7, 9), (False, True)):
-            name = explain((BATCH, CHANNELS, PLANE, PLANE), k, dtype, prologue=prologue).name
-            if kernel := by_name.get((name, target)):
-                result.append(count_plane(kernel, k, dtype, prologue, wgrad=False))
-        for dtype, k in itertools.product((torch.float16, torch.bfloat16), (3, 5, 7, 9)):
-            name = wgrad_launch((BATCH, CHANNELS, PLANE, PLANE), k, dtype).name
-            if kernel := by_name.get((name, target)):
-                result.append(count_plane(kernel, k, dtype, prologue=False, wgrad=True))
-    return result
+    wanted = [
+        (by_name.get((case.launch(target).name, target)), case) for target, cases in CASES.items() for case in cases
+    ]
+    return [trace_case(kernel, case) for kernel, case in wanted if kernel]
 
 
 # ------------------------------------------------------------------------------------------------ tables
-
-
-def predictions(plane: Plane) -> dict[str, dict[str, float]]:
-    """By device of the plane's target."""
-    return {name: plane.predict(name) for name, device in DEVICES.items() if device.target == plane.kernel.target}
-
-
-def label(plane: Plane) -> list[str]:
-    step = "wgrad" if plane.wgrad else "forward, prologue" if plane.prologue else "forward"
-    return [str(plane.dtype)[6:], str(plane.kernel_size), step]
 
 
 def resource_table(kernels: list[Kernel]) -> str:
@@ -261,35 +307,41 @@ def resource_table(kernels: list[Kernel]) -> str:
     return table(["kernel", "target", "registers", "stack B", "spills B", "static smem B"], rows)
 
 
+LABELS = ["dtype", "layout", "shape", "k", "step"]
+
+
 def plane_table(planes: list[Plane]) -> str:
     rows = []
     for plane in planes:
         pipes = plane.pipes
         counts = [f"{pipes[pipe]:.0f}" for pipe in PIPES]
-        rows.append([plane.kernel.target, *label(plane), f"{plane.opcodes.total():.0f}", *counts])
-    return table(["target", "dtype", "k", "step", "instructions", *PIPES], rows)
+        total, wavefronts = f"{plane.opcodes.total():.0f}", f"{plane.wavefronts:.0f}"
+        rows.append([plane.kernel.target, *plane.case.labels, total, *counts, wavefronts])
+    return table(["target", *LABELS, "instructions", *PIPES, "wavefronts"], rows)
 
 
-def prediction_table(planes: list[Plane]) -> str:
+def predict_all(planes: list[Plane]) -> list[tuple[str, Plane, Prediction]]:
+    """On every GPU of a plane's target; the H100 for the paper's shape only."""
+    return [
+        (name, plane, plane.predict(name))
+        for name, device in DEVICES.items()
+        for plane in planes
+        if device.target == plane.kernel.target and (name == GPU_OF[device.target] or plane.case in EVERY_TARGET)
+    ]
+
+
+def prediction_table(predicted: list[tuple[str, Plane, Prediction]]) -> str:
     rows = []
-    for name, plane in itertools.product(DEVICES, planes):
-        if name not in predictions(plane):
-            continue
-        gpu, registers = GPUS[name], plane.kernel.resources.registers
-        shape, k = (BATCH, CHANNELS, PLANE, PLANE), plane.kernel_size
-        forward = functools.partial(explain, shape, k, plane.dtype, prologue=plane.prologue)
-        launch = wgrad_launch(shape, k, plane.dtype) if plane.wgrad else forward()
-        blocks = gpu.occupancy(launch.block, launch.smem_bytes, registers)
-        times = predictions(plane)[name]
-        pipe = max(times.keys() - {"memory", "issue"}, key=times.get)
-        bound = max(times.values())
+    for name, plane, found in predicted:
+        why = next(reason for reason in found.reasons if reason != "selected")
         rows.append(
-            [name, *label(plane), str(registers), str(launch.smem_bytes), f"{blocks}", f"{blocks * launch.block // 32}"]
-            + [f"{times['memory']:.0f}", f"{times['issue']:.0f}", f"{times[pipe]:.0f} ({pipe})"]
-            + [f"{bound:.0f}", f"{1e3 * bound / (CHANNELS * BATCH):.2f}", f"{100 * times['memory'] / bound:.0f}"]
+            [name, *plane.case.labels, str(plane.kernel.resources.registers), str(found.warps)]
+            + [f"{found.memory:.1f}", f"{found.cycles:.0f}", f"{found.model:.1f}", f"{found.microseconds:.1f}"]
+            + [f"{100 * found.memory / found.microseconds:.0f}", f"{100 * found.issue:.0f}"]
+            + [f"{why} ({100 * found.reasons[why]:.0f} %)"]
         )
-    header = ["GPU", "dtype", "k", "step", "registers", "smem B", "blocks/SM", "warps/SM", "memory us", "issue us"]
-    return table(header + ["busiest pipe us", "predicted us", "ns a plane", "% of floor"], rows)
+    header = ["GPU", *LABELS, "registers", "warps/SM", "memory us", "cycles a plane", "model us", "predicted us"]
+    return table(header + ["% of floor", "issue slots %", "warps wait for"], rows)
 
 
 def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) -> str:
@@ -309,24 +361,22 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
     if all_resources:
         parts.append(resource_table(kernels))
     if planes:
-        parts += [
-            prose(
-                f"SASS instructions that the warps of a block issue for one {PLANE}x{PLANE} plane. Forward: "
-                "convolution, bias, GELU, scale and shift, residual, with and without the prologue; wgrad: gradients "
-                "of weight and bias."
-            ),
-            plane_table(planes),
-        ]
-    if predicted := [plane for plane in planes if predictions(plane)]:
         devices = "; ".join(f"{name}: {GPUS[name].sm_count} SMs, {d.ghz} GHz, {d.note}" for name, d in DEVICES.items())
         parts += [
             prose(
-                f"A layer of C = {CHANNELS}, batch {BATCH} ({CHANNELS * BATCH:,} planes): the longest of memory (two "
-                "tensors, each once: x read and y written, or x and gy read), issue slots and the busiest pipe, if all "
-                "overlap; latency and bank conflicts are "
-                f"left out. {devices}."
+                "SASS instructions that the warps of a block issue for one plane, by pipe, and wavefronts of the "
+                "load/store unit, bank conflicts included. What a step names is fused into the convolution (bias and, "
+                "with an activation, scale and shift always are); wgrad: gradients of weight and bias."
             ),
-            prediction_table(predicted),
+            plane_table(planes),
+            prose(
+                "Time of a layer: the longer one of memory (two tensors, each once: x read and y written, or x and gy "
+                "read) and the cycle model of an SM (`benchmarks/cycle_model.py`), which has stall counts, "
+                "scoreboards, pipes, bank conflicts and barriers, but no instruction cache and no contention for "
+                "DRAM: expect 3 to 10 % more. Cycles a plane are those of a quarter of an SM. Reasons to wait have "
+                f"Nsight Compute's names, in % of the warps' time. {devices}."
+            ),
+            prediction_table(predict_all(planes)),
         ]
     return "\n\n".join(parts)
 
@@ -346,12 +396,14 @@ def as_json(kernels: list[Kernel], planes: list[Plane]) -> dict:
         "kernels": [{"name": k.name, "target": k.target, **k.resources._asdict()} for k in kernels],
         "planes": [
             {
-                **dict(zip(("dtype", "kernel_size", "step"), label(plane))),
+                **dict(zip(LABELS, plane.case.labels)),
                 "target": plane.kernel.target,
+                "kernel": plane.kernel.name,
                 "instructions": plane.opcodes.total(),
+                "wavefronts": plane.wavefronts,
                 "pipes": dict(plane.pipes),
                 "opcodes": dict(plane.opcodes),
-                "microseconds": predictions(plane),
+                "predictions": {name: found._asdict() for name, other, found in predict_all([plane])},
             }
             for plane in planes
         ],
@@ -371,8 +423,8 @@ def main(argv: list[str] | None = None) -> int:
         kernels = load_kernels(args.targets, args.kernels)
         if not kernels:
             parser.error(f"argument --kernels: no kernel in a source named {args.kernels!r}")
-        planes = count_planes(kernels)
-    except (FileNotFoundError, sass.UndecidedError) as error:
+        planes = trace_cases(kernels)
+    except (FileNotFoundError, warp_trace.UndecidedError) as error:
         print(f"kernel_report: {error}", file=sys.stderr)
         return 1
     text = document(kernels, planes, all_resources=True)

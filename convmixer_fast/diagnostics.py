@@ -221,53 +221,63 @@ def short_name(demangled: str) -> str:
     return re.sub(r"\([^()]*\)$", "", name.removeprefix("void "))
 
 
-def mma_arguments(
-    x_shape: tuple[int, int, int, int],
-    kernel_size: int | tuple[int, int],
-    dtype: torch.dtype,
-    *,
-    activation: str = "gelu",
-    prologue: bool = False,
-    residual: bool = True,
-) -> bytes:
-    """The parameters of the tensor-core kernel as they lie in its constant memory, with made-up addresses; NCHW.
+class Launch(NamedTuple):
+    """What :func:`mma_launch` and :func:`wgrad_launch` return.
 
-    Raises:
-        ValueError: an argument does not fit, or the shape leaves the direct kernel.
+    Attributes:
+        name: the kernel in C++, as :attr:`Explanation.name` has it.
+        tile: (maps, height, width): what a block computes at a time.
+        work_tiles: such tiles in all, which the blocks share.
+        block: threads per block.
+        smem_bytes: dynamic shared memory per block.
+        arguments: the kernel's parameters as they lie in its constant memory, with made-up addresses.
     """
-    query = _query(x_shape, kernel_size, dtype, "contiguous", activation, prologue, residual, GPUS["H200"])
-    return _arguments("mma", query)[1]
-
-
-class WgradLaunch(NamedTuple):
-    """What :func:`wgrad_launch` returns: the kernel's name in C++, threads per block, bytes of shared memory, and the
-    parameters as they lie in its constant memory, with made-up addresses."""
 
     name: str
+    tile: tuple[int, int, int]
+    work_tiles: int
     block: int
     smem_bytes: int
     arguments: bytes
 
 
+def mma_launch(
+    x_shape: tuple[int, int, int, int],
+    kernel_size: int | tuple[int, int],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    *,
+    activation: str = "gelu",
+    prologue: bool = False,
+    residual: bool = True,
+    device: str = "H200",
+) -> Launch:
+    """The tensor-core kernel of the forward pass, for any number of blocks.
+
+    Raises:
+        ValueError: an argument does not fit, or the shape leaves the direct kernel.
+    """
+    return _launch("mma", _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS[device]))
+
+
 def wgrad_launch(
     x_shape: tuple[int, int, int, int], kernel_size: int | tuple[int, int], dtype: torch.dtype
-) -> WgradLaunch:
+) -> Launch:
     """The tensor-core kernel of the weight's and the bias's gradient as one block that does all the work; NCHW.
 
     Raises:
         ValueError: an argument does not fit, or the shape leaves the direct kernel.
     """
-    query = _query(x_shape, kernel_size, dtype, "contiguous", "none", False, False, GPUS["H200"])
-    choice, arguments = _arguments("wgrad", query)
-    return WgradLaunch(choice.name.decode(), choice.threads, choice.smem_bytes, arguments)
+    return _launch("wgrad", _query(x_shape, kernel_size, dtype, "contiguous", "none", False, False, GPUS["H200"]))
 
 
-def _arguments(operator: str, query: _Query) -> tuple[_Choice, bytes]:
-    """The launch of a tensor-core kernel and its parameters."""
+def _launch(operator: str, query: _Query) -> Launch:
     choice, buffer = _Choice(), ctypes.create_string_buffer(4096)
     arguments_of = getattr(_cpu_library, f"convmixer_fast_{operator}_arguments")
     size = arguments_of(ctypes.byref(query), ctypes.byref(choice), buffer, len(buffer))
     if not size:
         reason = choice.reason.decode() or "the sizes are too large"
         raise ValueError(f"x_shape {(*query.shape,)} with kernel_size {(*query.kernel,)}: {reason}")
-    return choice, buffer.raw[:size]
+    tile = choice.maps_per_tile, choice.tile_h, choice.tile_w
+    name, arguments = choice.name.decode(), buffer.raw[:size]
+    return Launch(name, tile, choice.work_tiles, choice.threads, choice.smem_bytes, arguments)

@@ -1,0 +1,100 @@
+"""What each instantiation of a CUDA kernel may cost: registers, spills, and for float16 on sm_90a instructions a plane.
+
+The figures of a commit are recorded in a file; a later one may not be worse. Kernels on tensor cores are recorded under
+the launch that they serve, not under their names, so that they can be compared after a change of their template
+arguments; all others under their names.
+
+    python benchmarks/kernel_budgets.py tests/data/kernel_budgets.json            # compares, and returns 1 if worse
+    python benchmarks/kernel_budgets.py tests/data/kernel_budgets.json --record
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_report import CASES, PAPER, PLAIN, Case, Kernel, load_kernels, trace_case
+from report import write
+
+COUNTED = "sm_90a"  # the target whose instructions are counted
+REGISTERS_AT_ONCE = 8  # a thread's registers are allocated by so many
+# Of both dtypes. 11x9, 17x17 and 31x31 are for the ring, with one, two and three k-steps.
+KERNEL_SIZES = (3, 5, 7, 9, (11, 9), 17, 31)
+STEPS = [
+    *(dict(activation=act, prologue=prologue) for act in ("gelu", "relu") for prologue in (False, True)),
+    PLAIN,
+]
+
+Budgets = dict[str, dict[str, dict[str, Any]]]  # by target and launch or name
+
+
+def launches() -> list[Case]:
+    """Cases that lead to every instantiation of the kernels on tensor cores."""
+    dtypes = torch.float16, torch.bfloat16
+    result = []
+    for dtype, layout, size, step in itertools.product(dtypes, ("contiguous", "channels_last"), KERNEL_SIZES, STEPS):
+        if layout == "contiguous" or size != 31:  # channels_last takes kernels up to 25 columns wide
+            result.append(Case(PAPER, size, dtype, layout, **step))
+    result += [Case(PAPER, k, dtype, operator="wgrad") for dtype in dtypes for k in (3, 5, 7, 9, 17)]
+    return result
+
+
+def measure(kernels: list[Kernel], cases: list[Case]) -> Budgets:
+    """Of those cases whose kernels are there, and of kernels that no case reaches."""
+    result: Budgets = {target: {} for target in sorted({kernel.target for kernel in kernels})}
+    for target, entries in result.items():
+        by_name = {kernel.name: kernel for kernel in kernels if kernel.target == target}
+        reached = set()
+        for case in cases:
+            name = case.launch(target).name
+            reached.add(name)
+            if kernel := by_name.get(name):
+                entries[" ".join(case.labels)] = entry = {"kernel": name, **resources(kernel)}
+                if target == COUNTED and case.dtype == torch.float16:
+                    entry["instructions"] = round(trace_case(kernel, case).opcodes.total(), 2)
+        entries |= {name: resources(kernel) for name, kernel in by_name.items() if name not in reached}
+    return result
+
+
+def resources(kernel: Kernel) -> dict[str, int]:
+    return {"registers": kernel.resources.registers, "spills": kernel.resources.spills}
+
+
+def worse(recorded: Budgets, found: Budgets) -> list[str]:
+    """What is worse than recorded, or was not recorded, in words."""
+    result = []
+    for target, entries in found.items():
+        for label, entry in entries.items():
+            before = recorded.get(target, {}).get(label)
+            if before is None:
+                result.append(f"{target}, {label}: not recorded")
+                continue
+            limits = dict(before)
+            limits["registers"] = -(-limits["registers"] // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+            for what in ("registers", "spills", "instructions"):
+                if what in entry and entry[what] > limits.get(what, 0):
+                    result.append(f"{target}, {label}: {entry[what]} {what}, recorded are {before.get(what)}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--record", action="store_true", help="write the file anew")
+    parser.add_argument("--targets", nargs="+", default=list(CASES), metavar="T", help=f"({' '.join(CASES)})")
+    parser.add_argument("--kernels", default="*", metavar="P", help="sources by name, without .cu (%(default)s)")
+    args = parser.parse_args(argv)
+    found = measure(load_kernels(args.targets, args.kernels), launches())
+    if args.record:
+        write(args.file, json.dumps(found, indent=1) + "\n")
+        return 0
+    failures = worse(json.loads(args.file.read_text()), found)
+    print("\n".join(failures) or "nothing is worse than recorded")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
