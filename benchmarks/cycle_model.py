@@ -239,14 +239,13 @@ class Sm:
             self.reasons["math_pipe_throttle"] += pipe_free - warp.ready
             self.reasons["not_selected"] += cycle - pipe_free
 
-    def run(self, warm_up: int, rounds: int) -> Result:
-        """Every warp does its steps so often; what is told is of the rounds after the warm-up."""
+    def run(self, rounds: int) -> Result:
+        """As many instructions as so many rounds of all warps have, after those of one round, which are not told."""
         events = [(0, quarter) for quarter in range(4)]
         last = [-1] * 4  # cycle of a quarter's last issue
-        behind = {done: len(self.warps) for done in (warm_up, warm_up + rounds)}  # warps that have not got so far
-        begin, issued_before = 0, 0
-        issued, now = 0, 0
-        while behind[warm_up + rounds]:
+        per_round = sum(len(warp.steps) for warp in self.warps)
+        begin, now, issued = 0, 0, 0
+        while issued < (1 + rounds) * per_round:
             now, quarter = heapq.heappop(events)
             if now <= last[quarter]:
                 continue
@@ -268,22 +267,17 @@ class Sm:
             heapq.heappush(events, (now + 1, quarter))
             last[quarter] = now
             issued += 1
-            done, rest = divmod(chosen.issued, len(chosen.steps))
-            if rest == 0 and done in behind:
-                behind[done] -= 1
-                if done == warm_up and not behind[done]:
-                    begin, issued_before = now, issued
-                    self.reasons.clear()
-        window, progress = now - begin, issued - issued_before
-        per_round = sum(len(warp.steps) for warp in self.warps)
-        total = sum(self.reasons.values())
+            if issued == per_round:
+                begin = now
+                self.reasons.clear()
+        window, total = now - begin, sum(self.reasons.values())
         reasons = {reason: count / total for reason, count in self.reasons.most_common()}
-        return Result(window * per_round / progress, progress / (4 * window), reasons)
+        return Result(window / rounds, rounds * per_round / (4 * window), reasons)
 
 
 def simulate(instructions: list[Instruction], device: Device, block: list[list[Step]], blocks: int) -> Result:
     """An SM that holds so many blocks, each of whose warps repeats its steps."""
     used = {step.index for steps in block for step in steps}
     operations = {index: operation(instructions[index], device) for index in used}
-    rounds = math.ceil(FEWEST_ISSUED / (blocks * sum(map(len, block))))
-    return Sm(operations, device, block, blocks).run(1, max(rounds, 1))
+    rounds = math.ceil(FEWEST_ISSUED / (blocks * sum(map(len, block))))  # at least one
+    return Sm(operations, device, block, blocks).run(rounds)

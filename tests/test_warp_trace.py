@@ -258,7 +258,9 @@ def test_wavefronts(opcode, stride, wavefronts):
 
 
 def test_wavefronts_of_some_lanes():
-    code = program("S2R R0, SR_TID.X\nISETP.GE.AND P0, PT, R0, 0x18, PT\n@P0 LDS.128 R4, [R0.X16]\n@!PT LDS R4, [R0]\nEXIT")
+    code = program(
+        "S2R R0, SR_TID.X\nISETP.GE.AND P0, PT, R0, 0x18, PT\n@P0 LDS.128 R4, [R0.X16]\n@!PT LDS R4, [R0]\nEXIT"
+    )
     (steps,) = trace(code, b"", 90, warps=1)
     assert [step.wavefronts for step in steps] == [0, 0, 1, 0, 0]
 
