@@ -21,8 +21,8 @@ from report import write
 
 COUNTED = "sm_90a"  # the target whose instructions are counted
 REGISTERS_AT_ONCE = 8  # a thread's registers are allocated by so many
-# Of both dtypes. 11x9, 17x17 and 31x31 are for the ring, with one, two and three k-steps.
-KERNEL_SIZES = (3, 5, 7, 9, (11, 9), 17, 31)
+# 11x9, 17x17 and 31x31 take the ring, with one, two and three k-steps.
+KERNEL_SIZES = {"contiguous": (3, 5, 7, 9, (11, 9), 17, 31), "channels_last": (7, 9, (11, 9), 17)}
 STEPS = [
     *(dict(activation=act, prologue=prologue) for act in ("gelu", "relu") for prologue in (False, True)),
     PLAIN,
@@ -34,10 +34,11 @@ Budgets = dict[str, dict[str, dict[str, Any]]]  # by target and launch or name
 def launches() -> list[Case]:
     """Cases that lead to every instantiation of the kernels on tensor cores."""
     dtypes = torch.float16, torch.bfloat16
-    result = []
-    for dtype, layout, size, step in itertools.product(dtypes, ("contiguous", "channels_last"), KERNEL_SIZES, STEPS):
-        if layout == "contiguous" or size != 31:  # channels_last takes kernels up to 25 columns wide
-            result.append(Case(PAPER, size, dtype, layout, **step))
+    result = [
+        Case(PAPER, size, dtype, layout, **step)
+        for dtype, (layout, sizes) in itertools.product(dtypes, KERNEL_SIZES.items())
+        for size, step in itertools.product(sizes, STEPS)
+    ]
     result += [Case(PAPER, k, dtype, operator="wgrad") for dtype in dtypes for k in (3, 5, 7, 9, 17)]
     return result
 

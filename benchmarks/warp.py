@@ -513,6 +513,11 @@ class Warp:
         low, high = (whole & np.uint64(MASK)).astype(np.int64), (whole >> np.uint64(32)).astype(np.int64)
         return [(operands[0].row, low, bits)] + ([(operands[0].row + 1, high, bits)] if "U64" in modifiers else [])
 
+    def _fchk(self, modifiers, operands):
+        """Whether a quotient of floats needs the long way. It is taken for an ordinary one, which does not."""
+        false = np.zeros(32, np.int64)
+        return self._one(operands[0], false, false)
+
     def _prmt(self, modifiers, operands):
         if modifiers:
             return None
