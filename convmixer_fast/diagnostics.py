@@ -260,9 +260,7 @@ def mma_launch(
     return _launch("mma", _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS[device]))
 
 
-def wgrad_launch(
-    x_shape: tuple[int, int, int, int], kernel_size: int | tuple[int, int], dtype: torch.dtype
-) -> Launch:
+def wgrad_launch(x_shape: tuple[int, int, int, int], kernel_size: int | tuple[int, int], dtype: torch.dtype) -> Launch:
     """The tensor-core kernel of the weight's and the bias's gradient as one block that does all the work; NCHW.
 
     Raises:
