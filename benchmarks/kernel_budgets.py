@@ -81,6 +81,15 @@ def worse(recorded: Budgets, found: Budgets) -> list[str]:
     return result
 
 
+def as_text(budgets: Budgets) -> str:
+    """JSON with a line per entry."""
+    targets = []
+    for target, entries in budgets.items():
+        lines = [f"  {json.dumps(label)}: {json.dumps(entry)}" for label, entry in entries.items()]
+        targets.append(f" {json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(targets) + "\n}\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path)
@@ -90,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found = measure(load_kernels(args.targets, args.kernels), launches())
     if args.record:
-        write(args.file, json.dumps(found, indent=1) + "\n")
+        write(args.file, as_text(found))
         return 0
     failures = worse(json.loads(args.file.read_text()), found)
     print("\n".join(failures) or "nothing is worse than recorded")
