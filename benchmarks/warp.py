@@ -247,7 +247,6 @@ class Warp:
             lanes, doubtful = self.guarded(guard)
             if doubtful is not None:
                 self.values[np.ix_(targets, doubtful)] = UNKNOWN
-                lanes = lanes & ~doubtful
             if not lanes.any():
                 return
             if instruction.uniform:

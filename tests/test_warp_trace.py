@@ -196,12 +196,20 @@ def test_integer_arithmetic(tmp_path, monkeypatch, target):
 
 @pytest.mark.parametrize(
     "decides",
-    ["LDG.E R0, desc[UR4][R2.64]", "SHFL.IDX PT, R0, R4, RZ, 0x1f", "@P3 MOV R0, 0x1", "UNHEARD.OF R0, R1, R2"],
+    [
+        "LDG.E R0, desc[UR4][R2.64]",
+        "@P4 LDG.E R0, desc[UR4][R2.64]",
+        "SHFL.IDX PT, R0, R4, RZ, 0x1f",
+        "@P3 MOV R0, 0x1",
+        "UNHEARD.OF R0, R1, R2",
+    ],
 )
 def test_does_not_guess(decides, monkeypatch):
     monkeypatch.setattr(warp_trace, "MOST_STEPS", 100)
     code = program(
         f"""
+        S2R R5, SR_TID.X
+        ISETP.LT.AND P4, PT, R5, 0x7, PT
         LDS R4, [RZ]
         ISETP.NE.AND P3, PT, R4, RZ, PT
         MOV R0, 0x1
@@ -211,7 +219,7 @@ def test_does_not_guess(decides, monkeypatch):
         EXIT
         """
     )
-    with pytest.raises(UndecidedError, match="0x50"):
+    with pytest.raises(UndecidedError, match="0x70"):
         trace(code, b"", 80, warps=1)
 
 
@@ -255,6 +263,23 @@ def test_wavefronts(opcode, stride, wavefronts):
     code = program(f"S2R R0, SR_TID.X\nUMOV UR8, 0x400\nIMAD R1, R0, {stride:#x}, RZ\n{opcode} {operands}\nEXIT")
     (steps,) = trace(code, b"", 90, warps=1)
     assert [step.wavefronts for step in steps] == [0, 0, 0, wavefronts, 0]
+
+
+@pytest.mark.parametrize("opcode, wavefronts", [("LDS", 16), ("LDS.64", 32), ("LDS.128", 32)])
+def test_wavefronts_of_groups(opcode, wavefronts):
+    """The lanes of each half meet in banks of their own: 4 bytes a lane are served together, 8 and 16 in groups."""
+    code = program(
+        f"""
+        S2R R0, SR_TID.X
+        SHF.R.U32.HI R1, RZ, 0x4, R0
+        IMAD R2, R1, 0x10, RZ
+        IMAD R2, R0, 0x80, R2
+        {opcode} R4, [R2]
+        EXIT
+        """
+    )
+    (steps,) = trace(code, b"", 90, warps=1)
+    assert steps[4].wavefronts == wavefronts
 
 
 def test_wavefronts_of_some_lanes():
