@@ -39,7 +39,7 @@ from cycle_model import DEVICES, simulate, steady_state
 from report import ROOT, table, write
 from sass import PIPE_OF, PIPES
 
-from convmixer_fast.diagnostics import GPUS, Launch, mma_launch, short_name, wgrad_launch
+from convmixer_fast.diagnostics import GPUS, Launch, mma_launch, pool_launch, short_name, wgrad_launch
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernel_report"
@@ -50,7 +50,7 @@ GPU_OF = {"sm_90a": "H200", "sm_80": "A100", "sm_89": "RTX 4090"}  # for which e
 
 
 class Case(NamedTuple):
-    """One launch. operator: "depthwise", with what is fused into it; or "wgrad", of contiguous tensors."""
+    """One launch. operator: "depthwise", with what is fused into it; "wgrad", of contiguous tensors; or "pool"."""
 
     shape: tuple[int, int, int, int]
     kernel_size: int | tuple[int, int]
@@ -64,6 +64,8 @@ class Case(NamedTuple):
     def launch(self, target: str) -> Launch:
         if self.operator == "wgrad":
             return wgrad_launch(self.shape, self.kernel_size, self.dtype)
+        if self.operator == "pool":
+            return pool_launch(self.shape, self.dtype, self.layout, activation=self.activation)
         fused = dict(activation=self.activation, prologue=self.prologue, residual=self.residual)
         return mma_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused, device=GPU_OF[target])
 
@@ -112,6 +114,7 @@ CASES = {
             for layout in ("channels_last", "contiguous")
             for channels, size in ((96, 56), (192, 28), (384, 14), (768, 7))
         ),
+        *(Case(PAPER, 1, layout=layout, operator="pool") for layout in ("contiguous", "channels_last")),
         Case((64, 256, 28, 28), 31, **PLAIN),  # RepLKNet-31B, whose later stages have slightly smaller kernels
         Case((64, 512, 14, 14), 31, **PLAIN),
     ],
@@ -187,7 +190,8 @@ class Plane(NamedTuple):
         tiles = math.ceil(self.work_tiles / (blocks * gpu.sm_count))  # of the block that has most
         model = tiles * result.cycles / self.tiles / (device.ghz * 1e3)
         elements = math.prod(self.case.shape)
-        memory = 2 * elements * self.case.dtype.itemsize / (device.gb_per_s * 1e3)
+        tensors = 1 if self.case.operator == "pool" else 2  # which are as large as x
+        memory = tensors * elements * self.case.dtype.itemsize / (device.gb_per_s * 1e3)
         cycles = 4 * result.cycles / (blocks * self.planes)
         return Prediction(blocks * self.launch.block // 32, memory, model, cycles, result.issue, result.reasons)
 
@@ -273,8 +277,9 @@ def trace_case(kernel: Kernel, case: Case) -> Plane:
     planes = tiles // tiles_per_map * maps
 
     def trace(times: int) -> list[list[warp_trace.Step]]:
-        if case.operator == "wgrad":  # its only block does all the work
-            arguments = case._replace(shape=(times * planes, 1, *case.shape[2:])).launch(kernel.target).arguments
+        if case.operator != "depthwise":  # one block that does all the work
+            shape = (times * planes, 1) if case.operator == "wgrad" else (times, planes)
+            arguments = case._replace(shape=shape + case.shape[2:]).launch(kernel.target).arguments
             blocks = 1
         else:  # an even number of blocks: siblings come in pairs
             arguments, blocks = launch.arguments, launch.work_tiles // (times * tiles) // 2 * 2
@@ -344,6 +349,12 @@ def prediction_table(predicted: list[tuple[str, Plane, Prediction]]) -> str:
     return table(header + ["% of floor", "issue slots %", "warps wait for"], rows)
 
 
+def pooling(plane: Plane) -> str:
+    """As the maps' size does not matter much: by pixels."""
+    pixels = plane.case.shape[2] * plane.case.shape[3]
+    return f", {plane.case.labels[1]}: {32 * plane.opcodes.total() / pixels:.1f} instructions for 32 pixels of a warp"
+
+
 def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) -> str:
     prose = functools.partial(textwrap.fill, width=118, break_on_hyphens=False, break_long_words=False)
     targets = sorted({kernel.target for kernel in kernels})
@@ -362,18 +373,20 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
         parts.append(resource_table(kernels))
     if planes:
         devices = "; ".join(f"{name}: {GPUS[name].sm_count} SMs, {d.ghz} GHz, {d.note}" for name, d in DEVICES.items())
+        pooled = [plane for plane in planes if plane.case.operator == "pool"]
         parts += [
             prose(
                 "SASS instructions that the warps of a block issue for one plane, by pipe, and wavefronts of the "
                 "load/store unit, bank conflicts included. What a step names is fused into the convolution (bias and, "
-                "with an activation, scale and shift always are); wgrad: gradients of weight and bias."
+                "with an activation, scale and shift always are); wgrad: gradients of weight and bias; pool: "
+                f"activate_pool with GELU{''.join(map(pooling, pooled))}."
             ),
             plane_table(planes),
             prose(
                 "Time of a layer: the longer one of memory (two tensors, each once: x read and y written, or x and gy "
-                "read) and the cycle model of an SM (`benchmarks/cycle_model.py`), which has stall counts, "
-                "scoreboards, pipes, bank conflicts and barriers, but no instruction cache and no contention for "
-                "DRAM: expect 3 to 10 % more. Cycles a plane are those of a quarter of an SM. Reasons to wait have "
+                "read; of pool x alone) and the cycle model of an SM (`benchmarks/cycle_model.py`), which has stall "
+                "counts, scoreboards, pipes, bank conflicts and barriers, but no instruction cache and no contention "
+                "for DRAM: expect 3 to 10 % more. Cycles a plane are those of a quarter of an SM. Reasons to wait have "
                 f"Nsight Compute's names, in % of the warps' time. {devices}."
             ),
             prediction_table(predict_all(planes)),

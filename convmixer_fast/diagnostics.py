@@ -222,7 +222,7 @@ def short_name(demangled: str) -> str:
 
 
 class Launch(NamedTuple):
-    """What :func:`mma_launch` and :func:`wgrad_launch` return.
+    """What :func:`mma_launch`, :func:`wgrad_launch` and :func:`pool_launch` return.
 
     Attributes:
         name: the kernel in C++, as :attr:`Explanation.name` has it.
@@ -267,6 +267,17 @@ def wgrad_launch(x_shape: tuple[int, int, int, int], kernel_size: int | tuple[in
         ValueError: an argument does not fit, or the shape leaves the direct kernel.
     """
     return _launch("wgrad", _query(x_shape, kernel_size, dtype, "contiguous", "none", False, False, GPUS["H200"]))
+
+
+def pool_launch(
+    x_shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str = "contiguous", *, activation: str = "gelu"
+) -> Launch:
+    """The pooling kernel, for any number of blocks.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    return _launch("pool", _query(x_shape, 1, dtype, layout, activation, False, False, GPUS["H200"]))
 
 
 def _launch(operator: str, query: _Query) -> Launch:

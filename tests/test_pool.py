@@ -5,7 +5,6 @@ import ctypes
 import dataclasses
 import itertools
 import math
-import struct
 import sys
 from ctypes import Structure, c_bool, c_float, c_int32, c_int64
 from pathlib import Path
@@ -26,7 +25,7 @@ from convmixer_fast._types import ACTIVATIONS, DTYPES
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import kernel_report
-import sass
+import warp_trace
 
 HALF = (torch.float16, torch.bfloat16)
 ACCESSES = ("run", "pixel", "octet", "channels")  # enum class PoolAccess
@@ -357,24 +356,6 @@ def test_traffic(ops, dtype, layout, channels, size):
 # ------------------------------------------------------------------------------------------------ machine code
 
 
-def executed(instructions):
-    """Instructions, but for three that sass.count takes for unknown in a way that loops and branches depend on: a
-    constant written as a product of zeros, the conversion of 64 bits to one register, and the test for quotients that
-    need a slow division, which ordinary ones do not."""
-    for instruction in instructions:
-        operands = instruction.operands
-        if instruction.opcode.startswith("HFMA2") and operands[1:3] == ["-RZ", "RZ"]:
-            high, low = (struct.pack("<e", float(operand)) for operand in operands[3:5])
-            constant = hex(int.from_bytes(low + high, "little"))
-            instruction = instruction._replace(opcode="MOV", operands=[operands[0], constant])
-        elif instruction.opcode == "I2F.S64":
-            instruction = instruction._replace(opcode="I2F")
-        elif instruction.opcode == "FCHK":
-            false = [operands[0], "PT", "RZ", "RZ", "PT"]
-            instruction = instruction._replace(opcode="ISETP.NE.AND", operands=false)
-        yield instruction
-
-
 @pytest.mark.slow
 def test_instructions(ops):
     """No spills, and few enough instructions for a warp's 32 pixels that memory remains what the kernel waits for."""
@@ -392,7 +373,8 @@ def test_instructions(ops):
         name = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}[dtype]
         gelu, access = ACTIVATIONS["gelu"].code, f"PoolAccess){plan.access}, {str(plan.small_maps).lower()}>"
         (kernel,) = (k for k in kernels if f"<{name}, " in k.name and f"){gelu}, " in k.name and access in k.name)
-        issued = sass.count(list(executed(kernel.instructions)), bytes(params) + bytes(plan), 90, warps)
+        steps = warp_trace.trace(kernel.instructions, bytes(params) + bytes(plan), 90, warps)
+        issued = warp_trace.opcodes(kernel.instructions, steps)
         per_pixel = issued.total() / (x.numel() / 32)
         print(f"{kernel.name}: {per_pixel:.1f} instructions per 32 pixels, {kernel.resources.registers} registers")
         assert per_pixel <= MOST_INSTRUCTIONS

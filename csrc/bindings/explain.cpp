@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../cuda/describe.h"
+#include "../cuda/pool/plan.h"
 #include "../cuda/select.h"
 
 namespace convmixer_fast {
@@ -100,6 +101,21 @@ WgradParams wgrad_params_of(const DepthwiseQuery& query, void* address) {
   params.pad_top = forward.pad_top;
   params.pad_left = forward.pad_left;
   params.dtype = forward.dtype;
+  return params;
+}
+
+PoolParams pool_params_of(const DepthwiseQuery& query, void* y) {
+  const DepthwiseParams forward = params_of(query);
+  PoolParams params{};
+  params.x = forward.prologue.bias;
+  params.y = y;
+  params.batch = forward.batch;
+  params.channels = forward.channels;
+  params.height = forward.height;
+  params.width = forward.width;
+  params.x_stride = forward.x_stride;
+  params.dtype = forward.dtype;
+  params.prologue = forward.prologue;
   return params;
 }
 
@@ -239,5 +255,27 @@ CMF_EXPORT int convmixer_fast_wgrad_arguments(const DepthwiseQuery* query, Choic
   std::memcpy(bytes, &params, kPlan);
   std::memcpy(bytes + kPlan, &plan, sizeof(plan));
   std::memcpy(bytes + kShare, &share, sizeof(share));
+  return kSize;
+}
+
+// The same for the pooling kernel, whose CTAs share its work tiles, however many CTAs there are.
+CMF_EXPORT int convmixer_fast_pool_arguments(const DepthwiseQuery* query, Choice* choice, unsigned char* bytes,
+                                             int capacity) {
+  using namespace convmixer_fast;
+  constexpr int kSize = sizeof(PoolParams) + sizeof(cuda::PoolPlan);
+  static_assert(sizeof(PoolParams) % alignof(cuda::PoolPlan) == 0, "no gap between the two");
+  if (!fits(*query) || capacity < kSize) return 0;
+  const PoolParams params = pool_params_of(*query, bytes);
+  const cuda::PoolPlan plan = cuda::choose_pool_plan(params);
+  const cuda::PoolShape shape = cuda::pool_shape(plan.access, plan.small_maps);
+  choice->work_tiles = params.batch * plan.channel_blocks;
+  choice->x_elements_read = params.batch * params.channels * params.height * params.width;
+  choice->maps_per_tile = shape.maps();
+  choice->tile_h = static_cast<int>(params.height);
+  choice->tile_w = static_cast<int>(params.width);
+  choice->threads = shape.threads;
+  copy_text(cuda::kernel_name(params, plan), choice->name);
+  std::memcpy(bytes, &params, sizeof(params));
+  std::memcpy(bytes + sizeof(params), &plan, sizeof(plan));
   return kSize;
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include <string>
 
+#include "pool/plan.h"
 #include "select.h"
 
 namespace convmixer_fast::cuda {
@@ -71,6 +72,13 @@ inline std::string kernel_name(const DepthwiseParams& params, const DepthwiseCho
 inline std::string kernel_name(const WgradParams& params, const WgradMmaPlan& plan) {
   return std::string("depthwise_wgrad_mma_kernel<WgradTraits<") + element_type(params.dtype) + ", " +
          std::to_string(plan.taps.fixed ? plan.taps.tap_rows : 0) + ">>";
+}
+
+inline std::string kernel_name(const PoolParams& params, const PoolPlan& plan) {
+  const int activation = static_cast<int>(kernel_activation(params.prologue.activation));
+  return std::string("activate_pool_kernel<PoolTraits<") + element_type(params.dtype) + ", (Activation)" +
+         std::to_string(activation) + ", (PoolAccess)" + std::to_string(static_cast<int>(plan.access)) +
+         (plan.small_maps ? ", true>>" : ", false>>");
 }
 
 }  // namespace convmixer_fast::cuda
