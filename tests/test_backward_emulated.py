@@ -211,31 +211,43 @@ def test_traffic(dtype, kernel_size, size, batch):
 # ------------------------------------------------------------------------------------------------ planted bugs
 
 MMA, DIRECT, SHARE = "wgrad/mma/kernel.cuh", "wgrad/direct/kernel.cuh", "wgrad/share.h"
+MMA_PLAN, LOADERS = "wgrad/mma/plan.h", "depthwise/mma/loaders/"
 # What the suite must find: (file, correct text, text with the bug, what is reported).
 PLANTED = {
     "dgrad_taps_as_they_are": (
-        "depthwise/mma/kernel.cuh",
+        "depthwise/mma/toeplitz.cuh",
         "weight[params.flip_taps ? kernel - 1 - i : i]",
         "weight[i]",
         {"wrong result"},
     ),
     "wgrad_no_barrier_before_the_next_tile": (
         MMA,
-        "    work_tile = following;\n    __syncthreads();",
-        "    work_tile = following;",
+        "    tile = following;\n    __syncthreads();",
+        "    tile = following;",
         {"race"},
     ),
     "wgrad_stale_images": (
-        MMA,
-        "      prefetched_x[step] = make_uint4(0, 0, 0, 0);\n      prefetched_gy[step] = make_uint4(0, 0, 0, 0);\n"
-        "      if (exists) {",
-        "      if (exists) {",
+        LOADERS + "aligned_rows.cuh",
+        "if constexpr (kZeroMissing) vectors_[i] = {};",
+        "",
         {"wrong result"},
+    ),
+    "wgrad_stale_images_of_words": (
+        LOADERS + "unaligned_rows.cuh",
+        "if constexpr (kZeroMissing) words_[step] = {};",
+        "",
+        {"wrong result"},
+    ),
+    "wgrad_stale_images_of_tiles": (
+        LOADERS + "tiles.cuh",
+        "const bool has_col = image < copy.position.images && copy.has_col(col);",
+        "const bool has_col = copy.has_col(col);",
+        {"wrong result", "out-of-bounds"},
     ),
     "wgrad_sums_of_the_last_channel": (
         MMA,
-        "      write_partial();\n      clear();",
-        "      write_partial();",
+        "scratch);\n      acc.clear();",
+        "scratch);",
         {"wrong result"},
     ),
     "wgrad_subtiles_that_do_not_exist": (
@@ -251,10 +263,28 @@ PLANTED = {
         {"wrong result"},
     ),
     "wgrad_tile_without_zero_fill": (
-        MMA,
-        "map_row >= 0 && map_row < height && map_col >= 0",
-        "map_row < height && map_col >= 0",
+        LOADERS + "tiles.cuh",
+        "return row >= 0 && row < height;",
+        "return row < height;",
         {"out-of-bounds", "wrong result"},
+    ),
+    "wgrad_last_chain_only": (
+        MMA,
+        "diagonal = is_first ? sum : diagonal + sum;",
+        "diagonal = sum;",
+        {"wrong result"},
+    ),
+    "wgrad_chains_of_the_last_channel": (
+        MMA,
+        "is_first_chain = is_last_of_channel;",
+        "is_first_chain = false;",
+        {"wrong result"},
+    ),
+    "wgrad_gap_of_the_ring": (
+        MMA_PLAN,
+        "2 * (maps.row(row + 1 - plan.x.top) - maps.row(row - plan.x.top));",
+        "2 * (maps.row(row + 1) - maps.row(row));",
+        {"wrong result", "uninitialised read", "out-of-bounds"},
     ),
     "wgrad_partials_overlap": (
         SHARE,

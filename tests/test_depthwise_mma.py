@@ -15,9 +15,8 @@ from numerics import assert_error_at_most_peer
 from convmixer_fast import reference
 
 HALVES = [torch.float16, torch.bfloat16]
-# One for each way through the kernel: 3 to 9 with all Toeplitz fragments in registers, then the ring of 1, 2 and 3
-# k-steps.
-KERNELS = [(3, 3), (5, 5), (7, 7), (9, 9), (8, 8), (11, 11), (31, 31), (51, 5), (4, 27)]
+# One for each way through the kernel: 3 to 9 with all Toeplitz fragments in registers, then the ring of 1 to 4 k-steps.
+KERNELS = [(3, 3), (5, 5), (7, 7), (9, 9), (8, 8), (11, 11), (31, 31), (51, 5), (5, 51), (4, 27)]
 # In channels_last: 7 and 9, then the ring of 1 and 2 k-steps.
 KERNELS_CHANNELS_LAST = [(7, 7), (9, 9), (3, 3), (11, 11)]
 KERNELS_OF_LAYOUTS = [("contiguous", size) for size in KERNELS] + [
@@ -136,45 +135,84 @@ def test_traffic_of_the_paper(dtype, size, batch, kernel_size):
     assert profile.loads.widths[16] == x.nbytes // 16
     assert dict(profile.stores.widths) == {16: y.nbytes // 16}
     assert profile.shared["ldmatrix"].conflict == 1
+    # The stores of the inputs take two wavefronts where one would move their bytes, those of the outputs one.
+    assert profile.shared["st"].conflict <= 1.52
 
 
-UNALIGNED_MAPS = [(33, 29), (7, 7), (14, 14), (28, 28), (37, 36), (3, 62), (61, 9), (9, 2), (1, 31), (64, 63)]
+# How many bytes are moved per byte that is necessary: memory moves sectors of 32 bytes, of which a map that does not
+# fill them shares the first and the last with its neighbours; counted per access, as without caches.
+UNALIGNED_MAPS = {
+    (28, 28): 1.15,
+    (14, 14): 1.26,
+    (31, 31): 1.73,
+    (15, 15): 2.27,
+    (7, 7): 3.26,
+    (30, 26): 1.24,
+    (37, 36): 1.26,
+    (33, 29): 1.79,
+    (61, 9): 3.12,
+    (3, 62): 1.24,
+    (9, 2): 1.71,
+    (1, 31): 1.82,
+}
+UNALIGNED_LAYOUTS = ("contiguous", "planes", "unaligned")
 
 
 @dtype
 @pytest.mark.parametrize("kernel_size", [(3, 3), (9, 9), (8, 8), (11, 11), (4, 27)], ids=str)
 def test_unaligned_rows(ops, dtype, kernel_size):
-    """Maps on 16 bytes whose rows are not, in every shape that fits."""
-    for size, prologue in itertools.product(UNALIGNED_MAPS, (True, False)):
+    """Maps in every shape that is loaded ahead, on 16 bytes as the engine's are, and at any address."""
+    layouts = itertools.cycle(UNALIGNED_LAYOUTS)
+    for size, prologue in itertools.product([*UNALIGNED_MAPS, (64, 62)], (True, False)):
         batch = min(17, 2 + 1000 // (size[0] * size[1]))
-        case = Case(kernel_size, dtype, "planes", size, batch, 1, "reverse", True, prologue, True, False)
+        case = Case(kernel_size, dtype, next(layouts), size, batch, 2, "reverse", True, prologue, True, False)
         torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
 @bfloat16_slow
 @pytest.mark.parametrize("size", UNALIGNED_MAPS, ids=str)
 def test_traffic_of_unaligned_rows(dtype, size):
-    """16 bytes per thread, but for the end of a map."""
-    case = Case((9, 9), dtype, "planes", size, 6, 3, "forward", True, True, True, False)
-    with contextlib.closing(EmulatedOps(sm_count=3, profile=True)) as ops:
+    """Each element is loaded and stored once, two per access but at the ends of a row."""
+    case = Case((9, 9), dtype, "contiguous", size, 32, 3, "forward", False, False, False, False)
+    with contextlib.closing(EmulatedOps(sm_count=1, profile=True)) as ops:
         torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
         (launch,) = ops.launches
-    vectors = 6 * 3 * (size[0] * size[1] // 8)
-    assert "depthwise_mma_kernel" in launch.kernel
-    assert (launch.profile.loads.widths[16], launch.profile.stores.widths[16]) == (vectors, vectors)
+    loads, stores = launch.profile.loads, launch.profile.stores
+    assert "(convmixer_fast::cuda::Loader)1" in launch.kernel
+    pairs, single = stores.widths[4], stores.widths.get(2, 0)
+    elements = case.batch * case.channels * size[0] * size[1]
+    assert 2 * pairs + single == elements and stores.widths.keys() <= {2, 4}
+    assert single <= 2 * elements // size[1] * (size[1] % 2), "at most two per row, if the width is odd"
+    weights = loads.widths[2] - single  # each CTA loads those of its channels
+    assert loads.widths[4] == pairs and weights % 81 == 0 and loads.widths.keys() == {2, 4}
+    moved = 32 * (loads.sectors + stores.sectors) / (4 * elements + 2 * weights)
+    print(f"{moved:.3f} of the necessary bytes")
+    assert moved <= UNALIGNED_MAPS[size]
 
 
-def test_unaligned_rows_of_large_maps(ops):
-    """Maps too large to be held in registers go row by row."""
-    case = Case((5, 5), torch.float16, "planes", (65, 65), 2, 2, "forward", True, True, True, False)
-    torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
+def test_large_maps_in_tiles(ops):
+    """Maps too large to be held in registers, and kernels that leave no registers for them."""
+    for kernel_size, size in (((5, 5), (65, 65)), ((5, 51), (20, 30)), ((3, 57), (16, 16))):
+        case = Case(kernel_size, torch.float16, "contiguous", size, 2, 2, "forward", True, True, True, False)
+        torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
+
+
+@bfloat16_slow
+@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (7, 7), (15, 15)], ids=str)
+def test_channels_last_of_real_nets(ops, dtype, size):
+    """Any number of channels that is a multiple of 8, in maps of any width."""
+    for channels, kernel_size, prologue in ((24, (7, 7), False), (8, (9, 9), True), (40, (3, 3), True)):
+        batch = 1 if size == (56, 56) else 2 + 1000 // (size[0] * size[1])
+        case = Case(kernel_size, dtype, "channels_last", size, batch, channels, "reverse", True, prologue, True, False)
+        torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
 @bfloat16_slow
 @pytest.mark.parametrize("arch", [*slow("sm_80"), "sm_90a"])
 @pytest.mark.parametrize("size, batch", [((32, 32), 16), ((16, 16), 64)], ids=str)
 def test_traffic_of_channels_last(dtype, arch, size, batch):
-    """Each sector of x and y moves once, 16 bytes per thread; the transposition causes no bank conflicts at 32x32."""
+    """Each byte of x and y moves once, 16 bytes per thread: half a sector, whose other half a sibling moves at the same
+    time. The transposition causes no bank conflicts at 32x32."""
     case = cases.Case(batch, 32, *size, 9, 9)
     x, weight = cases.make_input(case, dtype, "channels_last"), cases.make_weight(case, dtype)
     vectors = cases.make_vectors(case, dtype, 6)
@@ -186,7 +224,7 @@ def test_traffic_of_channels_last(dtype, arch, size, batch):
     assert "depthwise_mma_kernel" in launch.kernel
     necessary = sum(tensor.nbytes for tensor in (x, weight, y, *vectors))
     assert profile.loads.unique_bytes == necessary - y.nbytes
-    assert 32 * (profile.loads.sectors + profile.stores.sectors) <= 1.05 * necessary
+    assert 32 * (profile.loads.sectors + profile.stores.sectors) <= 2.02 * necessary
     assert profile.loads.widths[16] == x.nbytes // 16
     assert dict(profile.stores.widths) == {16: y.nbytes // 16}
     assert profile.shared["ldmatrix"].conflict == 1
@@ -195,91 +233,170 @@ def test_traffic_of_channels_last(dtype, arch, size, batch):
 
 @pytest.mark.slow
 def test_channels_last_fits_small_shared_memory():
-    """Where 16 channels do not fit, a block works on 8: the same results, each byte of x still requested once."""
+    """Where two CTAs of 8 channels do not fit an SM, there is one of 16 or, where that does not fit, of 8: the same
+    results, each byte of x still requested once."""
     case = cases.Case(3, 24, 32, 32, 9, 9)
     x, weight = cases.make_input(case, torch.float16, "channels_last"), cases.make_weight(case, torch.float16)
     results = []
-    for arch, threads in (("sm_90a", 512), ("sm_89", 256)):
+    for arch, threads in (("sm_90a", 256), ("sm_80", 512), ("sm_89", 256)):
         with contextlib.closing(EmulatedOps(arch, sm_count=2, profile=True)) as ops:
             results.append(ops.depthwise_conv2d(x, weight))
             (launch,) = ops.launches
         assert launch.block[0] == threads
         assert launch.profile.loads.widths[16] == x.nbytes // 16
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 # ------------------------------------------------------------------------------------------------ planted bugs
 
-KERNEL, PLAN = "depthwise/mma/kernel.cuh", "depthwise/mma/plan.h"
+MMA = "depthwise/mma/"
+LOADERS = MMA + "loaders/"
 # What the suite must find: (file, correct text, text with the bug, what may be reported).
 PLANTED = {
     "mma_halo_row": (
-        KERNEL,
-        "input_offset(loader_image, loader_image_row + pad_top, loader_col + left)",
-        "input_offset(loader_image, loader_image_row + pad_top + 1, loader_col + left)",
+        MMA + "smem.h",
+        "maps.origin = -maps.row(-top) + left;",
+        "maps.origin = -maps.row(1 - top) + left;",
         {"wrong result", "out-of-bounds", "uninitialised read"},
     ),
     "mma_no_barrier_before_the_sums": (
-        KERNEL,
-        "    __syncthreads();\n\n    if (prefetches && remaining > 1)",
-        "    if (prefetches && remaining > 1)",
+        MMA + "kernel.cuh",
+        "mover.write_inputs(params, plan, tile, smem.elementwise);\n    sync_cta<Traits>();",
+        "mover.write_inputs(params, plan, tile, smem.elementwise);",
         {"race"},
     ),
     "mma_no_barrier_before_the_stores": (
-        KERNEL,
-        "    __syncthreads();\n    store_outputs();",
-        "    store_outputs();",
+        MMA + "kernel.cuh",
+        "    sync_cta<Traits>();\n\n    mover.store_outputs",
+        "    mover.store_outputs",
         {"race"},
     ),
+    "mma_barrier_of_a_warp_only": (
+        MMA + "kernel.cuh",
+        "else __syncthreads();",
+        "else __syncwarp();",
+        {"race", "uninitialised read"},
+    ),
     "mma_toeplitz_of_even_kernels": (
-        KERNEL,
-        "const int lead = left - static_cast<int>(params.pad_left);",
-        "const int lead = left - static_cast<int>(params.kernel_w / 2);",
+        MMA + "kernel.cuh",
+        "left_ - static_cast<int>(params.pad_left)",
+        "left_ - static_cast<int>(params.kernel_w / 2)",
         {"wrong result", "out-of-bounds"},
     ),
     "mma_no_zero_border": (
-        KERNEL,
-        "reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);",
-        "if (i % 2) reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);",
+        MMA + "kernel.cuh",
+        "vectors[i] = make_uint4(0, 0, 0, 0);",
+        "if (i % 2) vectors[i] = make_uint4(0, 0, 0, 0);",
         {"uninitialised read"},
     ),
-    "mma_tile_without_zero_fill": (
-        KERNEL,
-        "inside = row >= 0 && row < height && col >= 0 && col < width;",
-        "inside = row < height && col >= 0 && col < width;",
-        {"out-of-bounds", "wrong result"},
-    ),
-    "mma_pitch": (
-        PLAN,
-        "plan.fixed ? kFixedPitch : input_cols",
-        "plan.fixed ? kFixedPitch + kSubtile : input_cols",
-        {"wrong result", "out-of-bounds", "uninitialised read"},
-    ),
-    "mma_unguarded_tail": (
-        KERNEL,
-        "return first_loaded_row + step * plan.rows_per_step < position.images * height;",
-        "return first_loaded_row + step * plan.rows_per_step < plan.images * height;",
-        {"out-of-bounds"},
-    ),
-    "mma_ring_slot": (
-        KERNEL,
-        "toeplitz_ring[(i - o + kSubtile) % kSubtile][s]",
-        "toeplitz_ring[(i + o) % kSubtile][s]",
+    "mma_stale_taps": (
+        MMA + "kernel.cuh",
+        "tile.index == 0 || remaining == share.count",
+        "remaining == share.count",
         {"wrong result"},
     ),
-    "mma_transposed_pixels": (
-        KERNEL,
+    "mma_pitch": (
+        MMA + "plan.h",
+        "fixed ? kFixedPitch : input_cols",
+        "fixed ? kFixedPitch + kSubtile : input_cols",
+        {"wrong result", "out-of-bounds", "uninitialised read"},
+    ),
+    "mma_ring_slot": (
+        MMA + "main_loop.cuh",
+        "toeplitz_[(i - o + kSubtile) % kSubtile][s]",
+        "toeplitz_[(i + o) % kSubtile][s]",
+        {"wrong result"},
+    ),
+    "mma_ring_gap": (
+        MMA + "main_loop.cuh",
+        "gap_before_(pad_top % kSubtile)",
+        "gap_before_((pad_top + 1) % kSubtile)",
+        {"wrong result", "out-of-bounds", "uninitialised read"},
+    ),
+    "mma_residual_of_the_next_row": (
+        MMA + "epilogue.cuh",
+        "sums[o % 2], addresses",
+        "sums[(o + 1) % 2], addresses",
+        {"wrong result"},
+    ),
+    "aligned_rows_unguarded_tail": (
+        LOADERS + "aligned_rows.cuh",
+        "rows_in_last = image < images_in_last ? rows : 0;",
+        "rows_in_last = rows;",
+        {"out-of-bounds"},
+    ),
+    "aligned_rows_of_the_next_channel": (
+        LOADERS + "aligned_rows.cuh",
+        "from_ += is_last ? tiles.channel : tiles.next;",
+        "from_ += tiles.next;",
+        {"wrong result", "out-of-bounds"},
+    ),
+    "aligned_rows_below_the_map": (
+        LOADERS + "aligned_rows.cuh",
+        "(static_cast<int>(params.height) - row + 1) / 2",
+        "(static_cast<int>(params.height) - row + 2) / 2",
+        {"wrong result", "out-of-bounds", "second write"},
+    ),
+    "unaligned_rows_unguarded_tail": (
+        LOADERS + "steps.cuh",
+        "if (image < images_in_last) lane.steps |=",
+        "lane.steps |=",
+        {"out-of-bounds"},
+    ),
+    "unaligned_rows_all_even": (
+        LOADERS + "unaligned_rows.cuh",
+        "is_odd(from_) ? ~distances.odd_steps : distances.odd_steps",
+        "distances.odd_steps",
+        {"misaligned", "wrong result", "out-of-bounds"},
+    ),
+    "unaligned_rows_beyond_the_end": (
+        LOADERS + "unaligned_rows.cuh",
+        "where(col + 1 < width, col < width);",
+        "where(true, col < width);",
+        {"wrong result", "out-of-bounds", "second write"},
+    ),
+    "unaligned_rows_before_the_start": (
+        LOADERS + "unaligned_rows.cuh",
+        "where(col < width, col > 0 && col - 1 < width);",
+        "where(col < width, col - 1 < width);",
+        {"wrong result", "out-of-bounds", "second write"},
+    ),
+    "steps_without_gaps": (
+        LOADERS + "steps.cuh",
+        "distances.after[trailing_zeros(step + 1)]",
+        "distances.after[0]",
+        {"wrong result", "out-of-bounds", "second write"},
+    ),
+    "tile_without_zero_fill": (
+        LOADERS + "tiles.cuh",
+        "return row >= 0 && row < height;",
+        "return row < height;",
+        {"out-of-bounds", "wrong result"},
+    ),
+    "tile_prologue_outside_the_map": (
+        LOADERS + "tiles.cuh",
+        "if (!copy.has_row(row) || !has_col[0]) pair.values[0] = 0;",
+        "",
+        {"wrong result"},
+    ),
+    "channels_last_transposed_pixels": (
+        LOADERS + "channels_last.cuh",
         "octets[1].values)[c / 2] = __byte_perm(even, odd, 0x7632)",
         "octets[1].values)[c / 2] = __byte_perm(odd, even, 0x7632)",
         {"wrong result"},
     ),
-    "mma_unguarded_channels": (
-        KERNEL,
-        "return !kChannelsLast || work_tile.channel + i < static_cast<int>(params.channels);",
+    "channels_last_second_pixel": (
+        LOADERS + "channels_last.cuh",
+        "has_second = col + 1 < static_cast<int>(params.width);",
+        "has_second = true;",
+        {"wrong result", "out-of-bounds", "second write"},
+    ),
+    "channels_last_unguarded_channels": (
+        MMA + "mover.cuh",
+        "return tile.channel < static_cast<int>(params.channels);",
         "return true;",
         {"out-of-bounds"},
     ),
-    "mma_stale_taps": (KERNEL, "new_channel = work_tile.index == 0;", "new_channel = false;", {"wrong result"}),
 }
 
 

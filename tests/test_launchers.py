@@ -82,14 +82,14 @@ def noise(*shape, dtype, layout=torch.contiguous_format):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).contiguous(memory_format=layout)
 
 
-def forward(ops, size, dtype=torch.float16, kernel_size=(9, 9), channels=16, layout=torch.channels_last):
+def forward(ops, size, dtype=torch.float16, kernel_size=(9, 9), batch=4, channels=16, layout=torch.channels_last):
     return ops.depthwise_conv2d(
-        noise(1, channels, *size, dtype=dtype, layout=layout), noise(channels, 1, *kernel_size, dtype=dtype)
+        noise(batch, channels, *size, dtype=dtype, layout=layout), noise(channels, 1, *kernel_size, dtype=dtype)
     )
 
 
 def direct(ops, size):
-    return forward(ops, size, torch.float32, channels=1, layout=torch.contiguous_format)
+    return forward(ops, size, torch.float32, batch=1, channels=1, layout=torch.contiguous_format)
 
 
 def wgrad(ops, size, dtype=torch.float16, kernel_size=(120, 3), channels=1, layout=torch.contiguous_format):
@@ -108,7 +108,7 @@ def pool(ops, size):
 
 # The kernel, and two sizes of one instantiation, the first of which needs more shared memory.
 LAUNCHERS = {
-    "depthwise_mma_kernel": (forward, (24, 24), (14, 14)),
+    "depthwise_mma_kernel": (forward, (14, 14), (32, 32)),
     "depthwise_direct_kernel": (direct, (14, 14), (24, 24)),
     "depthwise_wgrad_mma_kernel": (wgrad, (32, 128), (64, 64)),
     "depthwise_wgrad_direct_kernel": (wgrad_direct, (32, 32), (24, 24)),

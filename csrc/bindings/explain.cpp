@@ -143,16 +143,16 @@ void copy_text(const std::string& text, char (&to)[kSize]) {
 
 void fill(const DepthwiseParams& params, const cuda::MmaPlan& plan, Choice& choice) {
   choice.work_tiles = plan.work_tiles;
-  choice.maps_per_tile = plan.images * plan.channels;
-  choice.tile_h = plan.subtile_rows * cuda::kSubtile;
-  choice.tile_w = plan.subtile_cols * cuda::kSubtile;
+  choice.maps_per_tile = plan.shape.images * plan.channels;
+  choice.tile_h = plan.shape.subtile_rows * cuda::kSubtile;
+  choice.tile_w = plan.shape.subtile_cols * cuda::kSubtile;
   choice.threads = 32 * plan.warps;
   choice.smem_bytes = plan.smem_bytes();
   int64_t read = params.height * params.width;
-  if (plan.tiled) {
+  if (plan.shape.tiled) {
     const int64_t rows = choice.tile_h + params.kernel_h - 1;
-    read = read_along(params.height, plan.tiles_h, choice.tile_h, params.pad_top, rows) *
-           read_along(params.width, plan.tiles_w, choice.tile_w, plan.left, plan.pitch);
+    read = read_along(params.height, plan.shape.tiles_h, choice.tile_h, params.pad_top, rows) *
+           read_along(params.width, plan.shape.tiles_w, choice.tile_w, plan.left, plan.x.maps.pitch);
   }
   choice.x_elements_read = params.batch * params.channels * read;
 }

@@ -18,8 +18,8 @@ static cudaError_t launch_mma(const DepthwiseParams& params, const MmaPlan& plan
     if constexpr (sizeof(T) == 2) {
       return dispatch_activation(kernel_activation(params.epilogue.activation), [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
-        return plan.channels_last ? depthwise_mma<T, kActivation, true>(params, plan, sms, stream)
-                                  : depthwise_mma<T, kActivation, false>(params, plan, sms, stream);
+        return is_channels_last(plan.loader) ? depthwise_mma<T, kActivation, true>(params, plan, sms, stream)
+                                             : depthwise_mma<T, kActivation, false>(params, plan, sms, stream);
       });
     } else {
       return cudaErrorInvalidValue;

@@ -64,14 +64,15 @@ inline std::string kernel_name(const DepthwiseParams& params, const DepthwiseCho
     return "depthwise_direct_kernel<DirectTraits<" + type + flag(direct_is_channels_last(params)) + ", " +
            std::to_string(direct_exact_taps(params)) + ">>";
   const int activation = static_cast<int>(kernel_activation(params.epilogue.activation));
-  return "depthwise_mma_kernel<MmaTraits<" + type + ", " + std::to_string(unrolled_rows(params, choice.mma)) + ", " +
-         std::to_string(choice.mma.k_steps) + ", (Activation)" + std::to_string(activation) +
-         flag(params.has_prologue) + flag(choice.mma.channels_last) + ">>";
+  return "depthwise_mma_kernel<MmaTraits<" + type + ", " + std::to_string(choice.mma.unrolled) + ", " +
+         std::to_string(choice.mma.k_steps) + ", (Activation)" + std::to_string(activation) + ", (Loader)" +
+         std::to_string(static_cast<int>(choice.mma.loader)) + flag(choice.mma.one_warp) + ">>";
 }
 
 inline std::string kernel_name(const WgradParams& params, const WgradMmaPlan& plan) {
   return std::string("depthwise_wgrad_mma_kernel<WgradTraits<") + element_type(params.dtype) + ", " +
-         std::to_string(plan.taps.fixed ? plan.taps.tap_rows : 0) + ">>";
+         std::to_string(plan.taps.unrolled ? plan.taps.tap_rows : 0) + ", (Loader)" +
+         std::to_string(static_cast<int>(plan.loader)) + ">>";
 }
 
 inline std::string kernel_name(const PoolParams& params, const PoolPlan& plan) {

@@ -30,7 +30,7 @@ constexpr Activation kernel_activation(Activation activation) {
 // The plan of the tensor-core kernel, or what keeps it from running.
 inline Obstacle plan_tensor_cores(const DepthwiseParams& params, const Device& device, MmaPlan& plan) {
   if (device.major < kMmaMajor) return Obstacle::kComputeCapability;
-  return choose_mma_plan(params, device.cta_smem, plan);
+  return choose_mma_plan(params, device, plan);
 }
 inline Obstacle plan_tensor_cores(const WgradParams& params, const Device& device, WgradMmaPlan& plan) {
   if (device.major < kMmaMajor) return Obstacle::kComputeCapability;
@@ -50,7 +50,7 @@ inline DepthwiseChoice select(const DepthwiseParams& params, const Device& devic
   choice.obstacle = plan_tensor_cores(params, device, choice.mma);
   choice.tensor_cores = choice.obstacle == Obstacle::kNone;
   if (choice.tensor_cores) {
-    choice.bounds = mma_launch_bounds(choice.mma.channels_last, choice.mma.k_steps);
+    choice.bounds = mma_launch_bounds(is_channels_last(choice.mma.loader), choice.mma.k_steps, choice.mma.one_warp);
   } else {
     choice.direct = choose_direct_plan(params);
     choice.bounds = direct_launch_bounds(bytes_of(params.dtype));
@@ -74,14 +74,15 @@ inline WgradChoice select(const WgradParams& params, const Device& device) {
   choice.obstacle = plan_tensor_cores(params, device, choice.mma);
   choice.tensor_cores = choice.obstacle == Obstacle::kNone;
   if (choice.tensor_cores) {
-    share_work(params.channels, choice.mma.tiles_per_channel, choice.mma.warps, choice.mma.smem_bytes(), device,
-               choice.share);
+    const LaunchBounds bounds = wgrad_launch_bounds(choice.mma.taps.unrolled, choice.mma.loader);
+    share_work(params.channels, choice.mma.tiles_per_channel, choice.mma.warps, bounds.threads / 32 * bounds.min_ctas,
+               choice.mma.smem_bytes(), device, choice.share);
   } else {
     const WgradDirectPlan& direct = choice.direct = choose_wgrad_direct_plan(params, device.cta_smem);
     choice.share.channels = direct.channels;
     const int smem_bytes = direct.smem_bytes(bytes_of(params.dtype), arithmetic_bytes_of(params.dtype));
     const int64_t tiles = ceil_div(params.batch, direct.images) * direct.tiles_h * direct.tiles_w;
-    share_work(params.channels, tiles, direct.threads / 32, smem_bytes, device, choice.share);
+    share_work(params.channels, tiles, direct.threads / 32, kWgradMaxWarps, smem_bytes, device, choice.share);
   }
   return choice;
 }

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "dtypes.cuh"
+#include "ptx.cuh"
 
 namespace convmixer_fast::cuda {
 
@@ -30,30 +31,34 @@ __device__ __forceinline__ AccessVector<kCount> load_global(const void* from) {
   return vector;
 }
 
-template <int kCount>
-__device__ __forceinline__ void store_inputs(void* to, const AccessVector<kCount>& vector) {
-  if constexpr (kCount == 8) {  // the border left of the map is 8 bytes wide
+// Stores to shared memory, at an address that is aligned to kBytes, or to the vector's size if that is less.
+template <int kBytes, int kCount>
+__device__ __forceinline__ void store_vector(void* to, const AccessVector<kCount>& vector) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  if constexpr (kCount == 8) {
+    // In one or two instructions: the compiler might take several, with values it has taken apart where it loaded them,
+    // and so wait for the loads there.
     const uint4& bits = reinterpret_cast<const uint4&>(vector);
-    static_cast<uint2*>(to)[0] = make_uint2(bits.x, bits.y);
-    static_cast<uint2*>(to)[1] = make_uint2(bits.z, bits.w);
+    const uint32_t address = shared_address(to);
+    if constexpr (kBytes == 16) {
+      store_shared(address, bits);
+    } else {
+      store_shared(address, make_uint2(bits.x, bits.y));
+      store_shared(address + 8, make_uint2(bits.z, bits.w));
+    }
   } else {
     *static_cast<AccessVector<kCount>*>(to) = vector;
   }
 }
 
-// Calls f with the compile-time constant that equals `width`: a power of two up to 8, or for channels 8 or 1.
-template <bool kChannels, class F>
+// Calls f with the compile-time constant that equals `width`, a power of two up to 8.
+template <class F>
 __device__ __forceinline__ void with_vector_width(int width, const F& f) {
-  if constexpr (kChannels) {
-    if (width == 8) f(Int<8>{});
-    else f(Int<1>{});
-  } else {
-    switch (width) {
-      case 8: return f(Int<8>{});
-      case 4: return f(Int<4>{});
-      case 2: return f(Int<2>{});
-      default: return f(Int<1>{});
-    }
+  switch (width) {
+    case 8: return f(Int<8>{});
+    case 4: return f(Int<4>{});
+    case 2: return f(Int<2>{});
+    default: return f(Int<1>{});
   }
 }
 

@@ -5,6 +5,8 @@
 
 namespace convmixer_fast::cuda {
 
+constexpr int kSystemSmem = 1024;  // bytes of shared memory that the system takes per CTA
+
 struct Device {
   int major;     // compute capability: 9 for sm_90
   int sms;       // streaming multiprocessors

@@ -15,7 +15,7 @@
 
 namespace convmixer_fast::cuda {
 
-constexpr int kWgradMaxWarps = 16;  // warps per CTA; and per SM, by the registers that the launch bounds allow
+constexpr int kWgradMaxWarps = 16;  // warps per CTA
 
 struct WgradShare {
   int64_t work_tiles;               // all of them
@@ -42,11 +42,11 @@ struct WgradShare {
   int64_t partial_elements() const { return ctas == 0 ? 0 : (ctas + channel_blocks - 1) * channels * sums; }
 };
 
-// Divides the work among as many CTAs as the device holds at once. share.channels and share.sums must be set.
-inline void share_work(int64_t channels, int64_t tiles_per_channel_block, int warps, int smem_bytes,
+// Divides the work among as many CTAs as the device holds at once. warps: per CTA; warps_per_sm: as many as an SM
+// has registers for. share.channels and share.sums must be set.
+inline void share_work(int64_t channels, int64_t tiles_per_channel_block, int warps, int warps_per_sm, int smem_bytes,
                        const Device& device, WgradShare& share) {
-  constexpr int kSystemSmem = 1024;  // bytes that the system takes per CTA
-  const int by_registers = kWgradMaxWarps / std::max(warps, 1);
+  const int by_registers = warps_per_sm / std::max(warps, 1);
   const int by_smem = device.sm_smem / (smem_bytes + kSystemSmem);
   const int64_t ctas_per_sm = std::max(1, std::min(by_registers, by_smem));
   share.channel_blocks = ceil_div(channels, share.channels);

@@ -32,10 +32,8 @@ struct TileShape {
   int m_blocks;      // sets of kSubtilesPerMma subtiles
 };
 
-// Sets the TileShape fields of `shape`: a TileShape, or a plan that has the same fields.
-template <class Shape>
-inline void set_shape(int64_t height, int64_t width, int64_t subtile_rows, int64_t subtile_cols, int64_t images,
-                      Shape& shape) {
+inline TileShape tile_shape(int64_t height, int64_t width, int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
+  TileShape shape{};
   shape.images = static_cast<int>(images);
   shape.subtile_rows = static_cast<int>(subtile_rows);
   shape.subtile_cols = static_cast<int>(subtile_cols);
@@ -44,6 +42,7 @@ inline void set_shape(int64_t height, int64_t width, int64_t subtile_rows, int64
   shape.tiled = shape.tiles_h * shape.tiles_w > 1;
   shape.subtiles = shape.images * shape.subtile_rows * shape.subtile_cols;
   shape.m_blocks = static_cast<int>(ceil_div(shape.subtiles, kSubtilesPerMma));
+  return shape;
 }
 
 // How many maps of this many subtiles fit into one M block; at least 1.
@@ -52,8 +51,7 @@ inline int64_t images_per_m_block(int64_t subtiles) {
 }
 
 // Work tiles per channel, or per set of channels that a CTA works on at a time.
-template <class Shape>
-inline int64_t tiles_per_channel(const Shape& shape, int64_t batch) {
+inline int64_t tiles_per_channel(const TileShape& shape, int64_t batch) {
   return ceil_div(batch, shape.images) * shape.tiles_h * shape.tiles_w;
 }
 

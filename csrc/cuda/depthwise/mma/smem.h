@@ -2,37 +2,52 @@
 //
 // Terms: docs/glossary.md.
 #pragma once
+#include "../../common/host_device.h"
 #include "shape.h"
 
 namespace convmixer_fast::cuda {
 
-// The pitches of tiles up to 32 wide under kernels up to 9 wide are known at compile time: addresses become immediates.
+// Maps up to 32 wide under kernels up to 9 wide, if one warp computes all of a work tile, have pitches that are known
+// at compile time: addresses become immediates.
 constexpr int kFixedSubtileCols = 4;
 constexpr int kFixedPitch = 40;     // elements from one row of inputs to the next
 constexpr int kFixedLeft = 4;       // stored columns left of the map
 constexpr int kFixedOutPitch = 32;  // elements from one row of outputs to the next
 
-constexpr int kMaxSmem =
-    96 << 10;  // bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB or more
+// Bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB or more.
+constexpr int kMaxSmem = 96 << 10;
 
-// The maps of one channel, image after image. Distances are in elements.
+// The maps of one channel, image after image, each with its border. Distances are in elements.
+//
+// Rows are numbered as in the map: those of the border above it are negative. There is a gap before each row 8, 16 and
+// so on, and before row 0, -8 and so on; so rows in two subtiles below each other are equally far apart whatever the
+// row, and the rows of one subtile follow each other without a gap.
 struct StoredMaps {
   int pitch;        // from one row to the next
-  int gap;          // unused after every kSubtile rows
+  int gap;          // unused before every kSubtile-th row
   int image_pitch;  // from one image to the next
+  int origin;       // from the start to row 0, column 0 of the first map
+
+  CMF_HOST_DEVICE int row(int row) const { return row * pitch + floor_subtile(row) * gap; }
+  CMF_HOST_DEVICE int at(int image, int row, int col) const {
+    return origin + image * image_pitch + this->row(row) + col;
+  }
+  CMF_HOST_DEVICE static constexpr int floor_subtile(int row) { return row >> 3; }  // also of negative rows
 };
+static_assert(kSubtile == 1 << 3 && StoredMaps::floor_subtile(-1) == -1);
 
 // The smallest gap that brings a distance in elements to slot * 16 bytes modulo 128, which is one row of banks. With
 // slot = the number of subtiles that the distance spans, consecutive subtiles start in consecutive 16-byte slots, so
 // the eight row addresses of an ldmatrix matrix lie in different banks; so do the stores of the outputs.
 constexpr int gap_to_slot(int distance, int slot) { return ((8 * slot - distance) % 64 + 64) % 64; }
 
-template <class Shape>
-inline StoredMaps stored_maps(const Shape& shape, int rows, int pitch) {
+// `top` and `left`: stored rows above and columns left of the map; `rows`: stored rows from the map's first on.
+inline StoredMaps stored_maps(const TileShape& shape, int top, int left, int rows, int pitch) {
   StoredMaps maps{};
   maps.pitch = pitch;
   maps.gap = gap_to_slot(kSubtile * pitch, shape.subtile_cols);
-  maps.image_pitch = rows * pitch + (rows + kSubtile - 1) / kSubtile * maps.gap;
+  maps.origin = -maps.row(-top) + left;
+  maps.image_pitch = maps.row(rows - 1) - maps.row(-top) + pitch;
   maps.image_pitch += gap_to_slot(maps.image_pitch, shape.subtile_rows * shape.subtile_cols);
   return maps;
 }

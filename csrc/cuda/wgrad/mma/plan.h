@@ -9,6 +9,7 @@
 #include "../../../common/math.h"
 #include "../../../params.h"
 #include "../../common/host_device.h"
+#include "../../common/launch_bounds.h"
 #include "../../common/obstacle.h"
 #include "../../depthwise/mma/loader.h"
 #include "../../depthwise/mma/shape.h"
@@ -17,30 +18,40 @@
 
 namespace convmixer_fast::cuda {
 
-constexpr int kWgradMmaTapRows = 8;  // tap rows per warp if no instantiation has all of them
-constexpr int kWgradFixedWarps =
-    4;  // warps that share the M blocks if each has all taps; fewer per set of taps otherwise
+constexpr int kWgradMmaTapRows = 8;     // tap rows per warp if no instantiation has all of them
+constexpr int kWgradUnrolledWarps = 4;  // warps that share the M blocks if each has all taps; else fewer per tap block
+constexpr LaunchBounds wgrad_launch_bounds(bool unrolled, Loader loader) {
+  if (!unrolled) return {32 * kWgradMaxWarps, 1};
+  return {32 * kWgradUnrolledWarps, loader == Loader::kUnalignedRows ? 3 : 4};
+}
+// 128 registers keep 64 KB prefetched per SM; the addresses of words take more.
+static_assert(wgrad_launch_bounds(true, Loader::kAlignedRows).registers() == 128);
+static_assert(wgrad_launch_bounds(true, Loader::kUnalignedRows).registers() == 168);
+static_assert(wgrad_launch_bounds(false, Loader::kAlignedRows).registers() == 128);
+
+// Products that one accumulator adds up before the sum is taken out of it. Tensor cores cut off what a product adds
+// below the sum's last place, always towards zero, so that the error grows with their number: by 2^-25 of the sum for
+// each 16 subtiles on sm_90, by twice as much before. After so many it is 2^-16 at most, which float16 does not see.
+constexpr int kWgradChain = 512;
+
 constexpr int kWgradDiagonals = 24;  // a 16 x 8 product has 23; the last is the sum of gy
 constexpr int kWgradMaxKernelH = kMmaK * kWgradMaxWarps;
 constexpr int kWgradMaxKernelW = max_kernel_w(kWgradMaxWarps);
 constexpr int kWgradScratchPitch = 9;  // pitch of a product in shared memory: neither rows nor diagonals share banks
 
-// One of the two tensors, x or gy, in shared memory. Distances are in elements.
+// One of the two tensors, x or gy.
 struct WgradOperand {
-  int rows;          // rows loaded per image: the map, or a tile with its halo
-  int cols;          // columns loaded per image, likewise
+  MapOperand map;    // the tensor and its maps in shared memory
   int top;           // stored rows above the map or tile
   int left;          // stored columns left of the map or tile
-  StoredMaps maps;   // where rows and images lie
-  int zero_subtile;  // where a subtile that does not exist lies: zeros
-  int elements;      // size in elements
-  int load_step;     // from one prefetched vector of a thread to its next: in the tensor
-  int store_step;    // in shared memory
+  int rows;          // rows stored of a tile, with its halo
+  int cols;          // columns stored of a tile, likewise
+  int zero_subtile;  // elements to row 0, column -left of a subtile that does not exist: zeros
 };
 
 // How the taps are divided among the warps of a CTA.
 struct WgradTaps {
-  bool fixed;          // each warp has all tap rows in its registers; pitches are kFixedPitch and kFixedOutPitch
+  bool unrolled;       // each warp has all tap rows in its registers
   int tap_rows;        // tap rows per warp
   int k_steps;         // products of 16 stored columns (here the M of an mma) that one row of taps needs
   int tap_row_blocks;  // sets of tap_rows tap rows that a pass takes
@@ -51,21 +62,23 @@ struct WgradTaps {
 };
 
 struct WgradMmaPlan {
-  WgradTaps taps;         // how the taps are divided among warps
-  TileShape shape;        // elements of gy in a work tile
-  int splits;             // warps that have the same taps and share the M blocks
-  int warps;              // warps per CTA: splits x tap blocks
-  WgradOperand x;         // x in shared memory
-  WgradOperand gy;        // gy in shared memory
-  int lead;               // stored columns before the first tap of a subtile
-  int load_vector;        // elements per load
-  int load_lanes;         // threads that load one row together
-  int rows_per_step;      // rows that the CTA loads at a time
-  bool prefetch;          // a thread's share of a work tile is kPrefetch vectors of 8 elements, at equal distances
-  int tiles_per_channel;  // work tiles per channel
+  Loader loader;
+  bool odd;                 // kUnalignedRows: words of some rows have only one element of the row
+  WgradTaps taps;           // how the taps are divided among warps
+  TileShape shape;          // elements of gy in a work tile
+  int splits;               // warps that have the same taps and share the M blocks
+  int warps;                // warps per CTA: splits x tap blocks
+  LoaderSteps steps;        // kUnalignedRows
+  WgradOperand x;           // x in shared memory
+  WgradOperand gy;          // gy in shared memory
+  int lead;                 // stored columns before the first tap of a subtile
+  int row_bytes[kSubtile];  // from row r of a window to row r + 1 in the stored x, by r modulo 8
+  int tiles_per_channel;    // work tiles per channel
+  int tiles_per_chain;      // work tiles whose products may follow each other in one accumulator
 
   int smem_bytes() const {
-    return 2 * (x.elements + gy.elements) + 4 * warps * (taps.tap_rows * kWgradDiagonals + kMmaK * kWgradScratchPitch);
+    return 2 * (x.map.elements + gy.map.elements) +
+           4 * warps * (taps.tap_rows * kWgradDiagonals + kMmaK * kWgradScratchPitch);
   }
 };
 
@@ -81,27 +94,31 @@ inline Obstacle find_obstacle(const WgradParams& params) {
   return params.kernel_w > kWgradMaxKernelW ? Obstacle::kKernelWidth : Obstacle::kNone;
 }
 
-inline WgradTaps divide_taps(int kernel_h, int k_steps, const TileShape& shape) {
+inline WgradTaps divide_taps(const WgradParams& params, int k_steps, const TileShape& shape) {
+  const int kernel_h = static_cast<int>(params.kernel_h);
   WgradTaps taps{};
   taps.k_steps = k_steps;
-  taps.fixed =
-      k_steps == 1 && shape.subtile_cols <= kFixedSubtileCols && kernel_h % 2 == 1 && 3 <= kernel_h && kernel_h <= 9;
-  taps.tap_rows = taps.fixed ? kernel_h : kWgradMmaTapRows;
+  taps.unrolled = k_steps == 1 && shape.subtile_cols <= kFixedSubtileCols && kernel_h % 2 == 1 && 3 <= kernel_h &&
+                  kernel_h <= 9 && params.pad_top == (kernel_h - 1) / 2;
+  taps.tap_rows = taps.unrolled ? kernel_h : kWgradMmaTapRows;
   const int tap_row_blocks = static_cast<int>(ceil_div(kernel_h, taps.tap_rows));
   taps.passes = static_cast<int>(ceil_div(tap_row_blocks, kWgradMaxWarps / k_steps));
   taps.tap_row_blocks = static_cast<int>(ceil_div(tap_row_blocks, taps.passes));
   return taps;
 }
 
-// What lies in shared memory of one tensor: `rows` stored rows per map, and if subtiles are missing from the last M
-// block zeros for one subtile, whose last row is last_zero_row, of zero_cols columns.
-inline void set_layout(const TileShape& shape, int rows, int pitch, int last_zero_row, int zero_cols,
+// What lies in shared memory of one tensor: `rows` stored rows per map from its first on, and if subtiles are missing
+// from the last M block zeros for one subtile, which reads zero_rows rows of zero_cols columns.
+inline void set_layout(const TileShape& shape, int rows, int pitch, int zero_rows, int zero_cols,
                        WgradOperand& operand) {
-  operand.maps = stored_maps(shape, rows, pitch);
-  operand.zero_subtile = shape.images * operand.maps.image_pitch;
+  const StoredMaps maps = stored_maps(shape, operand.top, operand.left, rows, pitch);
+  const int first_zero = shape.images * maps.image_pitch;
+  const int first_row = maps.row(-operand.top);
+  operand.map.maps = maps;
+  operand.zero_subtile = first_zero - first_row;
   const bool is_complete = shape.subtiles % kSubtilesPerMma == 0;
-  const int zeros = is_complete ? 0 : last_zero_row * pitch + operand.maps.gap + zero_cols;
-  operand.elements = operand.zero_subtile + static_cast<int>(round_up(zeros, kSubtile));
+  const int zeros = is_complete ? 0 : maps.row(zero_rows - 1 - operand.top) - first_row + zero_cols;
+  operand.map.elements = static_cast<int>(round_up(first_zero + zeros, kSubtile));
 }
 
 // Sets taps, tile and shared memory to the first of these that fits: the whole map of as many images as fill an M
@@ -109,24 +126,23 @@ inline void set_layout(const TileShape& shape, int rows, int pitch, int last_zer
 inline bool choose_shape(const WgradParams& params, int k_steps, WgradMmaPlan& plan) {
   const int kernel_h = static_cast<int>(params.kernel_h);
   const auto fits = [&](int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
-    set_shape(params.height, params.width, subtile_rows, subtile_cols, images, plan.shape);
-    plan.taps = divide_taps(kernel_h, k_steps, plan.shape);
-    plan.splits = std::min(plan.shape.m_blocks, std::max(1, kWgradFixedWarps / plan.taps.tap_blocks()));
+    plan.shape = tile_shape(params.height, params.width, subtile_rows, subtile_cols, images);
+    plan.taps = divide_taps(params, k_steps, plan.shape);
+    plan.splits = std::min(plan.shape.m_blocks, std::max(1, kWgradUnrolledWarps / plan.taps.tap_blocks()));
     plan.warps = plan.splits * plan.taps.tap_blocks();
 
     const int rows = kSubtile * plan.shape.subtile_rows;
     const int gy_cols = kSubtile * plan.shape.subtile_cols;
     const int x_cols = gy_cols - kSubtile + kMmaK * k_steps;
     const int tap_rows = plan.taps.passes * plan.taps.tap_row_blocks * plan.taps.tap_rows;
-    set_layout(plan.shape, rows + tap_rows - 1, plan.taps.fixed ? kFixedPitch : x_cols,
-               kSubtile + plan.taps.tap_rows - 2, kMmaK, plan.x);
-    set_layout(plan.shape, rows, plan.taps.fixed ? kFixedOutPitch : gy_cols, kSubtile - 1, kSubtile, plan.gy);
-
-    const bool tiled = plan.shape.tiled;
-    plan.x.rows = static_cast<int>(tiled ? rows + kernel_h - 1 : params.height);
-    plan.gy.rows = static_cast<int>(tiled ? rows : params.height);
-    plan.x.cols = static_cast<int>(tiled ? plan.x.maps.pitch : params.width);
-    plan.gy.cols = static_cast<int>(tiled ? plan.gy.maps.pitch : params.width);
+    const bool fixed = plan.taps.unrolled;
+    set_layout(plan.shape, rows + tap_rows - 1 - plan.x.top, fixed ? kFixedPitch : x_cols,
+               kSubtile + plan.taps.tap_rows - 1, kMmaK, plan.x);
+    set_layout(plan.shape, rows, fixed ? kFixedOutPitch : gy_cols, kSubtile, kSubtile, plan.gy);
+    plan.x.rows = rows + kernel_h - 1;
+    plan.gy.rows = rows;
+    plan.x.cols = plan.x.map.maps.pitch;
+    plan.gy.cols = plan.gy.map.maps.pitch;
     return plan.smem_bytes() <= kMaxSmem;
   };
   const int64_t subtile_rows = ceil_div(params.height, kSubtile);
@@ -142,18 +158,20 @@ inline bool choose_shape(const WgradParams& params, int k_steps, WgradMmaPlan& p
 
 // Sets which thread loads what of a plan's shape.
 inline void choose_loader(const WgradParams& params, WgradMmaPlan& plan) {
-  plan.load_vector = std::min(vector_width(params.x, params.width, params.x_stride, false),
-                              vector_width(params.gy, params.width, params.gy_stride, false));
-  if (plan.shape.tiled) plan.load_vector = std::min(plan.load_vector, 4);  // the halo is aligned to 4 elements
-  plan.load_lanes = lanes_for(ceil_div(plan.x.cols, plan.load_vector));
-  plan.rows_per_step = 32 * plan.warps / plan.load_lanes;
-  const LoaderStep step = loader_step(plan.shape, plan.rows_per_step, params.height);
-  plan.prefetch = !plan.shape.tiled && plan.load_vector == 8 && plan.load_lanes * 8 >= params.width &&
-                  fits_registers(plan.shape, step, plan.rows_per_step, params.height, kPrefetch);
-  plan.x.load_step = distance(step, params.x_stride);
-  plan.x.store_step = distance(step, plan.x.maps);
-  plan.gy.load_step = distance(step, params.gy_stride);
-  plan.gy.store_step = distance(step, plan.gy.maps);
+  const Strides x_stride = used_strides(params, params.x_stride);
+  const Strides gy_stride = used_strides(params, params.gy_stride);
+  const int vector = std::min(vector_width(params.x, params.width, x_stride, false),
+                              vector_width(params.gy, params.width, gy_stride, false));
+  plan.odd = vector == 1;
+  plan.loader = choose_row_loader(plan.shape, 32 * plan.warps, vector, params.height, params.width, plan.steps);
+  // There are no other instantiations of unaligned rows: words do not fit the registers of 16 warps per CTA.
+  if (plan.loader == Loader::kUnalignedRows && !plan.taps.unrolled) plan.loader = Loader::kTiles;
+  set_distances(plan.loader, plan.shape, plan.steps, plan.tiles_per_channel, 1, x_stride, plan.x.map);
+  set_distances(plan.loader, plan.shape, plan.steps, plan.tiles_per_channel, 1, gy_stride, plan.gy.map);
+  for (WgradOperand* operand : {&plan.x, &plan.gy}) {
+    operand->map.vector = plan.shape.tiled ? std::min(vector, 4) : vector;  // the halo is aligned to 4 elements
+    operand->map.lanes = lanes_for(ceil_div(plan.shape.tiled ? operand->cols : params.width, operand->map.vector));
+  }
 }
 
 // The launch geometry for these parameters, or what leaves them to the direct kernel.
@@ -167,11 +185,17 @@ inline Obstacle choose_wgrad_mma_plan(const WgradParams& params, WgradMmaPlan& p
   const int k_steps = static_cast<int>(ceil_div(plan.lead + params.kernel_w + kSubtile - 1, kMmaK));
   if (k_steps > kWgradMaxWarps) return Obstacle::kKernelWidth;
   if (!choose_shape(params, k_steps, plan)) return Obstacle::kSharedMemory;
-  choose_loader(params, plan);
+  const StoredMaps& maps = plan.x.map.maps;
+  for (int row = 0; row < kSubtile; row++)
+    plan.row_bytes[row] = 2 * (maps.row(row + 1 - plan.x.top) - maps.row(row - plan.x.top));
 
   const int64_t tiles = tiles_per_channel(plan.shape, params.batch);
+  if (tiles * params.channels >= kMaxOffset) return Obstacle::kOffsets;
   plan.tiles_per_channel = static_cast<int>(tiles);
-  return tiles * params.channels < kMaxOffset ? Obstacle::kNone : Obstacle::kOffsets;
+  const int64_t products = kSubtile * ceil_div(plan.shape.m_blocks, plan.splits);
+  plan.tiles_per_chain = static_cast<int>(std::max<int64_t>(1, kWgradChain / products));
+  choose_loader(params, plan);
+  return Obstacle::kNone;
 }
 
 }  // namespace convmixer_fast::cuda
