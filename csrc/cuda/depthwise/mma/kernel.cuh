@@ -87,9 +87,11 @@ struct Team {
     warp = Traits::kChannelsLast ? 0 : warp_of_cta;
     warps = Traits::kChannelsLast || Traits::kOneWarp ? 1 : plan.warps;
   }
-  // In channels_last the last work tile may have fewer channels.
+  // In channels_last the last work tile may have fewer channels; none, if they are octets.
   __device__ bool has_channel(const DepthwiseParams& params, const WorkTile& tile) const {
-    return !Traits::kChannelsLast || tile.channel + channel < static_cast<int>(params.channels);
+    const int channels = static_cast<int>(params.channels);
+    if constexpr (Traits::kLoader == Loader::kChannelsLast) return tile.channel < channels;
+    else return !Traits::kChannelsLast || tile.channel + channel < channels;
   }
 };
 
