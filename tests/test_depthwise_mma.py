@@ -414,21 +414,24 @@ def random_cases(count, seed, kernel_sizes=KERNELS + [(1, 1), (2, 1), (15, 15), 
         yield case
 
 
-# Prefetched work tiles of four images, the last of one: rare among the random ones.
-LAST_TILE_IS_SMALLER = [
-    Case((3, 3), torch.float16, layout, (16, 16), 17, 24, "forward", True, True, True, False)
-    for layout in ("contiguous", "channels_last")
+# Rare among the random ones: work tiles of four images, the last of one; tiles of octets, with a prologue.
+RARE = [
+    *(
+        Case((3, 3), torch.float16, layout, (16, 16), 17, 24, "forward", True, True, True, False)
+        for layout in ("contiguous", "channels_last")
+    ),
+    Case((7, 7), torch.float16, "channels_last", (56, 56), 1, 8, "forward", True, True, True, False),
 ]
 
 
-@pytest.mark.parametrize("case", [*LAST_TILE_IS_SMALLER, *random_cases(120, seed=0)], ids=str)
+@pytest.mark.parametrize("case", [*RARE, *random_cases(120, seed=0)], ids=str)
 def test_exactly(ops, case):
     ops.device.order = case.order
     torch.testing.assert_close(*run_exact(ops, case), rtol=0, atol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*LAST_TILE_IS_SMALLER, *random_cases(120, seed=2)], ids=str)
+@pytest.mark.parametrize("case", [*RARE, *random_cases(120, seed=2)], ids=str)
 def test_exactly_before_sm_90(ampere, case):
     ampere.device.order = case.order
     torch.testing.assert_close(*run_exact(ampere, case), rtol=0, atol=0)
@@ -438,7 +441,7 @@ def test_exactly_before_sm_90(ampere, case):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
-    half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + LAST_TILE_IS_SMALLER
+    half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + RARE
     with contextlib.closing(EmulatedOps(sm_count=3, overlay=plant(name, *bug))) as ops:
         assert first_finding(ops, half) in reports
 
