@@ -395,7 +395,7 @@ PLANTED = {
         MMA + "mover.cuh",
         "return tile.channel < static_cast<int>(params.channels);",
         "return true;",
-        {"out-of-bounds"},
+        {"out-of-bounds", "second write"},
     ),
 }
 
@@ -414,13 +414,15 @@ def random_cases(count, seed, kernel_sizes=KERNELS + [(1, 1), (2, 1), (15, 15), 
         yield case
 
 
-# Rare among the random ones: work tiles of four images, the last of one; tiles of octets, with a prologue.
+# Rare among the random ones: work tiles of four images, the last of one; octets in tiles, with a prologue, and in rows
+# of odd width.
 RARE = [
     *(
         Case((3, 3), torch.float16, layout, (16, 16), 17, 24, "forward", True, True, True, False)
         for layout in ("contiguous", "channels_last")
     ),
     Case((7, 7), torch.float16, "channels_last", (56, 56), 1, 8, "forward", True, True, True, False),
+    Case((9, 9), torch.float16, "channels_last", (7, 7), 17, 8, "forward", True, True, True, False),
 ]
 
 
