@@ -68,9 +68,13 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; MUFU.EX2
 }
 
 __device__ __forceinline__ float max_nan(float a, float b) {  // NaN if either is
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // which have no such instruction
+  return a > b || a != a ? a : b;
+#else
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
+#endif
 }
 
 }  // namespace convmixer_fast::cuda

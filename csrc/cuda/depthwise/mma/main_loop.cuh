@@ -91,7 +91,7 @@ class RingLoop {
     for (int i = 0; i < kSubtile; i++) {
       const int r = first + i;
       if (i == gap_before_ && r > 0) row_address_ += 2 * plan_.x.maps.gap;
-      if (!kAny || r < kernel_h_) taps_.load(plan_.tap_pitch, r, toeplitz_[i]);
+      if (!kAny || r < kernel_h_) taps_.load_in_place(plan_.tap_pitch, r, toeplitz_[i]);
       if (!kAny || r < kernel_h_ + kSubtile - 1) {
         uint32_t a[kKSteps][4];
 #pragma unroll

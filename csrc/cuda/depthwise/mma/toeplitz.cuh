@@ -2,6 +2,7 @@
 //
 // Terms: docs/glossary.md.
 #pragma once
+#include "../../common/ptx.cuh"
 #include "plan.h"
 
 namespace convmixer_fast::cuda {
@@ -40,14 +41,23 @@ class ToeplitzLane {
 
   template <int kKSteps>
   __device__ __forceinline__ void load(int tap_pitch, int dy, uint32_t (&b)[kKSteps][2]) const {
-#pragma unroll
-    for (int s = 0; s < kKSteps; s++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        b[s][half] = *reinterpret_cast<const uint32_t*>(taps_ + dy * tap_pitch + kMmaK * s + kSubtile * half);
+    load_by([](const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }, tap_pitch, dy, b);
+  }
+  // The same where the program says, for the ring: hoisted out of its rows, the fragments would not fit the registers.
+  template <int kKSteps>
+  __device__ __forceinline__ void load_in_place(int tap_pitch, int dy, uint32_t (&b)[kKSteps][2]) const {
+    load_by([](const uint16_t* from) { return load_shared(shared_address(from)); }, tap_pitch, dy, b);
   }
 
  private:
+  template <class Read, int kKSteps>
+  __device__ __forceinline__ void load_by(const Read& read, int tap_pitch, int dy, uint32_t (&b)[kKSteps][2]) const {
+#pragma unroll
+    for (int s = 0; s < kKSteps; s++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) b[s][half] = read(taps_ + dy * tap_pitch + kMmaK * s + kSubtile * half);
+  }
+
   const uint16_t* taps_;
 };
 

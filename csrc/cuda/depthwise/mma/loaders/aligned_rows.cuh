@@ -36,9 +36,9 @@ struct AlignedRowsLane {
   }
 };
 
-// From memory through registers to shared memory. kStoredBytes: the alignment there, 8 behind a border of 4 columns,
-// else
-// 16. kZeroMissing: whether images that the channel's last work tile lacks become zeros; else they keep what they had.
+// From memory through registers to shared memory. kStoredBytes: the alignment there, 8 behind a border of 4 columns and
+// 16 without one. kZeroMissing: whether images that the channel's last work tile lacks become zeros; else they keep
+// what they had.
 template <int kStoredBytes, bool kZeroMissing>
 class AlignedRowsReader {
  public:

@@ -65,8 +65,8 @@ struct ChannelsLastLane {
   __device__ int stored_offset(const StoredMaps& maps) const { return maps.at(steps.image, steps.row, col); }
 };
 
-// From memory through registers to shared memory. kPairs: whether every pixel has its second one, as in maps of even
-// width.
+// From memory through registers to shared memory. The functions' kPairs: whether all maps are of even width, so that
+// every pair has its second pixel.
 class ChannelsLastReader {
  public:
   // `tensor`: the first image and channel of the CTA's first work tile. `stored`: the first channel's maps in shared
