@@ -61,14 +61,22 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 }
 #undef CMF_MMA
 
+// The value itself, as an optimization barrier: what is computed from it is computed again in each round of a loop
+// instead of being kept in registers, where these are short.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; MUFU.EX2
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-__device__ __forceinline__ float max_nan(float a, float b) {  // NaN if either is
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // which have no such instruction
+// NaN if either is. Before sm_80 there is no instruction for it.
+__device__ __forceinline__ float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   return a > b || a != a ? a : b;
 #else
   float y;

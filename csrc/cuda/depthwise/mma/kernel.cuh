@@ -15,12 +15,11 @@
 // shift are fetched into shared memory once per channel. The Toeplitz fragments of kernels 3, 5, 7 and 9 high stay in
 // registers; those of other kernels are read again for each M block (the ring). For each work tile it
 //   1. writes the inputs, through the prologue, into shared memory, whose zero border is the implicit padding
-//   (mover.cuh),
+//      (mover.cuh),
 //   2. loads the next work tile into registers, in flight during all that follows, if the loader works ahead,
 //   3. sums the taps (main_loop.cuh),
 //   4. applies the epilogue in registers, with the residual as one more product, and writes the outputs to shared
-//   memory
-//      (epilogue.cuh),
+//      memory (epilogue.cuh),
 //   5. copies them to memory.
 // That is for contiguous rows. In channels_last a work tile has 8 neighbouring channels, each computed by one warp.
 //
@@ -190,9 +189,10 @@ class Channel {
     else
       RingLoop<T, Traits::kKSteps>(plan, kernel_h_, static_cast<int>(params.pad_top), addresses_.inputs, lane_taps_)
           .run(epilogue.bias, acc);
+    const int left = Traits::kUnrolled ? left_ : opaque(left_);  // the ring leaves no registers for what depends on it
     if (params.residual)
-      apply_epilogue<T, Traits::kKSteps, true>(epilogue, acc, left_, addresses_, in_pitch, out_pitch, outputs_);
-    else apply_epilogue<T, Traits::kKSteps, false>(epilogue, acc, left_, addresses_, in_pitch, out_pitch, outputs_);
+      apply_epilogue<T, Traits::kKSteps, true>(epilogue, acc, left, addresses_, in_pitch, out_pitch, outputs_);
+    else apply_epilogue<T, Traits::kKSteps, false>(epilogue, acc, left, addresses_, in_pitch, out_pitch, outputs_);
   }
 
   int kernel_h_;

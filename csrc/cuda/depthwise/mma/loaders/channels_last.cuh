@@ -11,13 +11,6 @@
 
 namespace convmixer_fast::cuda {
 
-// An optimization barrier: dependent addresses are computed again instead of being kept in registers, which are short
-// here.
-__device__ __forceinline__ int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 // Channel c of two neighbouring pixels, whose octets of channels are a and b.
 __device__ __forceinline__ AccessVector<2> pick(const AccessVector<8>& a, const AccessVector<8>& b, int c) {
   const uint32_t bits = __byte_perm(reinterpret_cast<const uint32_t*>(a.values)[c / 2],

@@ -11,6 +11,7 @@
 // Terms: docs/glossary.md.
 #pragma once
 #include "../../../common/access_vector.cuh"
+#include "../../../common/ptx.cuh"
 #include "steps.cuh"
 
 namespace convmixer_fast::cuda {
@@ -109,7 +110,7 @@ class UnalignedRowsReader {
   template <bool kOdd>
   __device__ __forceinline__ void write_steps(const StepDistances& distances, int width) const {
     const WordSteps has(lane_.steps, odd_steps_, lane_.index, width);
-    uint16_t* to = to_;
+    uint16_t* to = to_ + opaque(0);
 #pragma unroll
     for (int step = 0; step < kUnalignedSteps; step++) {
       if constexpr (kOdd) {
@@ -155,7 +156,7 @@ class UnalignedRowsWriter {
   template <bool kOdd>
   __device__ __forceinline__ void store_steps(const StepDistances& distances, const StepDistances& stored_distances,
                                               int width, uint32_t steps) const {
-    const uint16_t* from = from_;
+    const uint16_t* from = from_ + opaque(0);
     uint16_t* to = to_;
     const uint32_t odd_steps = is_odd(to) ? ~distances.odd_steps : distances.odd_steps;
     const WordSteps has(steps, odd_steps, lane_.index, width);
