@@ -39,7 +39,15 @@ from cycle_model import DEVICES, simulate, steady_state
 from report import ROOT, table, write
 from sass import PIPE_OF, PIPES
 
-from convmixer_fast.diagnostics import GPUS, Launch, mma_launch, pool_launch, short_name, wgrad_launch
+from convmixer_fast.diagnostics import (
+    GPUS,
+    Launch,
+    direct_launch,
+    mma_launch,
+    pool_launch,
+    short_name,
+    wgrad_launch,
+)
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernel_report"
@@ -50,7 +58,8 @@ GPU_OF = {"sm_90a": "H200", "sm_80": "A100", "sm_89": "RTX 4090"}  # for which e
 
 
 class Case(NamedTuple):
-    """One launch. operator: "depthwise", with what is fused into it; "wgrad", of contiguous tensors; or "pool"."""
+    """One launch. operator: "depthwise", with what is fused into it; "direct", the same by the direct kernel; "wgrad",
+    of contiguous tensors; or "pool"."""
 
     shape: tuple[int, int, int, int]
     kernel_size: int | tuple[int, int]
@@ -67,6 +76,8 @@ class Case(NamedTuple):
         if self.operator == "pool":
             return pool_launch(self.shape, self.dtype, self.layout, activation=self.activation)
         fused = dict(activation=self.activation, prologue=self.prologue, residual=self.residual)
+        if self.operator == "direct":
+            return direct_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused)
         return mma_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused, device=GPU_OF[target])
 
     @property
@@ -75,9 +86,10 @@ class Case(NamedTuple):
 
     @property
     def step(self) -> str:
-        if self.operator != "depthwise":
+        if self.operator in ("wgrad", "pool"):
             return self.operator
-        parts = [self.activation] if self.activation != "none" else []
+        parts = ["direct"] if self.operator == "direct" else []
+        parts += [self.activation] if self.activation != "none" else []
         parts += ["residual"] * self.residual + ["prologue"] * self.prologue
         return ", ".join(parts) or "plain"
 
@@ -95,6 +107,14 @@ EVERY_TARGET = [
     *(Case(PAPER, k, prologue=prologue) for k in (3, 5, 7, 9) for prologue in (False, True)),
     *(Case(PAPER, k, **PLAIN) for k in (3, 7, 9)),
     *(Case(PAPER, k, operator="wgrad") for k in (3, 5, 7, 9)),
+]
+NARROW = [  # kernels that are as narrow as few rows or columns
+    *(Case((64, 124, 56, 56), kernel, **PLAIN) for kernel in ((51, 5), (5, 51))),  # SLaK-T
+    *(  # InceptionNeXt-T
+        Case((64, 12, 56, 56), kernel, layout=layout, **PLAIN)
+        for layout in ("contiguous", "channels_last")
+        for kernel in ((11, 1), (1, 11))
+    ),
 ]
 CASES = {
     "sm_80": EVERY_TARGET,
@@ -117,6 +137,8 @@ CASES = {
         *(Case(PAPER, 1, layout=layout, operator="pool") for layout in ("contiguous", "channels_last")),
         Case((64, 256, 28, 28), 31, **PLAIN),  # RepLKNet-31B, whose later stages have slightly smaller kernels
         Case((64, 512, 14, 14), 31, **PLAIN),
+        *NARROW,
+        *(case._replace(operator="direct") for case in NARROW),
     ],
 }
 
@@ -157,7 +179,7 @@ class Plane(NamedTuple):
     case: Case
     launch: Launch
     tiles: int  # work tiles of the steps
-    planes: int  # of the steps
+    planes: float  # of the steps
     steps: list[list[warp_trace.Step]]  # of each warp
 
     @property
@@ -264,32 +286,46 @@ def architecture_of(kernel: Kernel) -> int:
 
 
 def trace_case(kernel: Kernel, case: Case) -> Plane:
-    """What a block of the kernel does for the case in steady state.
+    """What a block of the kernel does for the case in steady state; all that it does, for the direct kernel, whose
+    blocks have a work tile each.
 
     Raises:
         UndecidedError: the path hangs on what is not known; or an opcode belongs to no pipe.
     """
     launch = case.launch(kernel.target)
-    maps, tile_h, tile_w = launch.tile
-    tiles_per_map = math.ceil(case.shape[2] / tile_h) * math.ceil(case.shape[3] / tile_w)
-    fewest = FEWEST_TILES if launch.block <= 128 else FEWEST_TILES // 2
-    tiles = tiles_per_map * math.ceil(fewest / tiles_per_map)
-    planes = tiles // tiles_per_map * maps
 
-    def trace(times: int) -> list[list[warp_trace.Step]]:
-        if case.operator != "depthwise":  # one block that does all the work
-            shape = (times * planes, 1) if case.operator == "wgrad" else (times, planes)
-            arguments = case._replace(shape=shape + case.shape[2:]).launch(kernel.target).arguments
-            blocks = 1
-        else:  # an even number of blocks: siblings come in pairs
-            arguments, blocks = launch.arguments, launch.work_tiles // (times * tiles) // 2 * 2
+    def trace(arguments: bytes, blocks: int) -> list[list[warp_trace.Step]]:
         return warp_trace.trace(kernel.instructions, arguments, architecture_of(kernel), launch.block // 32, blocks)
 
-    steps = [steady_state(few, many) for few, many in zip(trace(1), trace(2))]
+    if case.operator == "direct":
+        tiles, planes = 1, case.planes / launch.work_tiles
+        steps = trace(launch.arguments, launch.work_tiles)
+    else:
+        tiles, planes = fewest_tiles(case, launch)
+        once, twice = (trace(*with_tiles(case, launch, kernel.target, times, tiles, planes)) for times in (1, 2))
+        steps = [steady_state(few, many) for few, many in zip(once, twice)]
     plane = Plane(kernel, case, launch, tiles, planes, steps)
     if unknown := {opcode for opcode in plane.opcodes if opcode.partition(".")[0] not in PIPE_OF}:
         raise warp_trace.UndecidedError(f"{kernel.name}, {kernel.target}: no pipe for {', '.join(sorted(unknown))}")
     return plane
+
+
+def fewest_tiles(case: Case, launch: Launch) -> tuple[int, int]:
+    """The work tiles of the shorter trace, and how many planes they are."""
+    maps, tile_h, tile_w = launch.tile
+    tiles_per_map = math.ceil(case.shape[2] / tile_h) * math.ceil(case.shape[3] / tile_w)
+    fewest = FEWEST_TILES if launch.block <= 128 else FEWEST_TILES // 2
+    tiles = tiles_per_map * math.ceil(fewest / tiles_per_map)
+    return tiles, tiles // tiles_per_map * maps
+
+
+def with_tiles(case: Case, launch: Launch, target: str, times: int, tiles: int, planes: int) -> tuple[bytes, int]:
+    """Arguments and number of blocks of a launch whose first block gets `times` as many work tiles as `tiles`, which
+    are so many planes."""
+    if case.operator == "depthwise":  # an even number of blocks: siblings come in pairs
+        return launch.arguments, launch.work_tiles // (times * tiles) // 2 * 2
+    shape = (times * planes, 1) if case.operator == "wgrad" else (times, planes)
+    return case._replace(shape=shape + case.shape[2:]).launch(target).arguments, 1  # one block that does all the work
 
 
 def trace_cases(kernels: list[Kernel]) -> list[Plane]:

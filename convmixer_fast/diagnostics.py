@@ -55,7 +55,7 @@ class Explanation(NamedTuple):
         reason: why it is the direct kernel; empty for tensor cores.
         name: the kernel in C++, as demanglers and profilers give it, without namespaces.
         tile: (maps, height, width): outputs that a block computes at a time. A map belongs to one image and channel;
-            those of a tile belong to one channel on tensor cores, or in channels_last to 8 or 16.
+            those of a tile belong to one channel on tensor cores, or in channels_last to 8.
         items: such tiles in all, which the blocks share.
         block: threads per block.
         smem_bytes: dynamic shared memory per block.
@@ -222,7 +222,7 @@ def short_name(demangled: str) -> str:
 
 
 class Launch(NamedTuple):
-    """What :func:`mma_launch`, :func:`wgrad_launch` and :func:`pool_launch` return.
+    """What :func:`mma_launch`, :func:`direct_launch`, :func:`wgrad_launch` and :func:`pool_launch` return.
 
     Attributes:
         name: the kernel in C++, as :attr:`Explanation.name` has it.
@@ -258,6 +258,25 @@ def mma_launch(
         ValueError: an argument does not fit, or the shape leaves the direct kernel.
     """
     return _launch("mma", _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS[device]))
+
+
+def direct_launch(
+    x_shape: tuple[int, int, int, int],
+    kernel_size: int | tuple[int, int],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    *,
+    activation: str = "gelu",
+    prologue: bool = False,
+    residual: bool = True,
+) -> Launch:
+    """The direct kernel of the forward pass, also where the tensor-core kernel would be chosen.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    query = _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS["H200"])
+    return _launch("direct", query)
 
 
 def wgrad_launch(x_shape: tuple[int, int, int, int], kernel_size: int | tuple[int, int], dtype: torch.dtype) -> Launch:

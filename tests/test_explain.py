@@ -18,6 +18,7 @@ from convmixer_fast import cli, diagnostics
 from convmixer_fast.diagnostics import GPUS, Gpu, short_name
 
 SM_COUNT, BLOCKS_PER_SM = 4, 1  # fewer than registers, which the emulator does not know, or shared memory would allow
+TURING = Gpu("T4", 75, 40, 64 << 10, 32, 16)
 EMULATED = Gpu("emulated", 90, SM_COUNT, 228 << 10, 64, BLOCKS_PER_SM)
 
 dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda d: str(d)[6:])
@@ -88,7 +89,7 @@ def test_devices():
         assert explained.blocks_per_sm == min(16, gpu.smem_per_sm // (explained.smem_bytes + 1024))
         assert explained.grid == gpu.sm_count * explained.blocks_per_sm
     assert explain(case, torch.bfloat16, device="H100") == explain(case, torch.bfloat16, device="H200")  # the same SMs
-    older = explain(case, torch.bfloat16, device=Gpu("T4", 75, 40, 64 << 10, 32, 16))
+    older = explain(case, torch.bfloat16, device=TURING)
     assert older.kernel == "direct" and "sm_80" in older.reason and older.grid == older.items
 
 
@@ -157,11 +158,38 @@ for seed in range(800):
     arguments = ctypes.byref(query), ctypes.byref(choice)
     library = _library._cpu_library
     library.convmixer_fast_mma_arguments(*arguments, buffer, r.choice([4096, 0, -1]))
+    library.convmixer_fast_direct_arguments(*arguments, buffer, r.choice([4096, 0, -1]))
     library.convmixer_fast_wgrad_arguments(*arguments, buffer, r.choice([4096, 0, -1]))
     fits = library.convmixer_fast_select(*arguments)
     assert not fits or min(choice.work_tiles, choice.x_elements_read + 1, choice.threads, choice.registers) > 0
     assert not fits or choice.name and bool(choice.reason) != bool(choice.tensor_cores)
 """
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 32), (16, 16), (8, 8), (31, 31)], ids=str)
+def test_a_kernel_of_one_warp_gets_one_warp(size):
+    """Also where rows at odd distances are more words than a warp can hold, so that others help to load them."""
+    for distance in (size[1], size[1] + 1):
+        query = diagnostics._query((17, 2, *size), 9, torch.float16, "contiguous", "gelu", True, True, GPUS["H200"])
+        query.x_stride[:] = (2 * size[0] * distance, size[0] * distance, distance, 1)
+        launch = diagnostics._launch("mma", query)
+        assert launch.name.endswith("true>>") == (launch.block == 32), launch.name
+
+
+def test_one_large_image():
+    """The distance of images does not matter if there is one."""
+    assert convmixer_fast.explain((1, 512, 512, 512), 9, torch.float16).kernel == "tensor cores"
+    assert convmixer_fast.explain((2, 512, 512, 512), 9, torch.float16).kernel == "direct"
+
+
+def test_direct_launch():
+    """The direct kernel's arguments come from the choice of a GPU without tensor cores."""
+    shape, kernel_size = (2, 3, 20, 30), (3, 5)
+    launch = diagnostics.direct_launch(shape, kernel_size, torch.float16)
+    older = convmixer_fast.explain(shape, kernel_size, torch.float16, device=TURING)
+    assert (launch.name, launch.tile, launch.work_tiles) == (older.name, older.tile, older.items)
+    assert (launch.block, launch.smem_bytes) == (older.block, older.smem_bytes)
+    assert len(launch.arguments) > len(diagnostics.pool_launch(shape, torch.float16).arguments) > 0
 
 
 def test_a_library_with_other_structs_is_refused():

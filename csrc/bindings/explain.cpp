@@ -192,6 +192,17 @@ bool answer(const DepthwiseQuery& query, cuda::DepthwiseChoice& selected, Choice
   return true;
 }
 
+// A kernel's two parameters as they lie in its constant memory. Returns their size; 0 if the capacity does not suffice.
+template <class Params, class Plan>
+int copy_arguments(const Params& params, const Plan& plan, unsigned char* bytes, int capacity) {
+  static_assert(sizeof(Params) % alignof(Plan) == 0, "no gap between the two");
+  constexpr int kSize = sizeof(Params) + sizeof(Plan);
+  if (capacity < kSize) return 0;
+  std::memcpy(bytes, &params, sizeof(params));
+  std::memcpy(bytes + sizeof(params), &plan, sizeof(plan));
+  return kSize;
+}
+
 }  // namespace
 }  // namespace convmixer_fast
 
@@ -209,19 +220,25 @@ CMF_EXPORT int convmixer_fast_select(const DepthwiseQuery* query, Choice* choice
   return convmixer_fast::answer(*query, selected, *choice);
 }
 
-// Which kernel runs, and the tensor-core kernel's parameters as they lie in its constant memory. Returns their size; 0
-// if it is the direct kernel, the query does not fit or the capacity does not suffice.
+// The tensor-core kernel's parameters as they lie in its constant memory. Returns their size; 0 if it is the direct
+// kernel, the query does not fit or the capacity does not suffice.
 CMF_EXPORT int convmixer_fast_mma_arguments(const DepthwiseQuery* query, Choice* choice, unsigned char* bytes,
                                             int capacity) {
   using namespace convmixer_fast;
   cuda::DepthwiseChoice selected;
-  constexpr int kSize = sizeof(DepthwiseParams) + sizeof(cuda::MmaPlan);
-  static_assert(sizeof(DepthwiseParams) % alignof(cuda::MmaPlan) == 0, "no gap between the two");
-  if (!answer(*query, selected, *choice) || !selected.tensor_cores || capacity < kSize) return 0;
-  const DepthwiseParams params = params_of(*query);
-  std::memcpy(bytes, &params, sizeof(params));
-  std::memcpy(bytes + sizeof(params), &selected.mma, sizeof(selected.mma));
-  return kSize;
+  if (!answer(*query, selected, *choice) || !selected.tensor_cores) return 0;
+  return copy_arguments(params_of(*query), selected.mma, bytes, capacity);
+}
+
+// The same for the direct kernel, as on a GPU whose tensor cores are not used.
+CMF_EXPORT int convmixer_fast_direct_arguments(const DepthwiseQuery* query, Choice* choice, unsigned char* bytes,
+                                               int capacity) {
+  using namespace convmixer_fast;
+  DepthwiseQuery old_gpu = *query;
+  old_gpu.device.major = cuda::kMmaMajor - 1;
+  cuda::DepthwiseChoice selected;
+  if (!answer(old_gpu, selected, *choice)) return 0;
+  return copy_arguments(params_of(old_gpu), selected.direct, bytes, capacity);
 }
 
 // The same for the tensor-core kernel of the weight's gradient, as one CTA that does all the work.
@@ -262,9 +279,7 @@ CMF_EXPORT int convmixer_fast_wgrad_arguments(const DepthwiseQuery* query, Choic
 CMF_EXPORT int convmixer_fast_pool_arguments(const DepthwiseQuery* query, Choice* choice, unsigned char* bytes,
                                              int capacity) {
   using namespace convmixer_fast;
-  constexpr int kSize = sizeof(PoolParams) + sizeof(cuda::PoolPlan);
-  static_assert(sizeof(PoolParams) % alignof(cuda::PoolPlan) == 0, "no gap between the two");
-  if (!fits(*query) || capacity < kSize) return 0;
+  if (!fits(*query)) return 0;
   const PoolParams params = pool_params_of(*query, bytes);
   const cuda::PoolPlan plan = cuda::choose_pool_plan(params);
   const cuda::PoolShape shape = cuda::pool_shape(plan.access, plan.small_maps);
@@ -275,7 +290,5 @@ CMF_EXPORT int convmixer_fast_pool_arguments(const DepthwiseQuery* query, Choice
   choice->tile_w = static_cast<int>(params.width);
   choice->threads = shape.threads;
   copy_text(cuda::kernel_name(params, plan), choice->name);
-  std::memcpy(bytes, &params, sizeof(params));
-  std::memcpy(bytes + sizeof(params), &plan, sizeof(plan));
-  return kSize;
+  return copy_arguments(params, plan, bytes, capacity);
 }

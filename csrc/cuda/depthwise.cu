@@ -2,6 +2,7 @@
 #include "common/activation.cuh"
 #include "common/current_device.h"
 #include "common/dtypes.cuh"
+#include "common/kernel_activation.h"
 #include "common/launch.h"
 #include "select.h"
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <string>
 
+#include "common/kernel_activation.h"
 #include "pool/plan.h"
 #include "select.h"
 

@@ -22,11 +22,6 @@ namespace convmixer_fast::cuda {
 
 constexpr int kMmaMajor = 8;  // compute capability from which the tensor-core kernels run
 
-// The activation of the instantiation that serves `activation`: ReLU is a maximum with 0, no activation one with -inf.
-constexpr Activation kernel_activation(Activation activation) {
-  return activation == Activation::kNone ? Activation::kRelu : activation;
-}
-
 // The plan of the tensor-core kernel, or what keeps it from running.
 inline Obstacle plan_tensor_cores(const DepthwiseParams& params, const Device& device, MmaPlan& plan) {
   if (device.major < kMmaMajor) return Obstacle::kComputeCapability;

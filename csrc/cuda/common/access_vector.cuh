@@ -13,7 +13,8 @@ namespace convmixer_fast::cuda {
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// kCount 16-bit values. In shared memory they are aligned to their size, or at least to 8 bytes.
+// kCount 16-bit values. In shared memory they are aligned to their size; eight may be aligned to 8 bytes only
+// (store_vector).
 template <int kCount>
 struct alignas(2 * kCount) AccessVector {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4 || kCount == 8);
@@ -51,15 +52,14 @@ __device__ __forceinline__ void store_vector(void* to, const AccessVector<kCount
   }
 }
 
-// Calls f with the compile-time constant that equals `width`, a power of two up to 8.
+// Calls f with the compile-time constant that equals `width`, a power of two up to 8. Not a switch, whose jump table
+// would be read from memory.
 template <class F>
 __device__ __forceinline__ void with_vector_width(int width, const F& f) {
-  switch (width) {
-    case 8: return f(Int<8>{});
-    case 4: return f(Int<4>{});
-    case 2: return f(Int<2>{});
-    default: return f(Int<1>{});
-  }
+  if (width >= 8) f(Int<8>{});
+  else if (width >= 4) f(Int<4>{});
+  else if (width >= 2) f(Int<2>{});
+  else f(Int<1>{});
 }
 
 // Loads kPitch values from shared memory, 16 bytes at a time.

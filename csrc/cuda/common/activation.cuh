@@ -11,9 +11,9 @@ namespace convmixer_fast::cuda {
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(-0.70710678118654752f * x); }
 __device__ __forceinline__ double gelu(double x) { return 0.5 * x * erfc(-0.70710678118654752 * x); }
 
-// x * Phi(x) for results rounded to 16 bits: max(x, 0) - |x| Phi(-|x|), with Phi(-a) = exp2(a polynomial of degree 5).
-// Least-maximum fit on [0, 8]: the error is at most 0.29 of half an ulp of float16, and below 2^-26 in the tail.
-// The leading coefficient is negative, so that far tails need no clamp. 6 FMA, 1 max, 1 MUFU.
+// x * Phi(x) for results rounded to 16 bits: max(x, 0) - a Phi(-a) with a = |x|. log2 Phi(-a) is a polynomial of degree
+// 5 in a, a minimax fit on [0, 8]: the result is off by at most 0.29 of half an ulp of float16, and below 2^-26 in the
+// tail. The leading coefficient is negative, so that far tails need no clamp. 6 FMA, 1 max, 1 MUFU.
 // `a` is |x|; from 16 on, where Phi(-a) is 0, it may be 16.
 __device__ __forceinline__ float gelu_16bit(float x, float a) {
   float p = fmaf(-3.32734472e-4f, a, 5.94480887e-3f);
@@ -62,8 +62,8 @@ struct Elementwise {
   }
 };
 
-// Calls f with the compile-time constant that equals `activation`: one of those that the tensor-core kernel is
-// instantiated for.
+// Calls f with the compile-time constant that equals `activation`: one of those that the tensor-core and the pooling
+// kernel are instantiated for (kernel_activation.h).
 template <class F>
 cudaError_t dispatch_activation(Activation activation, const F& f) {
   switch (activation) {

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "../../params.h"
 
 namespace convmixer_fast::cuda {
@@ -33,7 +35,7 @@ __device__ __forceinline__ T narrow(arithmetic_t<T> value) {  // rounds to neare
   else return value;
 }
 
-// Calls f with a value of the storage type; false if there is no such type.
+// Calls f with a value of the storage type; cudaErrorInvalidValue if there is no such type.
 template <class F>
 cudaError_t dispatch_dtype(DType dtype, const F& f) {
   switch (dtype) {

@@ -14,7 +14,7 @@ enum class Obstacle : int32_t {
   kKernelWidth,              // the kernel has too many columns
   kKernelWidthChannelsLast,  // the kernel has too many columns for channels_last
   kKernelHeight,             // the kernel has too many rows
-  kOffsets,                  // indices or offsets inside a work tile need more than 32 bits
+  kOffsets,                  // indices, or offsets in a work tile of 16 images, need more than 32 bits
   kSharedMemory,             // not even the smallest tile fits shared memory
 };
 

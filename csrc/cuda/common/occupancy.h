@@ -10,15 +10,16 @@ namespace convmixer_fast::cuda {
 
 struct OccupancyQuestion {
   int device;
-  int threads;  // of a CTA
-  int smem;     // bytes of dynamic shared memory of a CTA
+  int threads;  // per CTA
+  int smem;     // bytes of dynamic shared memory per CTA
 
   bool operator==(const OccupancyQuestion& other) const {
     return device == other.device && threads == other.threads && smem == other.smem;
   }
 };
 
-// For one kernel. A network's layers put one or two; with maps of ever other sizes, the driver is asked each time.
+// Entries for one kernel. A network's layers need one or two; where the sizes of maps keep changing, the driver is
+// asked each time.
 constexpr size_t kCachedOccupancies = 8;
 
 // On the current device. The kernel must have been prepared (prepare_shared_memory), since the answer depends on what

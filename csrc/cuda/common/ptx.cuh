@@ -1,4 +1,4 @@
-// One PTX instruction per function.
+// PTX instructions that CUDA C++ does not offer, one per function, and what goes with them.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -62,7 +62,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #undef CMF_MMA
 
 // The value itself, as an optimization barrier: what is computed from it is computed again in each round of a loop
-// instead of being kept in registers, where these are short.
+// instead of being kept in registers, where registers are scarce.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;

@@ -7,8 +7,11 @@
 //
 // Terms: docs/glossary.md.
 #pragma once
-#include "../common/access_vector.cuh"
+#include <algorithm>
+#include <type_traits>
+
 #include "../common/activation.cuh"
+#include "../common/kernel_activation.h"
 #include "plan.h"
 
 namespace convmixer_fast::cuda {
@@ -149,8 +152,7 @@ class PixelWalk {
   int64_t left_;
 };
 
-// Adds the pixels of one thread to its partial sums: of a run that starts on 16 bytes and whose last pixels may fill no
-// vector.
+// Adds a thread's pixels of a run to its partial sums. The run starts on 16 bytes; its last pixels may fill no vector.
 template <class Traits>
 __device__ __forceinline__ void sum_run(const typename Traits::T* run, int pixels, int member,
                                         const PoolSummand<typename Traits::T, Traits::kActivation>& summand,
@@ -174,8 +176,8 @@ __device__ __forceinline__ void sum_run(const typename Traits::T* run, int pixel
   if (last < pixels) summand.add(sums[0], widen(run[last]));
 }
 
-// The same for the next `count` pixels of a walk, of one map, or of the maps of an octet, which have a partial sum
-// each.
+// Adds the next `count` pixels of a walk to the partial sums: those of one map, or those of the eight maps of an octet,
+// each of which has one partial sum.
 template <class Traits>
 __device__ __forceinline__ void sum_walk(PixelWalk<Traits>& walk, int count,
                                          const PoolSummand<typename Traits::T, Traits::kActivation>* summands,
@@ -256,9 +258,9 @@ __device__ __forceinline__ void pool_along_maps(const PoolParams& params, const 
   if (exists && member == 0) write_mean(params, plan, image, channel, prologue, sum);
 }
 
-// Neighbouring lanes have neighbouring channels, or octets. The threads of a team meet in shared memory. Its barriers
-// also keep a tile from the one before: biases are written after the second and read before it, sums of threads written
-// after the first and read before it.
+// Neighbouring lanes have neighbouring channels, or octets. The threads of a team meet in shared memory. Two barriers
+// suffice from tile to tile: biases are read before the second barrier and overwritten after it, sums are read after
+// the second barrier and overwritten after the next tile's first.
 template <class Traits>
 __device__ __forceinline__ void pool_along_channels(const PoolParams& params, const PoolPlan& plan, int64_t image,
                                                     int64_t first_channel) {
@@ -343,8 +345,7 @@ cudaError_t activate_pool(const PoolParams& params, const PoolPlan& plan, cudaSt
     activate_pool_kernel<Traits><<<ctas, Traits::kShape.threads, 0, stream>>>(params, plan);
     return cudaGetLastError();
   };
-  const Activation wanted = params.prologue.activation;
-  return dispatch_activation(wanted == Activation::kNone ? Activation::kRelu : wanted, [&](auto activation) {
+  return dispatch_activation(kernel_activation(params.prologue.activation), [&](auto activation) {
     return dispatch_pool_traits<T, decltype(activation)::value>(plan, launch);
   });
 }

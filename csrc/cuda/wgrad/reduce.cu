@@ -1,4 +1,7 @@
 // The kernel that adds up the partial sums of the weight's and the bias's gradient, always in the same order.
+//
+// A CTA adds up kSumsPerCta sums of one channel.
+#include "../../common/math.h"
 #include "../common/dtypes.cuh"
 #include "../common/launch.h"
 #include "share.h"
@@ -10,13 +13,13 @@ constexpr int kThreadsPerSum = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kSumsPerCta* kThreadsPerSum)
-    depthwise_wgrad_reduce_kernel(const __grid_constant__ WgradParams params,
-                                  const __grid_constant__ WgradShare share) {
+    depthwise_wgrad_reduce_kernel(const __grid_constant__ WgradParams params, const __grid_constant__ WgradShare share,
+                                  int64_t ctas_per_channel) {
   using Real = arithmetic_t<T>;
   __shared__ double shared[kThreadsPerSum][kSumsPerCta];  // few sums: float64 costs nothing here
-  const int64_t channel = blockIdx.x;
+  const int64_t channel = blockIdx.x / ctas_per_channel;
   const int64_t channel_block = channel / share.channels;
-  const int64_t sum = int64_t{blockIdx.y} * kSumsPerCta + threadIdx.x;
+  const int64_t sum = blockIdx.x % ctas_per_channel * kSumsPerCta + threadIdx.x;
   double total = 0;
   if (sum < share.sums && share.work_tiles > 0) {
     const int64_t last = share.cta_of((channel_block + 1) * share.tiles_per_channel_block - 1);
@@ -38,10 +41,10 @@ __global__ void __launch_bounds__(kSumsPerCta* kThreadsPerSum)
 
 cudaError_t reduce_partials(const WgradParams& params, const WgradShare& share, cudaStream_t stream) {
   return dispatch_dtype(params.dtype, [&](auto type) {
-    const dim3 grid(static_cast<unsigned>(params.channels),
-                    static_cast<unsigned>((share.sums + kSumsPerCta - 1) / kSumsPerCta));
+    const int64_t ctas_per_channel = ceil_div(share.sums, kSumsPerCta);
+    const auto ctas = static_cast<unsigned>(params.channels * ctas_per_channel);
     depthwise_wgrad_reduce_kernel<decltype(type)>
-        <<<grid, dim3(kSumsPerCta, kThreadsPerSum), 0, stream>>>(params, share);
+        <<<ctas, dim3(kSumsPerCta, kThreadsPerSum), 0, stream>>>(params, share, ctas_per_channel);
     return cudaGetLastError();
   });
 }

@@ -12,8 +12,9 @@
 // row is the A operand: loaded once by ldmatrix, it serves the up to 8 output rows of the subtile whose taps meet it.
 //
 // A CTA keeps to consecutive work tiles (a channel's images, then the next channel's), so that taps, bias, scale and
-// shift are fetched into shared memory once per channel. The Toeplitz fragments of kernels 3, 5, 7 and 9 high stay in
-// registers; those of other kernels are read again for each M block (the ring). For each work tile it
+// shift are fetched into shared memory once per channel. The Toeplitz fragments of kernels 3, 5, 7 and 9 high (in
+// channels_last 7 and 9) and up to 9 wide stay in registers, except for unaligned rows of several warps; all others are
+// read again for each M block (the ring). For each work tile the CTA
 //   1. writes the inputs, through the prologue, into shared memory, whose zero border is the implicit padding
 //      (mover.cuh),
 //   2. loads the next work tile into registers, in flight during all that follows, if the loader works ahead,
@@ -31,7 +32,6 @@
 #include <algorithm>
 
 #include "../../common/activation.cuh"
-#include "../../common/launch.h"
 #include "../../common/occupancy.h"
 #include "../../common/shared_memory.h"
 #include "epilogue.cuh"

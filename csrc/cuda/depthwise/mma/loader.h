@@ -56,16 +56,15 @@ inline int vector_width(const void* base, int64_t extent, const Strides& stride,
 }
 
 // Threads that move `vectors` access vectors together: the smallest power of two that suffices, at most a warp.
-inline int lanes_for(int64_t vectors) {
-  int lanes = 1;
-  while (lanes < vectors && lanes < 32) lanes *= 2;
-  return lanes;
+inline int threads_for(int64_t vectors) {
+  int threads = 1;
+  while (threads < vectors && threads < 32) threads *= 2;
+  return threads;
 }
 
-// How threads move whole maps in steps: `lanes` threads a row, rows_per_step rows in one step. A step covers either
-// rows of one image, or several whole images.
+// How threads move whole maps in steps. A step covers either rows of one image, or several whole images.
 struct LoaderSteps {
-  int lanes;            // threads per row
+  int threads_per_row;
   int rows_per_step;    // a power of two
   int images_per_step;  // 1 if a map takes several steps
   int steps_per_image;  // a power of two; 1 if a step covers several images
@@ -75,12 +74,12 @@ struct LoaderSteps {
 };
 
 // False if a work tile takes more than max_steps steps.
-inline bool divide_into_steps(const TileShape& shape, int threads, int64_t lanes, int64_t height, int max_steps,
-                              LoaderSteps& steps) {
-  if (lanes > threads) return false;
-  steps.lanes = static_cast<int>(lanes);
+inline bool divide_into_steps(const TileShape& shape, int threads, int64_t threads_per_row, int64_t height,
+                              int max_steps, LoaderSteps& steps) {
+  if (threads_per_row > threads) return false;
+  steps.threads_per_row = static_cast<int>(threads_per_row);
   steps.rows_per_step = 1;
-  while (2 * steps.rows_per_step * lanes <= threads) steps.rows_per_step *= 2;
+  while (2 * steps.rows_per_step * threads_per_row <= threads) steps.rows_per_step *= 2;
   steps.images_per_step = static_cast<int>(std::max<int64_t>(1, steps.rows_per_step / height));
   steps.steps_per_image = 1;
   while (steps.steps_per_image * steps.rows_per_step < height && steps.steps_per_image < max_steps)
@@ -95,7 +94,6 @@ inline bool divide_into_steps(const TileShape& shape, int threads, int64_t lanes
 constexpr int kStepLevels = 4;
 struct StepDistances {
   int after[kStepLevels];  // elements, by how often 2 divides s + 1
-  uint32_t odd_steps;      // bit s: whether step s is an odd number of elements from step 0
 };
 static_assert(kUnalignedSteps <= 1 << kStepLevels, "2 divides the number of every step but the first less often");
 
@@ -106,23 +104,16 @@ inline StepDistances step_distances(const LoaderSteps& steps, int max_steps, con
   const auto at = [&](int step) -> int64_t { return offset(steps.first_image(step), steps.first_row(step)); };
   for (int level = 0; level < kStepLevels && 1 << level < max_steps; level++)
     distances.after[level] = static_cast<int>(at(1 << level) - at((1 << level) - 1));
-  for (int step = 0; step < max_steps; step++)
-    if (at(step) % 2 != 0) distances.odd_steps |= uint32_t{1} << step;
   return distances;
-}
-
-inline StepDistances step_distances(const LoaderSteps& steps, int max_steps, const Strides& stride) {
-  return step_distances(steps, max_steps, [&](int image, int row) { return image * stride.n + row * stride.h; });
-}
-inline StepDistances step_distances(const LoaderSteps& steps, int max_steps, const StoredMaps& maps) {
-  return step_distances(steps, max_steps,
-                        [&](int image, int row) { return maps.at(image, row, 0) - maps.at(0, 0, 0); });
 }
 
 // From one work tile of a CTA to its next, in a tensor whose maps are whole. Distances are in elements.
 struct TileDistances {
   int64_t next;     // to the channel's next images
   int64_t channel;  // from the channel's last images to the next channel's first
+
+  // is_last: the work tile is the channel's last.
+  CMF_HOST_DEVICE int64_t after(bool is_last) const { return is_last ? channel : next; }
 };
 
 inline TileDistances tile_distances(const TileShape& shape, int64_t tiles_per_channel, int64_t channel_step,
@@ -137,9 +128,10 @@ struct MapOperand {
   int channel_pitch;           // elements from one channel to the next in shared memory
   int elements;                // size in shared memory in elements
   int vector;                  // kTiles, kChannelsLastTiles: elements per access, of a row or of a pixel
-  int lanes;                   // likewise: threads, or sets of threads for a pixel's channels, that move a row together
+  int threads_per_row;         // likewise; if a thread moves one channel of a pixel, sets of eight threads
   StepDistances steps;         // kUnalignedRows, kChannelsLast: in the tensor
   StepDistances stored_steps;  // likewise: in shared memory
+  uint32_t odd_steps;          // kUnalignedRows, bit s: whether step s is an odd number of elements from step 0
   TileDistances tiles;         // all loaders that work ahead: in the tensor
 };
 
@@ -149,8 +141,14 @@ inline void set_distances(Loader loader, const TileShape& shape, const LoaderSte
   operand.tiles = tile_distances(shape, tiles_per_channel, channel_step, stride);
   if (loader != Loader::kUnalignedRows && loader != Loader::kChannelsLast) return;
   const int max_steps = loader == Loader::kUnalignedRows ? kUnalignedSteps : kChannelsLastSteps;
-  operand.steps = step_distances(steps, max_steps, stride);
-  operand.stored_steps = step_distances(steps, max_steps, operand.maps);
+  const auto offset = [&](int image, int row) { return image * stride.n + row * stride.h; };
+  const auto stored_offset = [&](int image, int row) { return operand.maps.at(image, row, 0) - operand.maps.origin; };
+  operand.steps = step_distances(steps, max_steps, offset);
+  operand.stored_steps = step_distances(steps, max_steps, stored_offset);
+  operand.odd_steps = 0;
+  if (loader == Loader::kUnalignedRows)
+    for (int step = 0; step < max_steps; step++)
+      if (offset(steps.first_image(step), steps.first_row(step)) % 2 != 0) operand.odd_steps |= uint32_t{1} << step;
 }
 
 // The first loader of contiguous rows that can hold the maps of a work tile in a thread's registers, else kTiles.

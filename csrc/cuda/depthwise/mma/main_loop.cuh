@@ -18,20 +18,14 @@ struct LaneAddresses {
   // `inputs_address`: of a channel's inputs. left: stored columns left of a subtile.
   __device__ LaneAddresses(const MmaPlan& plan, int left, int m_block, uint32_t inputs_address) {
     const int lane = threadIdx.x % 32;
-    const int subtiles_per_image = plan.shape.subtile_rows * plan.shape.subtile_cols;
-    const auto offset = [&](const StoredMaps& maps, int subtile) {
-      const int image = subtile / subtiles_per_image;
-      const int subtile_row = subtile % subtiles_per_image / plan.shape.subtile_cols;
-      return maps.at(image, subtile_row * kSubtile, subtile % plan.shape.subtile_cols * kSubtile);
-    };
     // ldmatrix: matrices (subtiles 0-7, columns 0-7), (subtiles 8-15, columns 0-7), then columns 8-15. A subtile beyond
     // the last repeats subtile 0.
     const int subtile = m_block * kSubtilesPerMma + lane % 16;
-    inputs =
-        inputs_address + 2 * (offset(plan.x.maps, subtile < plan.shape.subtiles ? subtile : 0) - left + lane / 16 * 8);
+    const int start = subtile_start(plan.shape, plan.x.maps, subtile < plan.shape.subtiles ? subtile : 0);
+    inputs = inputs_address + 2 * (start - left + lane / 16 * 8);
     for (int half = 0; half < 2; half++) {
       const int owned = m_block * kSubtilesPerMma + lane / 4 + 8 * half;
-      outputs[half] = owned < plan.shape.subtiles ? offset(plan.y.maps, owned) + lane % 4 * 2 : -1;
+      outputs[half] = owned < plan.shape.subtiles ? subtile_start(plan.shape, plan.y.maps, owned) + lane % 4 * 2 : -1;
     }
   }
 };

@@ -1,8 +1,8 @@
 // What the tensor-core kernel asks of a loader, one class per Loader:
-//   load(tile)                 starts to load a work tile into registers, if the loader works ahead
-//   write_inputs(elementwise)  brings the work tile, through the prologue, to shared memory
-//   store_outputs(tile)        copies its outputs from shared memory to memory
-// Work tiles must be given one after another, to load as to the others.
+//   load(tile)                       starts to load a work tile into registers, if the loader works ahead
+//   write_inputs(tile, elementwise)  brings the work tile, through the prologue, to shared memory
+//   store_outputs(tile)              copies its outputs from shared memory to memory
+// Each of them must be given the CTA's work tiles in order: readers and writers advance from one to the next.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -55,6 +55,21 @@ __device__ __forceinline__ TileCopy copy_outputs(const DepthwiseParams& params, 
 template <class Traits, Loader kLoader = Traits::kLoader>
 class Mover;
 
+// Reader and writer of contiguous rows. `lane`: which of them the thread moves.
+template <class Reader, class Writer>
+struct RowMover {
+  template <class Lane>
+  __device__ RowMover(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& first, const Lane& lane,
+                      uint16_t* inputs, uint16_t* outputs)
+      : reader(lane, first.in(static_cast<const uint16_t*>(params.x), params.x_stride, plan), params.x_stride,
+               plan.x.maps, inputs),
+        writer(lane, first.in(static_cast<uint16_t*>(params.y), params.y_stride, plan), params.y_stride, plan.y.maps,
+               outputs) {}
+
+  Reader reader;
+  Writer writer;
+};
+
 template <class Traits>
 class Mover<Traits, Loader::kAlignedRows> {
  public:
@@ -63,32 +78,24 @@ class Mover<Traits, Loader::kAlignedRows> {
 
   __device__ Mover(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& first, uint16_t* inputs,
                    uint16_t* outputs)
-      : Mover(params, plan, first, inputs, outputs, AlignedRowsLane(params, plan.shape, plan.tiles_per_channel)) {}
+      : rows_(params, plan, first, AlignedRowsLane(params, plan.shape, plan.tiles_per_channel), inputs, outputs) {}
 
   __device__ __forceinline__ void load(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& tile) {
-    reader_.load(params.x_stride, tile.is_last(plan));
-    reader_.advance(plan.x.tiles, tile.is_last(plan));
+    rows_.reader.load(params.x_stride, tile.is_last(plan));
+    rows_.reader.advance(plan.x.tiles, tile.is_last(plan));
   }
   __device__ __forceinline__ void write_inputs(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile&,
                                                const Fast* elementwise) {
-    with_prologue(params, elementwise, [&](const auto& apply) { reader_.write(Traits::in_pitch(plan), apply); });
+    with_prologue(params, elementwise, [&](const auto& apply) { rows_.reader.write(Traits::in_pitch(plan), apply); });
   }
   __device__ __forceinline__ void store_outputs(const DepthwiseParams& params, const MmaPlan& plan,
                                                 const WorkTile& tile) {
-    writer_.store(params.y_stride, Traits::out_pitch(plan), tile.is_last(plan));
-    writer_.advance(plan.y.tiles, tile.is_last(plan));
+    rows_.writer.store(params.y_stride, Traits::out_pitch(plan), tile.is_last(plan));
+    rows_.writer.advance(plan.y.tiles, tile.is_last(plan));
   }
 
  private:
-  __device__ Mover(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& first, uint16_t* inputs,
-                   uint16_t* outputs, const AlignedRowsLane& lane)
-      : reader_(lane, first.in(static_cast<const uint16_t*>(params.x), params.x_stride, plan), params.x_stride,
-                plan.x.maps, inputs),
-        writer_(lane, first.in(static_cast<uint16_t*>(params.y), params.y_stride, plan), params.y_stride, plan.y.maps,
-                outputs) {}
-
-  AlignedRowsReader<8, false> reader_;
-  AlignedRowsWriter writer_;
+  RowMover<AlignedRowsReader<8, false>, AlignedRowsWriter> rows_;
 };
 
 template <class Traits>
@@ -99,35 +106,28 @@ class Mover<Traits, Loader::kUnalignedRows> {
 
   __device__ Mover(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& first, uint16_t* inputs,
                    uint16_t* outputs)
-      : Mover(params, plan, first, inputs, outputs,
-              StepsLane::make<kUnalignedSteps>(params, plan.shape, plan.steps, plan.tiles_per_channel, threadIdx.x)) {}
+      : rows_(params, plan, first,
+              StepsLane::make<kUnalignedSteps>(params, plan.shape, plan.steps, plan.tiles_per_channel, threadIdx.x),
+              inputs, outputs) {}
 
   __device__ __forceinline__ void load(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& tile) {
-    reader_.load(plan.x.steps, static_cast<int>(params.width), plan.odd, tile.is_last(plan));
-    reader_.advance(plan.x.tiles, tile.is_last(plan));
+    rows_.reader.load(plan.x, static_cast<int>(params.width), plan.odd, tile.is_last(plan));
+    rows_.reader.advance(plan.x.tiles, tile.is_last(plan));
   }
   __device__ __forceinline__ void write_inputs(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile&,
                                                const Fast* elementwise) {
     with_prologue(params, elementwise, [&](const auto& apply) {
-      reader_.write(plan.x.stored_steps, static_cast<int>(params.width), plan.odd, apply);
+      rows_.reader.write(plan.x, static_cast<int>(params.width), plan.odd, apply);
     });
   }
   __device__ __forceinline__ void store_outputs(const DepthwiseParams& params, const MmaPlan& plan,
                                                 const WorkTile& tile) {
-    writer_.store(plan.y.steps, plan.y.stored_steps, static_cast<int>(params.width), plan.odd, tile.is_last(plan));
-    writer_.advance(plan.y.tiles, tile.is_last(plan));
+    rows_.writer.store(plan.y, static_cast<int>(params.width), plan.odd, tile.is_last(plan));
+    rows_.writer.advance(plan.y.tiles, tile.is_last(plan));
   }
 
  private:
-  __device__ Mover(const DepthwiseParams& params, const MmaPlan& plan, const WorkTile& first, uint16_t* inputs,
-                   uint16_t* outputs, const StepsLane& lane)
-      : reader_(lane, first.in(static_cast<const uint16_t*>(params.x), params.x_stride, plan), params.x_stride,
-                plan.x.maps, inputs),
-        writer_(lane, first.in(static_cast<uint16_t*>(params.y), params.y_stride, plan), params.y_stride, plan.y.maps,
-                outputs) {}
-
-  UnalignedRowsReader<false> reader_;
-  UnalignedRowsWriter writer_;
+  RowMover<UnalignedRowsReader<false>, UnalignedRowsWriter> rows_;
 };
 
 template <class Traits>

@@ -18,9 +18,9 @@
 namespace convmixer_fast::cuda {
 
 constexpr int kMaxKSteps = 4;                          // mmas along K
-constexpr int kMaxKernelH = 255;                       // tap rows
 constexpr int kMaxKernelW = max_kernel_w(kMaxKSteps);  // tap columns
-constexpr int kMaxWarps = 4;                           // warps of a CTA that works on one channel
+constexpr int kMaxKernelH = 255;       // tap rows; a tile with the halo of many more would not fit shared memory
+constexpr int kMaxWarps = 4;           // warps of a CTA that works on one channel
 constexpr int kElementwiseBytes = 32;  // bytes per channel: FastElementwise of the prologue and of the epilogue
 static_assert(kMaxKernelW == 57, "four k-steps: 64 stored columns for 8 outputs");
 
@@ -87,7 +87,7 @@ inline Obstacle find_obstacle(const DepthwiseParams& params) {
   if (!rows_are_contiguous(params) && !pixels_contiguous) return Obstacle::kLayout;
   if (params.kernel_w > kMaxKernelW) return Obstacle::kKernelWidth;
   if (params.kernel_h > kMaxKernelH) return Obstacle::kKernelHeight;
-  for (const Strides& stride : {params.x_stride, params.y_stride})
+  for (const Strides& stride : {used_strides(params, params.x_stride), used_strides(params, params.y_stride)})
     if (std::max({kSubtilesPerMma * stride.n, params.height * stride.h, params.width * stride.w}) >= kMaxOffset)
       return Obstacle::kOffsets;
   if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return Obstacle::kOffsets;
@@ -144,12 +144,12 @@ inline void choose_loader(const DepthwiseParams& params, bool channels_last, Mma
 }
 
 // Sets shape, warps, loader and layout to the first of these that fits shared memory: whole maps, as many images as one
-// M block holds, then half as many, and so on; tiles of 64 x 64, then of 32 x 32. In channels_last first to the first
-// of which two CTAs fit an SM, if they have the registers.
+// M block holds, then half as many, and so on; tiles of 64 x 64, then of 32 x 32. In channels_last it first looks for
+// one of which two CTAs fit an SM, if they have the registers for it.
 inline bool choose_shape(const DepthwiseParams& params, bool channels_last, const Device& device, MmaPlan& plan) {
   const int unrolled = unrolled_rows(params, plan.k_steps, channels_last);
-  const auto try_shape = [&](int max_smem, int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
-    plan.shape = tile_shape(params.height, params.width, subtile_rows, subtile_cols, images);
+  const auto try_shape = [&](int max_smem, const TileShape& shape) {
+    plan.shape = shape;
     plan.warps = channels_last ? kOctet : std::min(plan.shape.m_blocks, kMaxWarps);
     choose_loader(params, channels_last, plan);
     if (plan.loader == Loader::kTiles && plan.warps < kMaxWarps) {
@@ -159,25 +159,18 @@ inline bool choose_shape(const DepthwiseParams& params, bool channels_last, cons
       choose_loader(params, channels_last, plan);
       if (plan.loader == Loader::kTiles) plan.warps = warps;
     }
-    const bool fits_one_warp = unrolled && plan.shape.m_blocks == 1 && subtile_cols <= kFixedSubtileCols;
+    const bool fits_one_warp = unrolled && plan.warps == 1 && shape.subtile_cols <= kFixedSubtileCols;
     // Maps of 8 columns waste too much memory with fixed pitches: fewer CTAs would fit an SM.
     plan.one_warp = fits_one_warp && (plan.loader == Loader::kUnalignedRows ||
-                                      (plan.loader == Loader::kAlignedRows && subtile_cols > 1));
+                                      (plan.loader == Loader::kAlignedRows && shape.subtile_cols > 1));
     // There are no other instantiations of unaligned rows with all fragments in registers.
     plan.unrolled = plan.loader == Loader::kUnalignedRows && !plan.one_warp ? 0 : unrolled;
     set_smem_layout(params, plan);
     return plan.smem_bytes() <= max_smem;
   };
-  const int64_t subtile_rows = ceil_div(params.height, kSubtile);
-  const int64_t subtile_cols = ceil_div(params.width, kSubtile);
-  const int64_t subtiles = subtile_rows * subtile_cols;
   const auto try_shapes = [&](int max_smem) {
-    if (subtiles <= kMaxWholeMapSubtiles)
-      for (int64_t images = std::min(params.batch, images_per_m_block(subtiles)); images > 0; images /= 2)
-        if (try_shape(max_smem, subtile_rows, subtile_cols, images)) return true;
-    for (const int64_t side : {8, 4})
-      if (try_shape(max_smem, std::min(subtile_rows, side), std::min(subtile_cols, side), 1)) return true;
-    return false;
+    return first_shape(params.height, params.width, params.batch, {8, 4},
+                       [&](const TileShape& shape) { return try_shape(max_smem, shape); });
   };
   plan.channels = channels_last ? kOctet : 1;
   if (!channels_last) return try_shapes(kMaxSmem);
@@ -186,7 +179,7 @@ inline bool choose_shape(const DepthwiseParams& params, bool channels_last, cons
 }
 
 // Sets what each thread moves: of tiles how wide its accesses are, of whole maps how far apart they are.
-inline void set_distances(const DepthwiseParams& params, MmaPlan& plan) {
+inline void divide_accesses(const DepthwiseParams& params, MmaPlan& plan) {
   const bool channels_last = is_channels_last(plan.loader);
   const int vector = common_vector_width(params, channels_last);
   const int channel_step = plan.channels * plan.siblings;
@@ -202,13 +195,13 @@ inline void set_distances(const DepthwiseParams& params, MmaPlan& plan) {
     plan.x.vector = plan.shape.tiled ? std::min(vector, 4) : vector;
     plan.y.vector = vector;
   }
-  const auto lanes_of = [&](const MapOperand& operand, int64_t width) {
+  const auto threads_per_row = [&](const MapOperand& operand, int64_t width) {
     const int cols_per_access = !channels_last ? operand.vector : operand.vector == kOctet ? 2 : 1;
-    return lanes_for(ceil_div(width, cols_per_access));
+    return threads_for(ceil_div(width, cols_per_access));
   };
   const int64_t tile_width = std::min<int64_t>(params.width, kSubtile * plan.shape.subtile_cols);
-  plan.x.lanes = lanes_of(plan.x, plan.shape.tiled ? plan.x.maps.pitch : tile_width);
-  plan.y.lanes = lanes_of(plan.y, tile_width);
+  plan.x.threads_per_row = threads_per_row(plan.x, plan.shape.tiled ? plan.x.maps.pitch : tile_width);
+  plan.y.threads_per_row = threads_per_row(plan.y, tile_width);
 }
 
 // The launch geometry for these parameters, or what leaves them to the direct kernel.
@@ -227,7 +220,7 @@ inline Obstacle choose_mma_plan(const DepthwiseParams& params, const Device& dev
   plan.tiles_per_channel = static_cast<int>(tiles);
   plan.siblings = plan.channels == kOctet && params.channels > kOctet ? 2 : 1;
   plan.work_tiles = ceil_div(params.channels, plan.channels * plan.siblings) * plan.siblings * tiles;
-  set_distances(params, plan);
+  divide_accesses(params, plan);
   return Obstacle::kNone;
 }
 

@@ -4,8 +4,10 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "../../../common/math.h"
+#include "../../common/host_device.h"
 
 namespace convmixer_fast::cuda {
 
@@ -30,6 +32,11 @@ struct TileShape {
   bool tiled;        // a map has more than one tile: inputs come with a halo
   int subtiles;      // subtiles per work tile
   int m_blocks;      // sets of kSubtilesPerMma subtiles
+
+  // Images of a channel's last work tile, if maps are whole.
+  CMF_HOST_DEVICE int images_in_last(int batch, int tiles_per_channel) const {
+    return batch - (tiles_per_channel - 1) * images;
+  }
 };
 
 inline TileShape tile_shape(int64_t height, int64_t width, int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
@@ -45,9 +52,21 @@ inline TileShape tile_shape(int64_t height, int64_t width, int64_t subtile_rows,
   return shape;
 }
 
-// How many maps of this many subtiles fit into one M block; at least 1.
-inline int64_t images_per_m_block(int64_t subtiles) {
-  return std::max<int64_t>(1, kSubtilesPerMma / std::min<int64_t>(kSubtilesPerMma, subtiles));
+// The first of these that fits(shape) takes, which is called until it returns true: whole maps, as many images as one M
+// block holds, then half as many, and so on; then of one image tiles of as many subtiles a side as `sides` says, one
+// after the other. False if none fits.
+template <class Fits>
+bool first_shape(int64_t height, int64_t width, int64_t batch, std::initializer_list<int64_t> sides, const Fits& fits) {
+  const int64_t rows = ceil_div(height, kSubtile);
+  const int64_t cols = ceil_div(width, kSubtile);
+  const int64_t subtiles = rows * cols;
+  const int64_t images_per_m_block = kSubtilesPerMma / std::min<int64_t>(kSubtilesPerMma, subtiles);
+  if (subtiles <= kMaxWholeMapSubtiles)
+    for (int64_t images = std::min(batch, images_per_m_block); images > 0; images /= 2)
+      if (fits(tile_shape(height, width, rows, cols, images))) return true;
+  for (const int64_t side : sides)
+    if (fits(tile_shape(height, width, std::min(rows, side), std::min(cols, side), 1))) return true;
+  return false;
 }
 
 // Work tiles per channel, or per set of channels that a CTA works on at a time.

@@ -7,14 +7,16 @@
 
 namespace convmixer_fast::cuda {
 
-// Maps up to 32 wide under kernels up to 9 wide, if one warp computes all of a work tile, have pitches that are known
-// at compile time: addresses become immediates.
+// Pitches that are known at compile time, so that addresses become immediates: those of maps up to kFixedSubtileCols
+// subtiles wide under kernels of one k-step, in the forward kernel if one warp moves aligned rows, in wgrad if each
+// warp has all taps.
 constexpr int kFixedSubtileCols = 4;
 constexpr int kFixedPitch = 40;     // elements from one row of inputs to the next
-constexpr int kFixedLeft = 4;       // stored columns left of the map
 constexpr int kFixedOutPitch = 32;  // elements from one row of outputs to the next
 
-// Bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB or more.
+constexpr int kFixedLeft = 4;  // stored columns left of the map under all kernels of one k-step; wider ones have more
+
+// The most shared memory in bytes of a CTA that works on one channel; every GPU since sm_80 gives 99 KB or more.
 constexpr int kMaxSmem = 96 << 10;
 
 // The maps of one channel, image after image, each with its border. Distances are in elements.
@@ -50,6 +52,14 @@ inline StoredMaps stored_maps(const TileShape& shape, int top, int left, int row
   maps.image_pitch = maps.row(rows - 1) - maps.row(-top) + pitch;
   maps.image_pitch += gap_to_slot(maps.image_pitch, shape.subtile_rows * shape.subtile_cols);
   return maps;
+}
+
+// Elements from the start to row 0, column 0 of a subtile, or of the one skipped_rows subtile rows further down.
+CMF_HOST_DEVICE inline int subtile_start(const TileShape& shape, const StoredMaps& maps, int subtile,
+                                         int skipped_rows = 0) {
+  const int subtiles_per_image = shape.subtile_rows * shape.subtile_cols;
+  const int row = subtile % subtiles_per_image / shape.subtile_cols + skipped_rows;
+  return maps.at(subtile / subtiles_per_image, row * kSubtile, subtile % shape.subtile_cols * kSubtile);
 }
 
 }  // namespace convmixer_fast::cuda

@@ -43,7 +43,8 @@ class ToeplitzLane {
   __device__ __forceinline__ void load(int tap_pitch, int dy, uint32_t (&b)[kKSteps][2]) const {
     load_by([](const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }, tap_pitch, dy, b);
   }
-  // The same where the program says, for the ring: hoisted out of its rows, the fragments would not fit the registers.
+  // The same by volatile loads, for the ring: the compiler may not hoist them out of the loop over rows, where the
+  // fragments of all rows would not fit the registers.
   template <int kKSteps>
   __device__ __forceinline__ void load_in_place(int tap_pitch, int dy, uint32_t (&b)[kKSteps][2]) const {
     load_by([](const uint16_t* from) { return load_shared(shared_address(from)); }, tap_pitch, dy, b);

@@ -114,7 +114,7 @@ inline bool set_tile(const WgradParams& params, const WgradDirectCut& cut, Wgrad
   while (plan.strip_rows > 2 && plan.tasks() < 2 * plan.partners) plan.strip_rows = (plan.strip_rows + 1) / 2;
   plan.partners = std::min(plan.partners, plan.tasks());
   plan.threads = static_cast<int>(round_up(teams * plan.partners, 32));
-  plan.lanes = std::min(32, lanes_for(plan.x_pitch) * cut.channels);
+  plan.lanes = std::min(32, threads_for(plan.x_pitch) * cut.channels);
   return true;
 }
 

@@ -23,7 +23,6 @@
 // Terms: docs/glossary.md.
 #pragma once
 #include "../../common/access_vector.cuh"
-#include "../../common/launch.h"
 #include "../../common/ptx.cuh"
 #include "../../common/shared_memory.h"
 #include "../share.h"
@@ -79,13 +78,9 @@ struct WgradLaneAddresses {
   __device__ WgradLaneAddresses(const WgradMmaPlan& plan, int m_block, int tap_row_block, int k_step, uint32_t x_tile,
                                 uint32_t gy_tile) {
     const int lane = threadIdx.x % 32;
-    const int subtiles_per_image = plan.shape.subtile_rows * plan.shape.subtile_cols;
     const auto offset = [&](const WgradOperand& operand, int subtile, int skipped_subtile_rows) {
       if (subtile >= plan.shape.subtiles) return operand.zero_subtile;
-      const int image = subtile / subtiles_per_image;
-      const int subtile_row = subtile % subtiles_per_image / plan.shape.subtile_cols + skipped_subtile_rows;
-      const int subtile_col = subtile % plan.shape.subtile_cols;
-      return operand.map.maps.at(image, subtile_row * kSubtile, subtile_col * kSubtile) - operand.left;
+      return subtile_start(plan.shape, operand.map.maps, subtile, skipped_subtile_rows) - operand.left;
     };
     // x: matrices (subtiles 0-7, columns 0-7), (subtiles 0-7, columns 8-15), then subtiles 8-15.
     const int x_subtile = m_block * kSubtilesPerMma + lane / 16 * 8 + lane % 8;
@@ -147,8 +142,8 @@ __device__ __forceinline__ void accumulate(const WgradMmaPlan& plan, const Wgrad
   }
 }
 
-// Sums the accumulators of each warp along the diagonals into `diagonals`. is_first: the channel has no sums there yet.
-// scratch: room for one product per warp.
+// Each warp sums its accumulators along the diagonals into its own part of `diagonals`, by way of its own part of
+// `scratch`, which has room for one product per warp. is_first: the channel has no sums there yet.
 template <class Traits>
 __device__ __forceinline__ void add_to_diagonals(const WgradAccumulators<Traits>& acc, bool is_first, float* diagonals,
                                                  float* scratch) {
@@ -162,7 +157,7 @@ __device__ __forceinline__ void add_to_diagonals(const WgradAccumulators<Traits>
 #pragma unroll
     for (int i = 0; i < 4; i++)
       product[(lane / 4 + i / 2 * 8) * kWgradScratchPitch + lane % 4 * 2 + i % 2] = acc.taps[dy][i];
-    __syncthreads();
+    __syncwarp();
     if (lane < kWgradDiagonals - 1) {
       float sum = 0;
 #pragma unroll
@@ -173,7 +168,7 @@ __device__ __forceinline__ void add_to_diagonals(const WgradAccumulators<Traits>
       float& diagonal = mine[dy * kWgradDiagonals + lane];
       diagonal = is_first ? sum : diagonal + sum;
     }
-    __syncthreads();
+    __syncwarp();
   }
   float gy_sum = acc.gy[0] + acc.gy[1];  // all 16 rows are alike
   for (int i = 1; i < 4; i *= 2) gy_sum += __shfl_xor_sync(0xffffffff, gy_sum, i);

@@ -1,7 +1,7 @@
 // What the kernel of the weight's gradient asks of a loader, for each of its two tensors:
 //   load(tile)   starts to load a work tile into registers, if the loader works ahead
 //   write(tile)  brings the work tile to shared memory; images beyond the last become zeros
-// Work tiles must be given one after another.
+// Both must be given the CTA's work tiles in order.
 //
 // Terms: docs/glossary.md.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace convmixer_fast::cuda {
 
-// Stands for the prologue, which there is none.
+// Stands in for a prologue: wgrad has none.
 struct NoPrologue {
   template <class Vector>
   __device__ __forceinline__ void operator()(Vector&) const {}
@@ -62,12 +62,12 @@ class WgradOperandReader<Loader::kUnalignedRows, kStoredBytes> {
 
   __device__ __forceinline__ void load(const WgradParams& params, const WgradMmaPlan& plan, const Strides&,
                                        const WgradOperand& operand, const WorkTile& tile) {
-    reader_.load(operand.map.steps, static_cast<int>(params.width), plan.odd, tile.is_last(plan));
+    reader_.load(operand.map, static_cast<int>(params.width), plan.odd, tile.is_last(plan));
     reader_.advance(operand.map.tiles, tile.is_last(plan));
   }
   __device__ __forceinline__ void write(const WgradParams& params, const WgradMmaPlan& plan, const Strides&,
                                         const WgradOperand& operand, int, const WorkTile&) {
-    reader_.write(operand.map.stored_steps, static_cast<int>(params.width), plan.odd, NoPrologue{});
+    reader_.write(operand.map, static_cast<int>(params.width), plan.odd, NoPrologue{});
   }
 
  private:
@@ -85,7 +85,7 @@ class WgradOperandReader<Loader::kTiles, kStoredBytes> {
 
   __device__ __forceinline__ void write(const WgradParams& params, const WgradMmaPlan& plan, const Strides& stride,
                                         const WgradOperand& operand, int, const WorkTile& tile) {
-    const TileSpan halo = {-operand.top, -operand.left, operand.rows, operand.cols};
+    const TileSpan halo = {-operand.top, -operand.left, operand.rows, operand.map.maps.pitch};
     const TileCopy copy = TileCopy::inputs(params, plan.shape, tile.index, halo, stride, operand.map);
     load_tile<kStoredBytes>(copy, operand.map.vector, tile.at(tensor_, stride, copy.position), plan.shape.images,
                             32 * plan.warps, stored_, NoPrologue{});

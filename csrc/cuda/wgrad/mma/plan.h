@@ -19,7 +19,8 @@
 namespace convmixer_fast::cuda {
 
 constexpr int kWgradMmaTapRows = 8;     // tap rows per warp if no instantiation has all of them
-constexpr int kWgradUnrolledWarps = 4;  // warps that share the M blocks if each has all taps; else fewer per tap block
+constexpr int kWgradUnrolledWarps = 4;  // warps that share the M blocks, divided by the number of tap blocks
+static_assert(kWgradMmaTapRows == kSubtile, "the next tap row block reads one subtile row further down");
 constexpr LaunchBounds wgrad_launch_bounds(bool unrolled, Loader loader) {
   if (!unrolled) return {32 * kWgradMaxWarps, 1};
   return {32 * kWgradUnrolledWarps, loader == Loader::kUnalignedRows ? 3 : 4};
@@ -34,8 +35,8 @@ static_assert(wgrad_launch_bounds(false, Loader::kAlignedRows).registers() == 12
 // each 16 subtiles on sm_90, by twice as much before. After so many it is 2^-16 at most, which float16 does not see.
 constexpr int kWgradChain = 512;
 
-constexpr int kWgradDiagonals = 24;  // a 16 x 8 product has 23; the last is the sum of gy
-constexpr int kWgradMaxKernelH = kMmaK * kWgradMaxWarps;
+constexpr int kWgradDiagonals = 24;    // a 16 x 8 product has 23; the last is the sum of gy
+constexpr int kWgradMaxKernelH = 256;  // a tile with the halo of many more tap rows would not fit shared memory
 constexpr int kWgradMaxKernelW = max_kernel_w(kWgradMaxWarps);
 constexpr int kWgradScratchPitch = 9;  // pitch of a product in shared memory: neither rows nor diagonals share banks
 
@@ -45,7 +46,6 @@ struct WgradOperand {
   int top;           // stored rows above the map or tile
   int left;          // stored columns left of the map or tile
   int rows;          // rows stored of a tile, with its halo
-  int cols;          // columns stored of a tile, likewise
   int zero_subtile;  // elements to row 0, column -left of a subtile that does not exist: zeros
 };
 
@@ -87,7 +87,7 @@ struct WgradMmaPlan {
 inline Obstacle find_obstacle(const WgradParams& params) {
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return Obstacle::kDType;
   if (params.width > 1 && (params.x_stride.w != 1 || params.gy_stride.w != 1)) return Obstacle::kLayout;
-  for (const Strides& stride : {params.x_stride, params.gy_stride})
+  for (const Strides& stride : {used_strides(params, params.x_stride), used_strides(params, params.gy_stride)})
     if (std::max(kSubtilesPerMma * stride.n, params.height * stride.h) >= kMaxOffset) return Obstacle::kOffsets;
   if (std::max({params.batch, params.channels, params.height, params.width}) >= kMaxOffset) return Obstacle::kOffsets;
   if (params.kernel_h > kWgradMaxKernelH) return Obstacle::kKernelHeight;
@@ -121,12 +121,12 @@ inline void set_layout(const TileShape& shape, int rows, int pitch, int zero_row
   operand.map.elements = static_cast<int>(round_up(first_zero + zeros, kSubtile));
 }
 
-// Sets taps, tile and shared memory to the first of these that fits: the whole map of as many images as fill an M
-// block, else a tile of 64 x 64, 32 x 32 or 16 x 16.
+// Sets taps, tile and shared memory to the first of these that fits: whole maps, as many images as fill an M block,
+// then half as many, and so on; tiles of 64 x 64, 32 x 32, then 16 x 16.
 inline bool choose_shape(const WgradParams& params, int k_steps, WgradMmaPlan& plan) {
   const int kernel_h = static_cast<int>(params.kernel_h);
-  const auto fits = [&](int64_t subtile_rows, int64_t subtile_cols, int64_t images) {
-    plan.shape = tile_shape(params.height, params.width, subtile_rows, subtile_cols, images);
+  const auto fits = [&](const TileShape& shape) {
+    plan.shape = shape;
     plan.taps = divide_taps(params, k_steps, plan.shape);
     plan.splits = std::min(plan.shape.m_blocks, std::max(1, kWgradUnrolledWarps / plan.taps.tap_blocks()));
     plan.warps = plan.splits * plan.taps.tap_blocks();
@@ -141,19 +141,9 @@ inline bool choose_shape(const WgradParams& params, int k_steps, WgradMmaPlan& p
     set_layout(plan.shape, rows, fixed ? kFixedOutPitch : gy_cols, kSubtile, kSubtile, plan.gy);
     plan.x.rows = rows + kernel_h - 1;
     plan.gy.rows = rows;
-    plan.x.cols = plan.x.map.maps.pitch;
-    plan.gy.cols = plan.gy.map.maps.pitch;
     return plan.smem_bytes() <= kMaxSmem;
   };
-  const int64_t subtile_rows = ceil_div(params.height, kSubtile);
-  const int64_t subtile_cols = ceil_div(params.width, kSubtile);
-  const int64_t subtiles = subtile_rows * subtile_cols;
-  if (subtiles <= kMaxWholeMapSubtiles)
-    for (int64_t images = std::min(params.batch, images_per_m_block(subtiles)); images > 0; images /= 2)
-      if (fits(subtile_rows, subtile_cols, images)) return true;
-  for (const int64_t side : {8, 4, 2})
-    if (fits(std::min(subtile_rows, side), std::min(subtile_cols, side), 1)) return true;
-  return false;
+  return first_shape(params.height, params.width, params.batch, {8, 4, 2}, fits);
 }
 
 // Sets which thread loads what of a plan's shape.
@@ -168,10 +158,10 @@ inline void choose_loader(const WgradParams& params, WgradMmaPlan& plan) {
   if (plan.loader == Loader::kUnalignedRows && !plan.taps.unrolled) plan.loader = Loader::kTiles;
   set_distances(plan.loader, plan.shape, plan.steps, plan.tiles_per_channel, 1, x_stride, plan.x.map);
   set_distances(plan.loader, plan.shape, plan.steps, plan.tiles_per_channel, 1, gy_stride, plan.gy.map);
-  for (WgradOperand* operand : {&plan.x, &plan.gy}) {
-    operand->map.vector = plan.shape.tiled ? std::min(vector, 4) : vector;  // the halo is aligned to 4 elements
-    operand->map.lanes = lanes_for(ceil_div(plan.shape.tiled ? operand->cols : params.width, operand->map.vector));
-  }
+  plan.x.map.vector = plan.shape.tiled ? std::min(vector, 4) : vector;  // the halo is aligned to 4 elements
+  plan.gy.map.vector = vector;
+  for (MapOperand* map : {&plan.x.map, &plan.gy.map})
+    map->threads_per_row = threads_for(ceil_div(plan.shape.tiled ? map->maps.pitch : params.width, map->vector));
 }
 
 // The launch geometry for these parameters, or what leaves them to the direct kernel.

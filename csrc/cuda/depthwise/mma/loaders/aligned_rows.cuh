@@ -30,7 +30,7 @@ struct AlignedRowsLane {
     col = thread % shape.subtile_cols * kSubtile;
     const int rows_below = (static_cast<int>(params.height) - row + 1) / 2;
     const int rows_of_map = max(0, min(kAlignedVectors, rows_below));
-    const int images_in_last = static_cast<int>(params.batch) - (tiles_per_channel - 1) * shape.images;
+    const int images_in_last = shape.images_in_last(static_cast<int>(params.batch), tiles_per_channel);
     rows = image < shape.images ? rows_of_map : 0;
     rows_in_last = image < images_in_last ? rows : 0;
   }
@@ -61,9 +61,7 @@ class AlignedRowsReader {
     }
   }
   // Goes on to the CTA's next work tile.
-  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) {
-    from_ += is_last ? tiles.channel : tiles.next;
-  }
+  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) { from_ += tiles.after(is_last); }
 
   // Writes what was loaded. `pitch`: that of the stored rows. prologue(vector) is applied before.
   template <class Prologue>
@@ -102,9 +100,7 @@ class AlignedRowsWriter {
         *reinterpret_cast<AccessVector<kSubtile>*>(to_ + i * distance) =
             *reinterpret_cast<const AccessVector<kSubtile>*>(from_ + i * 2 * pitch);
   }
-  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) {
-    to_ += is_last ? tiles.channel : tiles.next;
-  }
+  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) { to_ += tiles.after(is_last); }
 
  private:
   uint16_t* to_;

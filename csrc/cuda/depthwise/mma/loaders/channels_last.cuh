@@ -45,10 +45,10 @@ struct ChannelsLastLane {
 
   template <class Params>
   __device__ ChannelsLastLane(const Params& params, const MmaPlan& plan) {
-    const int lanes = plan.steps.lanes;
-    const int row = with_rows_apart(threadIdx.x / lanes, plan.steps.rows_per_step);
+    const int threads = plan.steps.threads_per_row;
+    const int row = with_rows_apart(threadIdx.x / threads, plan.steps.rows_per_step);
     steps = StepsLane::make<kChannelsLastSteps>(params, plan.shape, plan.steps, plan.tiles_per_channel,
-                                                row * lanes + threadIdx.x % lanes);
+                                                row * threads + threadIdx.x % threads);
     col = 2 * steps.index;
     has_second = col + 1 < static_cast<int>(params.width);
   }
@@ -82,9 +82,7 @@ class ChannelsLastReader {
       from += distance_after<kChannelsLastSteps>(distances, step);
     }
   }
-  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) {
-    from_ += is_last ? tiles.channel : tiles.next;
-  }
+  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) { from_ += tiles.after(is_last); }
 
   // prologue(c) is the prologue of channel c of the octet: a function of a pair. If there is no second pixel, the pair
   // ends with a zero of the border.
@@ -138,9 +136,7 @@ class ChannelsLastWriter {
       to += distance_after<kChannelsLastSteps>(operand.steps, step);
     }
   }
-  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) {
-    to_ += is_last ? tiles.channel : tiles.next;
-  }
+  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) { to_ += tiles.after(is_last); }
 
  private:
   uint16_t* to_;

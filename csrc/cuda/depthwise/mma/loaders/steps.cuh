@@ -19,8 +19,8 @@ static_assert(kUnalignedSteps <= 16 && kChannelsLastSteps <= 16, "StepsLane::ste
 
 // Which rows one thread moves.
 struct StepsLane {
-  int image;       // of step 0
-  int row;         // of step 0
+  int image;       // in step 0
+  int row;         // in step 0
   int index;       // number among the threads of a row
   uint32_t steps;  // bit s: whether it has a row in step s; bit 16 + s: whether in the channel's last work tile, which
                    // may have fewer images
@@ -33,8 +33,8 @@ struct StepsLane {
                                    int tiles_per_channel, int thread) {
     StepsLane lane{};
     const int height = static_cast<int>(params.height);
-    const int row = thread / plan.lanes;
-    lane.index = thread % plan.lanes;
+    const int row = thread / plan.threads_per_row;
+    lane.index = thread % plan.threads_per_row;
     lane.image = row / height;
     lane.row = row % height;
     if (row >= plan.rows_per_step || lane.image >= plan.images_per_step) return lane;
@@ -42,7 +42,7 @@ struct StepsLane {
       lane.image = 0;
       lane.row = row;
     }
-    const int images_in_last = static_cast<int>(params.batch) - (tiles_per_channel - 1) * shape.images;
+    const int images_in_last = shape.images_in_last(static_cast<int>(params.batch), tiles_per_channel);
 #pragma unroll 1
     for (int step = 0; step < kSteps; step++) {
       const int image = lane.image + plan.first_image(step);

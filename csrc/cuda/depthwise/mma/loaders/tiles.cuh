@@ -10,7 +10,7 @@
 
 namespace convmixer_fast::cuda {
 
-constexpr int kTileBatch = 4;  // accesses of 16 bytes that a thread has in flight
+constexpr int kTileBatch = 4;  // loads of 16 bytes that a thread has in flight; twice as many of 2 or 4 bytes
 
 // What is moved of a work tile. Rows and columns are those of the map; they may lie outside it.
 struct TileSpan {
@@ -24,11 +24,11 @@ struct TileSpan {
 struct TileCopy {
   TilePosition position;
   TileSpan span;
-  int height;      // of the map
-  int width;       // of the map
+  int height;      // the map's
+  int width;       // the map's
   Strides stride;  // the tensor's
   StoredMaps maps;
-  int lanes;  // MapOperand::lanes
+  int threads_per_row;  // MapOperand::threads_per_row
 
   __device__ bool has_row(int row) const { return row >= 0 && row < height; }
   __device__ bool has_col(int col) const { return col >= 0 && col < width; }
@@ -70,87 +70,107 @@ struct TileCopy {
             static_cast<int>(params.width),
             stride,
             operand.maps,
-            operand.lanes};
+            operand.threads_per_row};
   }
 };
 
-// The rows and columns of a span that one thread moves: `lanes` of `threads` threads move a row, `access` columns each.
+// The rows and columns of a span that one thread moves: threads_per_row of `threads` threads move a row, `access`
+// columns each.
 struct TileLane {
   int row;
   int row_step;
   int col;
   int col_step;
 
-  __device__ TileLane(const TileSpan& span, int thread, int threads, int lanes, int access)
-      : row(span.row + thread / lanes),
-        row_step(threads / lanes),
-        col(span.col + thread % lanes * access),
-        col_step(lanes * access) {}
+  __device__ TileLane(const TileSpan& span, int thread, int threads, int threads_per_row, int access)
+      : row(span.row + thread / threads_per_row),
+        row_step(threads / threads_per_row),
+        col(span.col + thread % threads_per_row * access),
+        col_step(threads_per_row * access) {}
 };
 
-// Loads contiguous rows, with zeros for what lies outside the map, and for images from the work tile's last up to
-// stored_images. `tensor`: the first image. prologue(vector) is applied to what lies inside.
+// Loads contiguous rows, or one channel of pixels (kWidth 1), with zeros for what lies outside the map, and for images
+// from the work tile's last up to stored_images. `tensor`: the first image. `thread`: number among the `threads` that
+// share the work. prologue(vector) is applied to what lies inside.
 template <int kWidth, int kStoredBytes, class Prologue>
 __device__ __forceinline__ void load_tile_vectors(const TileCopy& copy, const uint16_t* tensor, int stored_images,
-                                                  int threads, uint16_t* stored, const Prologue& prologue) {
+                                                  int thread, int threads, uint16_t* stored, const Prologue& prologue) {
+  constexpr int kBatch = kWidth >= 4 ? kTileBatch : 2 * kTileBatch;
   const TileSpan& span = copy.span;
-  const TileLane lane(span, threadIdx.x, threads, copy.lanes, kWidth);
+  const TileLane lane(span, thread, threads, copy.threads_per_row, kWidth);
+  const int end = span.row + span.rows;
   for (int image = 0; image < stored_images; image++)
     for (int col = lane.col; col < span.col + span.cols; col += lane.col_step) {
       const bool has_col = image < copy.position.images && copy.has_col(col);
-      for (int first = lane.row; first < span.row + span.rows; first += kTileBatch * lane.row_step) {
-        AccessVector<kWidth> vectors[kTileBatch] = {};
+      for (int first = lane.row; first < end; first += kBatch * lane.row_step) {
+        AccessVector<kWidth> vectors[kBatch] = {};
 #pragma unroll
-        for (int i = 0; i < kTileBatch; i++) {
+        for (int i = 0; i < kBatch; i++) {
           const int row = first + i * lane.row_step;
-          if (has_col && copy.has_row(row) && row < span.row + span.rows) {
+          if (has_col && copy.has_row(row) && row < end)
             vectors[i] = load_global<kWidth>(tensor + copy.at(image, row, col));
-            prologue(vectors[i]);
-          }
         }
 #pragma unroll
-        for (int i = 0; i < kTileBatch; i++) {
+        for (int i = 0; i < kBatch; i++) {
           const int row = first + i * lane.row_step;
-          if (row < span.row + span.rows)
-            store_vector<kStoredBytes>(stored + copy.stored_at(image, row, col), vectors[i]);
+          if (row >= end) break;
+          if (has_col && copy.has_row(row)) prologue(vectors[i]);
+          store_vector<kStoredBytes>(stored + copy.stored_at(image, row, col), vectors[i]);
         }
       }
     }
 }
 
-// vector: MapOperand::vector.
+// The opposite way.
+template <int kWidth>
+__device__ __forceinline__ void store_tile_vectors(const TileCopy& copy, uint16_t* tensor, int thread, int threads,
+                                                   const uint16_t* stored) {
+  using Vector = AccessVector<kWidth>;
+  const TileSpan& span = copy.span;
+  const TileLane lane(span, thread, threads, copy.threads_per_row, kWidth);
+  for (int image = 0; image < copy.position.images; image++)
+    for (int col = lane.col; col < span.col + span.cols; col += lane.col_step)
+      for (int row = lane.row; row < span.row + span.rows; row += lane.row_step)
+        *reinterpret_cast<Vector*>(tensor + copy.at(image, row, col)) =
+            *reinterpret_cast<const Vector*>(stored + copy.stored_at(image, row, col));
+}
+
+// Contiguous rows, by all threads. vector: MapOperand::vector.
 template <int kStoredBytes, class Prologue>
 __device__ __forceinline__ void load_tile(const TileCopy& copy, int vector, const uint16_t* tensor, int stored_images,
                                           int threads, uint16_t* stored, const Prologue& prologue) {
   with_vector_width(vector, [&](auto width) {
-    load_tile_vectors<decltype(width)::value, kStoredBytes>(copy, tensor, stored_images, threads, stored, prologue);
+    load_tile_vectors<decltype(width)::value, kStoredBytes>(copy, tensor, stored_images, threadIdx.x, threads, stored,
+                                                            prologue);
   });
 }
-
-// Stores contiguous rows.
 __device__ __forceinline__ void store_tile(const TileCopy& copy, int vector, uint16_t* tensor, int threads,
                                            const uint16_t* stored) {
   with_vector_width(vector, [&](auto width) {
-    using Vector = AccessVector<decltype(width)::value>;
-    const TileSpan& span = copy.span;
-    const TileLane lane(span, threadIdx.x, threads, copy.lanes, decltype(width)::value);
-    for (int image = 0; image < copy.position.images; image++)
-      for (int col = lane.col; col < span.col + span.cols; col += lane.col_step)
-        for (int row = lane.row; row < span.row + span.rows; row += lane.row_step)
-          *reinterpret_cast<Vector*>(tensor + copy.at(image, row, col)) =
-              *reinterpret_cast<const Vector*>(stored + copy.stored_at(image, row, col));
+    store_tile_vectors<decltype(width)::value>(copy, tensor, threadIdx.x, threads, stored);
   });
 }
 
+// Channels that are not octets, in channels_last: eight threads move a pixel, each the channel of its number. `tensor`
+// and `stored` are those of this channel.
+template <class Prologue>
+__device__ __forceinline__ void load_tile_channels(const TileCopy& copy, const uint16_t* tensor, int threads,
+                                                   uint16_t* stored, const Prologue& prologue) {
+  load_tile_vectors<1, 8>(copy, tensor, copy.position.images, threadIdx.x / kOctet, threads / kOctet, stored, prologue);
+}
+__device__ __forceinline__ void store_tile_channels(const TileCopy& copy, uint16_t* tensor, int threads,
+                                                    const uint16_t* stored) {
+  store_tile_vectors<1>(copy, tensor, threadIdx.x / kOctet, threads / kOctet, stored);
+}
+
 // Loads an octet of channels of two neighbouring pixels at a time. channel_pitch: elements from one channel to the next
-// in shared memory. prologue(c) is the prologue of channel c: a
-// function of a pair.
+// in shared memory. prologue(c) is the prologue of channel c, a function of a pair.
 template <class Prologue>
 __device__ __forceinline__ void load_tile_octets(const TileCopy& copy, const uint16_t* tensor, int threads,
                                                  uint16_t* stored, int channel_pitch, const Prologue& prologue) {
   constexpr int kBatch = kTileBatch / 2;
   const TileSpan& span = copy.span;
-  const TileLane lane(span, threadIdx.x, threads, copy.lanes, 2);
+  const TileLane lane(span, threadIdx.x, threads, copy.threads_per_row, 2);
   for (int image = 0; image < copy.position.images; image++)
     for (int col = lane.col; col < span.col + span.cols; col += lane.col_step) {
       const bool has_col[2] = {copy.has_col(col), copy.has_col(col + 1)};
@@ -189,7 +209,7 @@ __device__ __forceinline__ void load_tile_octets(const TileCopy& copy, const uin
 __device__ __forceinline__ void store_tile_octets(const TileCopy& copy, uint16_t* tensor, int threads,
                                                   const uint16_t* stored, int channel_pitch) {
   const TileSpan& span = copy.span;
-  const TileLane lane(span, threadIdx.x, threads, copy.lanes, 2);
+  const TileLane lane(span, threadIdx.x, threads, copy.threads_per_row, 2);
   for (int image = 0; image < copy.position.images; image++)
     for (int row = lane.row; row < span.row + span.rows; row += lane.row_step)
       for (int col = lane.col; col < span.col + span.cols; col += lane.col_step) {
@@ -200,35 +220,6 @@ __device__ __forceinline__ void store_tile_octets(const TileCopy& copy, uint16_t
           if (col + pixel < span.col + span.cols)
             *reinterpret_cast<AccessVector<kOctet>*>(tensor + copy.at(image, row, col + pixel)) = octets[pixel];
       }
-}
-
-// The same for channels that are not octets: eight threads move a pixel, each the channel of its number; `tensor` and
-// `stored` are those of this channel.
-template <class Prologue>
-__device__ __forceinline__ void load_tile_channels(const TileCopy& copy, const uint16_t* tensor, int threads,
-                                                   uint16_t* stored, const Prologue& prologue) {
-  const TileSpan& span = copy.span;
-  const TileLane lane(span, threadIdx.x / kOctet, threads / kOctet, copy.lanes, 1);
-  for (int image = 0; image < copy.position.images; image++)
-    for (int row = lane.row; row < span.row + span.rows; row += lane.row_step)
-      for (int col = lane.col; col < span.col + span.cols; col += lane.col_step) {
-        AccessVector<1> value{};
-        if (copy.has_row(row) && copy.has_col(col)) {
-          value = load_global<1>(tensor + copy.at(image, row, col));
-          prologue(value);
-        }
-        stored[copy.stored_at(image, row, col)] = value.values[0];
-      }
-}
-
-__device__ __forceinline__ void store_tile_channels(const TileCopy& copy, uint16_t* tensor, int threads,
-                                                    const uint16_t* stored) {
-  const TileSpan& span = copy.span;
-  const TileLane lane(span, threadIdx.x / kOctet, threads / kOctet, copy.lanes, 1);
-  for (int image = 0; image < copy.position.images; image++)
-    for (int row = lane.row; row < span.row + span.rows; row += lane.row_step)
-      for (int col = lane.col; col < span.col + span.cols; col += lane.col_step)
-        tensor[copy.at(image, row, col)] = stored[copy.stored_at(image, row, col)];
 }
 
 }  // namespace convmixer_fast::cuda

@@ -1,7 +1,7 @@
 // Moves whole maps with rows of any width at any address (Loader::kUnalignedRows), a word of two elements at a time.
 //
-// `lanes` threads move a row, so that a warp reads and writes memory from end to end. The steps of a thread are spread
-// over rows and images so that their distances are few constants of the launch (loader.h).
+// Neighbouring threads move neighbouring words of a row, so that a warp reads and writes memory from end to end. The
+// steps of a thread are spread over rows and images so that their distances are few constants of the launch (loader.h).
 //
 // If rows are odd (their width, address or distance is), the words that memory is aligned to need not be those of
 // shared memory, whose columns start at an even address: a word has columns c and c + 1 with c odd in some rows. Then
@@ -70,22 +70,20 @@ class UnalignedRowsReader {
         to_(stored + maps.at(lane.image, lane.row, 2 * lane.index)) {}
 
   // odd: whether there may be odd rows.
-  __device__ __forceinline__ void load(const StepDistances& distances, int width, bool odd, bool is_last) {
+  __device__ __forceinline__ void load(const MapOperand& operand, int width, bool odd, bool is_last) {
     const uint32_t steps = lane_.steps_in(is_last);
-    odd_steps_ = is_odd(from_) ? ~distances.odd_steps : distances.odd_steps;
-    if (odd) load_steps<true>(distances, width, steps);
-    else load_steps<false>(distances, width, steps);
+    odd_steps_ = is_odd(from_) ? ~operand.odd_steps : operand.odd_steps;
+    if (odd) load_steps<true>(operand.steps, width, steps);
+    else load_steps<false>(operand.steps, width, steps);
   }
-  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) {
-    from_ += is_last ? tiles.channel : tiles.next;
-  }
+  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) { from_ += tiles.after(is_last); }
 
   template <class Prologue>
-  __device__ __forceinline__ void write(const StepDistances& distances, int width, bool odd, const Prologue& prologue) {
+  __device__ __forceinline__ void write(const MapOperand& operand, int width, bool odd, const Prologue& prologue) {
 #pragma unroll
     for (int step = 0; step < kUnalignedSteps; step++) prologue(words_[step]);
-    if (odd) write_steps<true>(distances, width);
-    else write_steps<false>(distances, width);
+    if (odd) write_steps<true>(operand.stored_steps, width);
+    else write_steps<false>(operand.stored_steps, width);
   }
 
  private:
@@ -110,6 +108,7 @@ class UnalignedRowsReader {
   template <bool kOdd>
   __device__ __forceinline__ void write_steps(const StepDistances& distances, int width) const {
     const WordSteps has(lane_.steps, odd_steps_, lane_.index, width);
+    // The addresses of all steps must not be computed ahead and kept in registers, which the ring does not leave.
     uint16_t* to = to_ + opaque(0);
 #pragma unroll
     for (int step = 0; step < kUnalignedSteps; step++) {
@@ -142,23 +141,19 @@ class UnalignedRowsWriter {
         to_(tensor + lane.image * stride.n + lane.row * stride.h + 2 * lane.index),
         from_(stored + maps.at(lane.image, lane.row, 2 * lane.index)) {}
 
-  __device__ __forceinline__ void store(const StepDistances& distances, const StepDistances& stored_distances,
-                                        int width, bool odd, bool is_last) {
+  __device__ __forceinline__ void store(const MapOperand& operand, int width, bool odd, bool is_last) {
     const uint32_t steps = lane_.steps_in(is_last);
-    if (odd) store_steps<true>(distances, stored_distances, width, steps);
-    else store_steps<false>(distances, stored_distances, width, steps);
+    if (odd) store_steps<true>(operand, width, steps);
+    else store_steps<false>(operand, width, steps);
   }
-  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) {
-    to_ += is_last ? tiles.channel : tiles.next;
-  }
+  __device__ __forceinline__ void advance(const TileDistances& tiles, bool is_last) { to_ += tiles.after(is_last); }
 
  private:
   template <bool kOdd>
-  __device__ __forceinline__ void store_steps(const StepDistances& distances, const StepDistances& stored_distances,
-                                              int width, uint32_t steps) const {
-    const uint16_t* from = from_ + opaque(0);
+  __device__ __forceinline__ void store_steps(const MapOperand& operand, int width, uint32_t steps) const {
+    const uint16_t* from = from_ + opaque(0);  // as in write_steps
     uint16_t* to = to_;
-    const uint32_t odd_steps = is_odd(to) ? ~distances.odd_steps : distances.odd_steps;
+    const uint32_t odd_steps = is_odd(to) ? ~operand.odd_steps : operand.odd_steps;
     const WordSteps has(steps, odd_steps, lane_.index, width);
 #pragma unroll
     for (int step = 0; step < kUnalignedSteps; step++) {
@@ -173,8 +168,8 @@ class UnalignedRowsWriter {
         if (steps >> step & 1)
           *reinterpret_cast<AccessVector<2>*>(to) = *reinterpret_cast<const AccessVector<2>*>(from);
       }
-      to += distance_after<kUnalignedSteps>(distances, step);
-      from += distance_after<kUnalignedSteps>(stored_distances, step);
+      to += distance_after<kUnalignedSteps>(operand.steps, step);
+      from += distance_after<kUnalignedSteps>(operand.stored_steps, step);
     }
   }
 
