@@ -173,7 +173,7 @@ def test_a_kernel_of_one_warp_gets_one_warp(size):
         query = diagnostics._query((17, 2, *size), 9, torch.float16, "contiguous", "gelu", True, True, GPUS["H200"])
         query.x_stride[:] = (2 * size[0] * distance, size[0] * distance, distance, 1)
         launch = diagnostics._launch("mma", query)
-        assert launch.name.endswith("true>>") == (launch.block == 32), launch.name
+        assert launch.block == 32 or not launch.name.endswith("true>>"), launch.name
 
 
 def test_one_large_image():
