@@ -1,6 +1,6 @@
 """A cycle model of one SM: how long the warps that live on it need for their traces (warp_trace.py).
 
-Each quarter of an SM issues at most one instruction a cycle, of the warp that issued last if that one is ready, else of
+Each quarter of an SM issues at most one instruction per cycle, of the warp that issued last if that one is ready, else of
 the youngest. A warp is ready for its next instruction
 
 * after the stall count of the one before; after a branch that is taken also TAKEN_BRANCH cycles,
@@ -8,7 +8,7 @@ the youngest. A warp is ready for its next instruction
   dispatched, more if shared memory takes several wavefronts,
 * when its pipe is free: a Device says for how many cycles an instruction occupies one,
 * for load/store and MUFU, which wait for their pipe in a queue, when that queue has room (QUEUE). The load/store unit
-  is one for the whole SM and takes one wavefront a cycle,
+  is one for the whole SM and takes one wavefront per cycle,
 * after a barrier, when all warps of its block have come, and BARRIER cycles.
 
 Sources of the constants: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
@@ -126,7 +126,7 @@ def steady_state(few: list[Step], many: list[Step]) -> list[Step]:
 
 
 class Result(NamedTuple):
-    """Of an SM in steady state."""
+    """How an SM spends its time in steady state."""
 
     cycles: float  # until every block has once done what it repeats
     issue: float  # share of the issue slots in use

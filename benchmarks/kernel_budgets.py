@@ -1,8 +1,8 @@
-"""What each instantiation of a CUDA kernel may cost: registers, spills, and for float16 on sm_90a instructions a plane.
+"""What each instantiation of a CUDA kernel may cost: registers, spills, and for some instructions per plane.
 
-The figures of a commit are recorded in a file; a later one may not be worse. Kernels on tensor cores are recorded under
-the launch that they serve, not under their names, so that they can be compared after a change of their template
-arguments; all others under their names.
+The figures of a commit are recorded in a file; a later one may not be worse. Kernels that a case of launches() reaches
+are recorded under that launch, not under their names, so that they can be compared after a change of their template
+arguments, in float16 on sm_90a with their instructions; all others under their names.
 
     python benchmarks/kernel_budgets.py tests/data/kernel_budgets.json            # compares, and returns 1 if worse
     python benchmarks/kernel_budgets.py tests/data/kernel_budgets.json --record
@@ -32,7 +32,7 @@ Budgets = dict[str, dict[str, dict[str, Any]]]  # by target and launch or name
 
 
 def launches() -> list[Case]:
-    """Cases that lead to every instantiation of the kernels on tensor cores."""
+    """The paper's maps in both layouts: the tensor-core kernels' loaders of aligned rows and of channels_last."""
     dtypes = torch.float16, torch.bfloat16
     result = [
         Case(PAPER, size, dtype, layout, **step)
@@ -44,7 +44,7 @@ def launches() -> list[Case]:
 
 
 def measure(kernels: list[Kernel], cases: list[Case]) -> Budgets:
-    """Of those cases whose kernels are there, and of kernels that no case reaches."""
+    """What the kernels cost: by case those that a case reaches, by name the others."""
     result: Budgets = {target: {} for target in sorted({kernel.target for kernel in kernels})}
     for target, entries in result.items():
         by_name = {kernel.name: kernel for kernel in kernels if kernel.target == target}

@@ -1,4 +1,4 @@
-"""What the compiled CUDA kernels cost: registers, spills, occupancy, instructions of one plane, and a predicted time.
+"""What the compiled CUDA kernels cost: registers, spills, occupancy, instructions per plane, and a predicted time.
 
 Nothing here is measured: it is counted in nvcc's output, no GPU is needed.
 
@@ -158,12 +158,12 @@ class Kernel(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Of a case on a GPU; microseconds."""
+    """The time of a case on a GPU; microseconds unless told otherwise."""
 
     warps: int  # on an SM
     memory: float
     model: float
-    cycles: float  # of a quarter of an SM, a plane
+    cycles: float  # of a quarter of an SM, per plane
     issue: float  # share of the issue slots in use
     reasons: dict[str, float]  # shares of the warps' time, the largest first
 
@@ -178,13 +178,13 @@ class Plane(NamedTuple):
     kernel: Kernel
     case: Case
     launch: Launch
-    tiles: int  # work tiles of the steps
-    planes: float  # of the steps
-    steps: list[list[warp_trace.Step]]  # of each warp
+    tiles: int  # work tiles that the steps compute
+    planes: float  # that these are
+    steps: list[list[warp_trace.Step]]  # warp by warp
 
     @property
     def opcodes(self) -> Counter:
-        """Instructions a plane."""
+        """Instructions per plane."""
         issued = warp_trace.opcodes(self.kernel.instructions, self.steps)
         return Counter({opcode: times / self.planes for opcode, times in issued.items()})
 
@@ -197,7 +197,7 @@ class Plane(NamedTuple):
 
     @property
     def work_tiles(self) -> float:
-        """Of the whole launch."""
+        """How many the whole launch has."""
         return self.case.planes * self.tiles / self.planes
 
     @property
@@ -329,7 +329,7 @@ def with_tiles(case: Case, launch: Launch, target: str, times: int, tiles: int, 
 
 
 def trace_cases(kernels: list[Kernel]) -> list[Plane]:
-    """Of those cases whose kernels are there."""
+    """Those cases whose kernels are there."""
     by_name = {(kernel.name, kernel.target): kernel for kernel in kernels}
     wanted = [
         (by_name.get((case.launch(target).name, target)), case) for target, cases in CASES.items() for case in cases
@@ -362,7 +362,7 @@ def plane_table(planes: list[Plane]) -> str:
 
 
 def predict_all(planes: list[Plane]) -> list[tuple[str, Plane, Prediction]]:
-    """On every GPU of a plane's target; the H100 for the paper's shape only."""
+    """Predictions for every GPU of a plane's target; for the H100 those of EVERY_TARGET only."""
     return [
         (name, plane, plane.predict(name))
         for name, device in DEVICES.items()
@@ -381,12 +381,12 @@ def prediction_table(predicted: list[tuple[str, Plane, Prediction]]) -> str:
             + [f"{100 * found.memory / found.microseconds:.0f}", f"{100 * found.issue:.0f}"]
             + [f"{why} ({100 * found.reasons[why]:.0f} %)"]
         )
-    header = ["GPU", *LABELS, "registers", "warps/SM", "memory us", "cycles a plane", "model us", "predicted us"]
+    header = ["GPU", *LABELS, "registers", "warps/SM", "memory us", "cycles per plane", "model us", "predicted us"]
     return table(header + ["% of floor", "issue slots %", "warps wait for"], rows)
 
 
 def pooling(plane: Plane) -> str:
-    """As the maps' size does not matter much: by pixels."""
+    """Instructions for 32 pixels of a warp, which hardly depend on the size of the map."""
     pixels = plane.case.shape[2] * plane.case.shape[3]
     return f", {plane.case.labels[1]}: {32 * plane.opcodes.total() / pixels:.1f} instructions for 32 pixels of a warp"
 
@@ -412,17 +412,18 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
         pooled = [plane for plane in planes if plane.case.operator == "pool"]
         parts += [
             prose(
-                "SASS instructions that the warps of a block issue for one plane, by pipe, and wavefronts of the "
+                "SASS instructions that the warps of a block issue per plane, by pipe, and wavefronts of the "
                 "load/store unit, bank conflicts included. What a step names is fused into the convolution (bias and, "
-                "with an activation, scale and shift always are); wgrad: gradients of weight and bias; pool: "
-                f"activate_pool with GELU{''.join(map(pooling, pooled))}."
+                "with an activation, scale and shift always are); direct: by the direct kernel, which float16 takes where "
+                "the tensor-core kernel does not run; wgrad: gradients of weight and bias; pool: activate_pool with "
+                f"GELU{''.join(map(pooling, pooled))}."
             ),
             plane_table(planes),
             prose(
                 "Time of a layer: the longer one of memory (two tensors, each once: x read and y written, or x and gy "
                 "read; of pool x alone) and the cycle model of an SM (`benchmarks/cycle_model.py`), which has stall "
                 "counts, scoreboards, pipes, bank conflicts and barriers, but no instruction cache and no contention "
-                "for DRAM: expect 3 to 10 % more. Cycles a plane are those of a quarter of an SM. Reasons to wait have "
+                "for DRAM: expect 3 to 10 % more. Cycles per plane are those of a quarter of an SM. Reasons to wait have "
                 f"Nsight Compute's names, in % of the warps' time. {devices}."
             ),
             prediction_table(predict_all(planes)),

@@ -1,5 +1,6 @@
-"""CPU time of one call of each operator, apart from what it computes: on tensors without elements, so that no kernel
-runs. Interleaved with torch.mm on such tensors, which goes the shortest way that torch has from Python.
+"""The time that one call of each operator takes the host, without what it computes: the tensors have no elements, so
+that no kernel runs. The calls are interleaved with torch.mm on such tensors, which goes the shortest way that torch has
+from Python.
 
 "operator" is torch.ops.convmixer_fast.NAME.default (or .out), "function" is convmixer_fast.NAME. The microseconds are
 medians; beside them, how many times as long as torch.mm, from which the machine's clock drops out.

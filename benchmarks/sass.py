@@ -55,7 +55,7 @@ class Instruction(NamedTuple):
 
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
-UPPER_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/$")  # of the encoding, on a line of its own
+UPPER_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/$")  # the encoding's, on a line of its own
 
 
 def decode_control(upper_half: int) -> Control:

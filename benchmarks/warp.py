@@ -31,7 +31,7 @@ PREDICATE = re.compile(r"!?(U?P)(\d|T)")
 
 class Operand(NamedTuple):
     text: str
-    row: int = -1  # of a register or predicate
+    row: int = -1  # where a register or predicate is kept
     sign: str = ""  # "-" or "~" of a register, "!" of a predicate
     is_predicate: bool = False
     immediate: int = -1
@@ -62,7 +62,7 @@ def parse(text: str) -> Operand:
 
 @functools.cache
 def address_terms(text: str) -> tuple[tuple[tuple[int, int], ...], int] | None:
-    """Of "[R2.X4+UR4+-0x10]": ((row, factor) ..., offset)."""
+    """((row, factor) ..., offset) as in "[R2.X4+UR4+-0x10]"."""
     terms, offset = [], 0
     for term in text.strip("[]").split("+"):
         if re.fullmatch(r"-?0x[0-9a-f]+", term):
@@ -110,7 +110,7 @@ def bytes_per_lane(modifiers: frozenset[str]) -> int:
 
 WRITES_NOTHING = re.compile("ST.*|BAR|RED|NOP|DEPBAR|LDGDEPBAR|MEMBAR|ERRBAR|CCTL|YIELD|NANOSLEEP")
 
-# What an instruction writes: (row, value, known). `known` has the sign bit set where the value is not known.
+# What an instruction writes: (row, value, doubt). `doubt` has the sign bit set where the value is not known.
 Written = list[tuple[int, np.ndarray, np.ndarray]]
 
 
@@ -196,14 +196,14 @@ class Warp:
         return value
 
     def read_pair(self, operand: Operand) -> tuple[np.ndarray, np.ndarray]:
-        """64-bit values, and where they are known."""
+        """64-bit values, and a doubt that is negative where they are not known."""
         bare = operand._replace(sign="")
         low, high = self.read(bare), self.read(bare, 1)
         value = high << 32 | (low & MASK)
         return (-value if operand.sign == "-" else value), low | high
 
     def address(self, operand: Operand) -> np.ndarray | None:
-        """Of an access to shared memory; None if it is not known in all active lanes."""
+        """Where an access to shared memory goes; None if that is not known in all active lanes."""
         terms = address_terms(operand.text)
         if terms is None:
             return None
@@ -258,10 +258,10 @@ class Warp:
             else:
                 self.values[np.ix_(targets, lanes)] = UNKNOWN
             return
-        for row, value, known in written:
+        for row, value, doubt in written:
             if row in ZEROS or row in TRUES:
                 continue
-            value = np.where(known < 0, UNKNOWN, value & MASK)
+            value = np.where(doubt < 0, UNKNOWN, value & MASK)
             if lanes is None:
                 self.values[row] = value
             else:
@@ -269,8 +269,8 @@ class Warp:
 
     # -- instructions: each returns what it writes, or None if that is not known
 
-    def _one(self, operand: Operand, value: np.ndarray, known: np.ndarray) -> Written:
-        return [(operand.row, value, known)]
+    def _one(self, operand: Operand, value: np.ndarray, doubt: np.ndarray) -> Written:
+        return [(operand.row, value, doubt)]
 
     def _split(self, operands):
         """(register written, predicates written, sources, predicates read)."""
@@ -279,11 +279,11 @@ class Warp:
         return operands[0], operands[1:first], operands[first:last], operands[last:]
 
     def _carry(self, predicates) -> tuple[np.ndarray, np.ndarray]:
-        total, known = np.zeros(32, np.int64), np.zeros(32, np.int64)
+        total, doubt = np.zeros(32, np.int64), np.zeros(32, np.int64)
         for predicate in predicates:
             value = self.read(predicate)
-            total, known = total + value, known | value
-        return total, known
+            total, doubt = total + value, doubt | value
+        return total, doubt
 
     def _mov(self, modifiers, operands):
         value = self.read(operands[1])
@@ -341,46 +341,46 @@ class Warp:
         target, carry_out, (a, b, c), carry_in = self._split(operands)
         wide = modifiers & {"WIDE", "HI"}
         x, y = self.read(a), self.read(b)
-        addend, known = self.read_pair(c) if wide else (self.read(c),) * 2
-        carry, carry_known = self._carry(carry_in)
-        known = known | x | y | carry_known
+        addend, doubt = self.read_pair(c) if wide else (self.read(c),) * 2
+        carry, carry_doubt = self._carry(carry_in)
+        doubt = doubt | x | y | carry_doubt
         if wide and "U32" not in modifiers:
             x, y = signed(x), signed(y)
         product = x * y
         total = product + addend + carry
         if "HI" in modifiers:
-            written = [(target.row, total >> 32, known)]
+            written = [(target.row, total >> 32, doubt)]
         elif wide:
-            written = [(target.row, total, known), (target.row + 1, total >> 32, known)]
+            written = [(target.row, total, doubt), (target.row + 1, total >> 32, doubt)]
         elif carry_out:
             return None
         else:
-            return [(target.row, total, known)]
+            return [(target.row, total, doubt)]
         over = unsigned64(total) < unsigned64(product)
         over |= (carry > 0) & (unsigned64(total) == unsigned64(product))
-        return written + [(predicate.row, over, known) for predicate in carry_out]
+        return written + [(predicate.row, over, doubt) for predicate in carry_out]
 
     def _iadd3(self, modifiers, operands):
         target, carry_out, sources, carry_in = self._split(operands)
-        total, known = self._carry(carry_in)
+        total, doubt = self._carry(carry_in)
         for source in sources:
             value = self.read(source._replace(sign=""))
-            known = known | value
+            doubt = doubt | value
             total = total + {"-": (~value & MASK) + 1, "~": ~value & MASK, "": value}[source.sign]
         # Three operands carry twice, which takes two predicates; what reads them adds both.
         carries = total >> 32
-        carries_known = np.where(carries > max(len(carry_out), 1), UNKNOWN, known)
+        carries_doubt = np.where(carries > max(len(carry_out), 1), UNKNOWN, doubt)
         return [
-            (target.row, total, known),
-            *((predicate.row, carries > i, carries_known) for i, predicate in enumerate(carry_out)),
+            (target.row, total, doubt),
+            *((predicate.row, carries > i, carries_doubt) for i, predicate in enumerate(carry_out)),
         ]
 
     _viadd = _iadd3
 
     def _viaddmnmx(self, modifiers, operands):
         a, b, c = (self.read(operand) for operand in operands[1:4])
-        known = a | b
-        return self._minimum(modifiers, operands[0], np.where(known < 0, UNKNOWN, a + b & MASK), c, operands[4])
+        doubt = a | b
+        return self._minimum(modifiers, operands[0], np.where(doubt < 0, UNKNOWN, a + b & MASK), c, operands[4])
 
     def _imnmx(self, modifiers, operands):
         return self._minimum(modifiers, operands[0], self.read(operands[1]), self.read(operands[2]), operands[3])
@@ -399,10 +399,10 @@ class Warp:
 
     def _lea(self, modifiers, operands):
         target, carry_out, sources, carry_in = self._split(operands)
-        carry, known = self._carry(carry_in)
+        carry, doubt = self._carry(carry_in)
         a, b, *high, shift = (self.read(source) for source in sources)
         shift = int(shift[0])
-        known = known | a | b
+        doubt = doubt | a | b
         if "HI" not in modifiers:
             total = (a << shift & MASK) + b
         else:
@@ -410,13 +410,13 @@ class Warp:
             if "SX32" in modifiers:
                 wide = signed(a)
             elif high:
-                wide, known = wide | high[0] << 32, known | high[0]
+                wide, doubt = wide | high[0] << 32, doubt | high[0]
             total = (wide << shift >> 32 & MASK) + b + (carry if "X" in modifiers else 0)
-        return [(target.row, total, known), *((predicate.row, total >> 32, known) for predicate in carry_out[:1])]
+        return [(target.row, total, doubt), *((predicate.row, total >> 32, doubt) for predicate in carry_out[:1])]
 
     def _shf(self, modifiers, operands):
         low, shift, high = (self.read(operand) for operand in operands[1:4])
-        known = low | shift | high
+        doubt = low | shift | high
         if "W" in modifiers:
             shift = shift & (63 if modifiers & {"U64", "S64"} else 31)
         far = shift > 63
@@ -429,12 +429,12 @@ class Warp:
                 wide = wide >> shift
             else:
                 wide = np.where(far, 0, unsigned64(wide) >> unsigned64(shift)).astype(np.int64)
-            return self._one(operands[0], wide >> 32 if "HI" in modifiers else wide, known)
+            return self._one(operands[0], wide >> 32 if "HI" in modifiers else wide, doubt)
         if "L" in modifiers:
-            return None if "HI" in modifiers else self._one(operands[0], np.where(shift > 31, 0, low << shift), known)
+            return None if "HI" in modifiers else self._one(operands[0], np.where(shift > 31, 0, low << shift), doubt)
         if "HI" not in modifiers:
             return None
-        return self._one(operands[0], (signed(high) if "S32" in modifiers else high & MASK) >> shift, known)
+        return self._one(operands[0], (signed(high) if "S32" in modifiers else high & MASK) >> shift, doubt)
 
     def _lop3(self, modifiers, operands):
         written = 2 if operands[0].is_predicate else 1
@@ -445,36 +445,36 @@ class Warp:
             if table.immediate >> minterm & 1:
                 result |= (a if minterm & 4 else ~a) & (b if minterm & 2 else ~b) & (c if minterm & 1 else ~c)
         result &= MASK
-        known = a | b | c
-        return self._one(operands[written - 1], result, known) + (
-            self._one(operands[0], result != 0, known) if written == 2 else []
+        doubt = a | b | c
+        return self._one(operands[written - 1], result, doubt) + (
+            self._one(operands[0], result != 0, doubt) if written == 2 else []
         )
 
     def _plop3(self, modifiers, operands):
         a, b, c = (self.read(operand) for operand in operands[2:5])
-        minterm, known = 4 * a + 2 * b + c, a | b | c
+        minterm, doubt = 4 * a + 2 * b + c, a | b | c
         return [
-            (target.row, table.immediate >> np.clip(minterm, 0, 7) & 1, known)
+            (target.row, table.immediate >> np.clip(minterm, 0, 7) & 1, doubt)
             for target, table in zip(operands[:2], operands[5:7])
         ]
 
     def _isetp(self, modifiers, operands):
         first, second, left, right, other, *low = operands
         a, b, other = self.read(left), self.read(right), self.read(other)
-        known = a | b
+        doubt = a | b
         if "U32" not in modifiers:
             a, b = signed(a), signed(b)
         result = COMPARE[next(m for m in modifiers if m in COMPARE)](a, b).astype(np.int64)
         if "EX" in modifiers:  # the lower halves decide if these are equal
             below = self.read(low[0])
-            result, known = np.where(a == b, below, result), known | np.where(a == b, below, 0)
+            result, doubt = np.where(a == b, below, result), doubt | np.where(a == b, below, 0)
 
         def combine(value):
             if "AND" in modifiers:
-                return value & other, np.where(other == 0, 0, known | other)
+                return value & other, np.where(other == 0, 0, doubt | other)
             if "OR" in modifiers:
-                return value | other, np.where(other == 1, 0, known | other)
-            return value ^ other, known | other
+                return value | other, np.where(other == 1, 0, doubt | other)
+            return value ^ other, doubt | other
 
         return [(first.row, *combine(result & 1)), (second.row, *combine(result & 1 ^ 1))]
 
@@ -482,16 +482,16 @@ class Warp:
         if modifiers - {"RP", "U32", "S32", "U64", "S64"}:
             return None
         if modifiers & {"U64", "S64"}:
-            value, known = self.read_pair(operands[1])
+            value, doubt = self.read_pair(operands[1])
             value = value if "S64" in modifiers else unsigned64(value)
         else:
-            known = self.read(operands[1])
-            value = known & MASK if "U32" in modifiers else signed(known)
+            doubt = self.read(operands[1])
+            value = doubt & MASK if "U32" in modifiers else signed(doubt)
         rounded = value.astype(np.float32)
         if "RP" in modifiers:
             below = np.array([int(r) < int(v) for r, v in zip(rounded, value)])
             rounded = np.where(below, np.nextafter(rounded, np.float32(np.inf)), rounded)
-        return self._one(operands[0], float_bits(rounded), known)
+        return self._one(operands[0], float_bits(rounded), doubt)
 
     def _mufu(self, modifiers, operands):
         bits = self.read(operands[1])
@@ -534,12 +534,12 @@ class Warp:
         base, mask = self.read(operands[2]), self.read(operands[3])
         if modifiers:
             return None
-        packed, known = np.zeros(32, np.int64), base | mask
+        packed, doubt = np.zeros(32, np.int64), base | mask
         for i in range(7):
             bit = self.values[row_of(f"P{i}")]
             used = mask >> i & 1
-            packed, known = packed | (bit & 1) << i, known | np.where(used == 1, bit, 0)
-        return self._one(operands[0], base & ~mask | packed & mask, known)
+            packed, doubt = packed | (bit & 1) << i, doubt | np.where(used == 1, bit, 0)
+        return self._one(operands[0], base & ~mask | packed & mask, doubt)
 
     def _r2p(self, modifiers, operands):
         value, mask = self.read(operands[1]), int(self.read(operands[2])[0])
@@ -568,14 +568,14 @@ class Warp:
         may be missing."""
         *targets, source = operands
         value = self.read(source)
-        known = value if (value[self.active] < 0).any() else np.zeros(32, np.int64)
-        known = np.full(32, known.min())
+        doubt = value if (value[self.active] < 0).any() else np.zeros(32, np.int64)
+        doubt = np.full(32, doubt.min())
         holds = self.active & (value == 1)
         decided = holds.any() if "ANY" in modifiers else holds[self.active].all()
         if not modifiers & {"ANY", "ALL"}:
             return None
         ballot = np.full(32, int((holds.astype(np.int64) << LANES).sum()))
-        return [(t.row, np.full(32, int(decided)) if t.is_predicate else ballot, known) for t in targets]
+        return [(t.row, np.full(32, int(decided)) if t.is_predicate else ballot, doubt) for t in targets]
 
     def _shfl(self, modifiers, operands):
         """The upper bits of the last operand cut the warp into segments, the lower ones bound them."""

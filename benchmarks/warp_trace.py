@@ -23,8 +23,8 @@ from warp import LANES, Decoded, Warp, bytes_per_lane
 CONSTANTS = {8: 0x160, 9: 0x210}  # where kernel parameters start in constant bank 0, by major architecture
 GRID_X = 0x0C  # where gridDim.x is there
 MOST_STEPS = 4_000_000
-BANKS = 32  # of shared memory, 4 bytes wide
-BYTES_PER_WAVEFRONT = 128  # that the load/store unit moves a cycle
+BANKS = 32  # shared memory has so many, 4 bytes wide
+BYTES_PER_WAVEFRONT = 128  # that the load/store unit moves per cycle
 
 
 class UndecidedError(RuntimeError):
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     """An instruction that a warp issues."""
 
     index: int  # in the kernel
-    wavefronts: int  # of the load/store unit
+    wavefronts: int  # that the load/store unit takes
 
 
 # ------------------------------------------------------------------------------------------------ shared memory
@@ -102,7 +102,7 @@ class Convergence:
 
     def __init__(self):
         self.alive = np.ones(32, bool)
-        self.members: dict[str, np.ndarray] = {}  # of each convergence barrier B0 to B15
+        self.members: dict[str, np.ndarray] = {}  # by convergence barrier, B0 to B15
         self.waiting: dict[str, list[Group]] = {}  # by barrier
         self.ready: list[Group] = []
 
