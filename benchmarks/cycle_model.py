@@ -1,7 +1,7 @@
 """A cycle model of one SM: how long the warps that live on it need for their traces (warp_trace.py).
 
-Each quarter of an SM issues at most one instruction per cycle, of the warp that issued last if that one is ready, else of
-the youngest. A warp is ready for its next instruction
+Each quarter of an SM issues at most one instruction per cycle, of the warp that issued last if that one is ready, else
+of the youngest. A warp is ready for its next instruction
 
 * after the stall count of the one before; after a branch that is taken also TAKEN_BRANCH cycles,
 * when the scoreboards that it waits for are free (sass.py): LATENCY cycles after the instruction that holds them was

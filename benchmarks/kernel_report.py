@@ -414,8 +414,8 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
             prose(
                 "SASS instructions that the warps of a block issue per plane, by pipe, and wavefronts of the "
                 "load/store unit, bank conflicts included. What a step names is fused into the convolution (bias and, "
-                "with an activation, scale and shift always are); direct: by the direct kernel, which float16 takes where "
-                "the tensor-core kernel does not run; wgrad: gradients of weight and bias; pool: activate_pool with "
+                "with an activation, scale and shift always are); direct: on CUDA cores, by the kernel that runs where "
+                "the tensor-core kernel does not; wgrad: gradients of weight and bias; pool: activate_pool with "
                 f"GELU{''.join(map(pooling, pooled))}."
             ),
             plane_table(planes),
