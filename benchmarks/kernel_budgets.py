@@ -21,8 +21,14 @@ from report import write
 
 COUNTED = "sm_90a"  # the target whose instructions are counted
 REGISTERS_AT_ONCE = 8  # a thread's registers are allocated by so many
-# 11x9, 17x17 and 31x31 take the ring, with one, two and three k-steps.
-KERNEL_SIZES = {"contiguous": (3, 5, 7, 9, (11, 9), 17, 31), "channels_last": (7, 9, (11, 9), 17)}
+# By layout and shape: one for each loader but that of channels_last in tiles. 11x9, 17x17, 31x31 and 5x51 take the
+# ring, with one, two, three and four k-steps.
+KERNEL_SIZES: dict[tuple[str, tuple[int, int, int, int]], tuple[int | tuple[int, int], ...]] = {
+    ("contiguous", PAPER): (3, 5, 7, 9, (11, 9), 17, 31),
+    ("contiguous", (64, 384, 14, 14)): (3, 5, 7, 9, 17, 31),
+    ("contiguous", (64, 96, 112, 112)): (7, 17, (5, 51)),
+    ("channels_last", PAPER): (7, 9, (11, 9), 17),
+}
 STEPS = [
     *(dict(activation=act, prologue=prologue) for act in ("gelu", "relu") for prologue in (False, True)),
     PLAIN,
@@ -32,11 +38,11 @@ Budgets = dict[str, dict[str, dict[str, Any]]]  # by target and launch or name
 
 
 def launches() -> list[Case]:
-    """The paper's maps in both layouts: the tensor-core kernels' loaders of aligned rows and of channels_last."""
+    """The paper's maps, and some of each loader that these do not reach."""
     dtypes = torch.float16, torch.bfloat16
     result = [
-        Case(PAPER, size, dtype, layout, **step)
-        for dtype, (layout, sizes) in itertools.product(dtypes, KERNEL_SIZES.items())
+        Case(shape, size, dtype, layout, **step)
+        for dtype, ((layout, shape), sizes) in itertools.product(dtypes, KERNEL_SIZES.items())
         for size, step in itertools.product(sizes, STEPS)
     ]
     result += [Case(PAPER, k, dtype, operator="wgrad") for dtype in dtypes for k in (3, 5, 7, 9, 17)]

@@ -423,8 +423,8 @@ def document(kernels: list[Kernel], planes: list[Plane], all_resources: bool) ->
                 "Time of a layer: the longer one of memory (two tensors, each once: x read and y written, or x and gy "
                 "read; of pool x alone) and the cycle model of an SM (`benchmarks/cycle_model.py`), which has stall "
                 "counts, scoreboards, pipes, bank conflicts and barriers, but no instruction cache and no contention "
-                "for DRAM: expect 3 to 10 % more. Cycles per plane are those of a quarter of an SM. Reasons to wait have "
-                f"Nsight Compute's names, in % of the warps' time. {devices}."
+                "for DRAM: expect 3 to 10 % more. Cycles per plane are those of a quarter of an SM. Reasons to wait "
+                f"have Nsight Compute's names, in % of the warps' time. {devices}."
             ),
             prediction_table(predict_all(planes)),
         ]

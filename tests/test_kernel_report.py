@@ -170,6 +170,19 @@ def test_predicted_time(planes, case):
 
 
 @pytest.mark.slow
+def test_tensor_cores_pay(kernels):
+    """Also for kernels that are as narrow as few rows or columns, in both layouts."""
+    by_name = {k.name: k for k in kernels + load("depthwise_mma_f16_relu_nhwc", "depthwise_direct_f16")}
+
+    def predicted(case):
+        kernel = by_name[case.launch("sm_90a").name]
+        return kernel_report.trace_case(kernel, case).predict("H200").microseconds
+
+    for case in kernel_report.NARROW:
+        assert 3 * predicted(case) < predicted(case._replace(operator="direct")), case
+
+
+@pytest.mark.slow
 def test_devices(planes):
     """Those of explain(); an H100 is an H200 with less bandwidth."""
     assert kernel_report.DEVICES.keys() == GPUS.keys()
