@@ -144,6 +144,9 @@ def first_finding(ops, cases, run_exact=run_exact):
         except DeviceError as error:
             print(case, error, sep="\n")
             return error.what
+        except RuntimeError as error:  # what a launcher returns
+            print(case, error, sep="\n")
+            return "failed launch"
         if not torch.equal(ours, expected):
             print(case)
             return "wrong result"

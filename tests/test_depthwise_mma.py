@@ -246,6 +246,25 @@ def test_channels_last_fits_small_shared_memory():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def test_every_choice_can_be_launched():
+    """Threads, shared memory and grid are what kernel and device allow, whatever the maps' size, layout and alignment,
+    forward and backward. Nothing is executed."""
+    rng, seen = random.Random(0), set()
+    with contextlib.closing(EmulatedOps("sm_90a", execute=False)) as ops:
+        for _ in range(800):
+            kernel_size = rng.choice((*KERNELS, (1, 11), (3, 57), (31, 31), (255, 3), (rng.randint(1, 40),) * 2))
+            size = rng.choice((*MAPS, (49, 49), (200, 8), (rng.randint(1, 70), rng.randint(1, 70))))
+            batch, channels = rng.choice((*BATCHES, 5, 40)), rng.choice((1, 3, 8, 20))
+            x = torch.empty(batch, channels, size[0], size[1] + rng.choice((0, 0, 1, 2, 4, 8)), dtype=torch.float16)
+            x = LAYOUTS[rng.choice(list(LAYOUTS))](x)[..., : size[1]]
+            weight = torch.empty(channels, 1, *kernel_size, dtype=x.dtype)
+            for call in (lambda: ops.depthwise_conv2d(x, weight), lambda: ops.depthwise_conv2d_wgrad(x, x, kernel_size)):
+                call()
+                seen |= {launch.kernel for launch in ops.launches}
+    assert sum("depthwise_mma_kernel" in kernel for kernel in seen) > 25, seen
+    assert sum("depthwise_wgrad_mma_kernel" in kernel for kernel in seen) > 8, seen
+
+
 # ------------------------------------------------------------------------------------------------ planted bugs
 
 MMA = "depthwise/mma/"
@@ -293,6 +312,12 @@ PLANTED = {
         "tile.index == 0 || remaining == share.count",
         "remaining == share.count",
         {"wrong result"},
+    ),
+    "mma_one_warp_of_several": (
+        MMA + "plan.h",
+        "plan.warps == 1 &&",
+        "plan.shape.m_blocks == 1 &&",
+        {"failed launch"},
     ),
     "mma_pitch": (
         MMA + "plan.h",
