@@ -23,7 +23,7 @@ NVCC_FLAGS = ("-O3", "-std=c++17")  # as in setup.py
 COMPILED_FOR = {"sm_89": "sm_80"}  # the same PTX (SAME_PTX in setup.py)
 INCLUDE_DIRS = [CSRC]
 CHECKS = {"memory", "race", "global"}  # all that ptxsim has
-SECONDS_A_LAUNCH = 120
+SECONDS_PER_LAUNCH = 120
 
 
 class Strides(Structure):
@@ -112,7 +112,7 @@ class EmulatedOps:
     """
 
     def __init__(self, arch: str = "sm_90a", overlay: Path | None = None, launcher: str = "depthwise", **device):
-        self.device = Device(arch, checks=CHECKS, timeout=SECONDS_A_LAUNCH, **device)
+        self.device = Device(arch, checks=CHECKS, timeout=SECONDS_PER_LAUNCH, **device)
         self.program = HostProgram(
             sources(overlay), self.device, NVCC_FLAGS, INCLUDE_DIRS, arches=[COMPILED_FOR.get(arch, arch)]
         )

@@ -42,3 +42,11 @@ def assert_error_at_most_peer(ours, peer, exact, what):
     else:
         luck = min(0.1, 2 / exact.numel() ** 0.5)
         assert our_max <= max(peer_max, unit) or (our_rms <= (1 + luck) * peer_rms and our_max <= 2 * peer_max), report
+
+
+def assert_one_of_two_nearest(values, exact, in_tail):
+    """values are exact (float64) within half a unit in the last place, or within in_tail where that is more, before they
+    were rounded to their dtype."""
+    limits = torch.finfo(values.dtype)
+    half_unit = exact.abs().clamp_min(limits.smallest_normal).log2().floor().exp2() * limits.eps / 2
+    assert (_errors(values, exact) <= half_unit + half_unit.clamp_min(in_tail)).all()

@@ -41,7 +41,7 @@ def autograd(x, weight, gy):
     return x.grad, weight.grad, bias.grad
 
 
-def in_float64(*tensors):
+def autograd_in_float64(*tensors):
     return autograd(*(tensor.double() for tensor in tensors))
 
 
@@ -57,13 +57,13 @@ def run_exact(ops, case):
     x, gy = (LAYOUTS[case.layout](dyadic(*shape, most=1, step=0.25, dtype=case.dtype)) for _ in range(2))
     weight = dyadic(case.channels, 1, *case.kernel_size, most=1, step=0.125, dtype=case.dtype)
     ops.device.order = case.order
-    gradients = ours(ops, x, weight, gy), (gradient.to(case.dtype) for gradient in in_float64(x, weight, gy))
+    gradients = ours(ops, x, weight, gy), (gradient.to(case.dtype) for gradient in autograd_in_float64(x, weight, gy))
     return tuple(torch.cat([gradient.flatten() for gradient in three]) for three in gradients)
 
 
 # Every instantiation of the tensor-core kernel, blocks and passes of taps, splits, subtiles that do not exist, a last
-# work tile with fewer images, rows at odd addresses, several chains of products (on one multiprocessor), tiles; and the
-# direct kernel on tiles, on several images, in several passes of taps.
+# work tile with fewer images, rows at odd addresses, several chains of products (on one multiprocessor), tiles, fewer
+# images than fill an M block; and the direct kernel on tiles, on several images, in several passes of taps.
 MORE = [
     Case(kernel_size, dtype, layout, size, batch, channels, "forward", False, False, False, False)
     for kernel_size, dtype, layout, size, batch, channels in [
@@ -81,10 +81,18 @@ MORE = [
         ((3, 11), torch.bfloat16, "contiguous", (70, 270), 1, 1),
         ((41, 60), torch.float16, "contiguous", (20, 24), 1, 2),
         ((130, 9), torch.float16, "contiguous", (9, 9), 1, 1),
+        ((3, 3), torch.float16, "unaligned", (32, 32), 3, 2),
+        ((5, 5), torch.bfloat16, "unaligned", (32, 32), 3, 2),
+        ((7, 7), torch.float16, "contiguous", (65, 31), 2, 2),
+        ((9, 9), torch.float16, "contiguous", (65, 31), 3, 2),
+        ((3, 3), torch.float16, "contiguous", (14, 14), 9, 3),
+        ((161, 3), torch.float16, "contiguous", (8, 8), 16, 1),
+        ((95, 249), torch.float16, "contiguous", (33, 8), 1, 1),
         ((9, 9), torch.float32, "contiguous", (70, 80), 1, 3),
         ((3, 3), torch.float32, "contiguous", (14, 14), 17, 3),
         ((5, 5), torch.float32, "channels_last", (40, 33), 2, 24),
-        ((50, 45), torch.float32, "contiguous", (9, 12), 1, 1),
+        ((66, 66), torch.float32, "contiguous", (9, 12), 1, 1),
+        ((520, 9), torch.float32, "contiguous", (9, 12), 1, 1),
         ((7, 7), torch.float16, "channels_last", (33, 20), 2, 40),
         ((4, 8), torch.float16, "channels_last", (14, 14), 2, 20),
     ]
@@ -124,7 +132,7 @@ def test_accuracy(ops, dtype, layout, case):
     gy = cases.make_input(case, dtype, layout, seed=3)
     ops.device.order = "forward"
     peer = autograd(x.contiguous(), weight, gy.contiguous())
-    results = ours(ops, x, weight, gy), peer, in_float64(x, weight, gy)
+    results = ours(ops, x, weight, gy), peer, autograd_in_float64(x, weight, gy)
     for name, *gradients in zip(("x", "weight", "bias"), *results):
         assert_error_at_most_peer(*gradients, f"gradient of {name} {case} {layout} {dtype}")
 
@@ -135,7 +143,7 @@ def test_accuracy_of_long_sums():
     x, weight = cases.make_input(case, torch.float32), cases.make_weight(case, torch.float32)
     gy = cases.make_input(case, torch.float32, seed=3)
     with contextlib.closing(EmulatedOps(sm_count=1)) as one:
-        results = ours(one, x, weight, gy), autograd(x, weight, gy), in_float64(x, weight, gy)
+        results = ours(one, x, weight, gy), autograd(x, weight, gy), autograd_in_float64(x, weight, gy)
     for name, *gradients in zip(("x", "weight", "bias"), *results):
         assert_error_at_most_peer(*gradients, f"gradient of {name}, one multiprocessor")
 
@@ -149,13 +157,17 @@ def test_long_chains_are_bounded():
     with contextlib.closing(EmulatedOps(sm_count=1)) as one:
         gweight, _ = one.depthwise_conv2d_wgrad(x, gy, (3, 3))
         assert [launch.grid[0] for launch in one.launches if "wgrad_mma" in launch.kernel] == [16]
-    exact = in_float64(x, torch.zeros(16, 1, 3, 3), gy)[1]
+    exact = autograd_in_float64(x, torch.zeros(16, 1, 3, 3), gy)[1]
     assert abs(((gweight.double() - exact) / exact).mean()) < 2**-15
 
 
-@pytest.mark.parametrize("case", MORE[::5], ids=str)  # both kernels, one and several blocks and passes of taps
+SEVERAL_PASSES = [case for case in MORE if max(case.kernel_size) >= 60 and case.products < 1_000_000]
+
+
+@pytest.mark.parametrize("case", [*MORE[::5], *(case for case in SEVERAL_PASSES if case not in MORE[::5])], ids=str)
 def test_deterministic(ops, case):
-    """The order of threads and blocks does not change a bit of sums that are rounded."""
+    """The order of threads and blocks does not change a bit of sums that are rounded, by either kernel, in one or
+    several passes of taps."""
     size = cases.Case(case.batch, case.channels, *case.map, *case.kernel_size)
     x, gy = (cases.make_input(size, case.dtype, case.layout, seed=seed) for seed in (0, 3))
     results = []
@@ -329,11 +341,18 @@ PLANTED = {
     ),
 }
 
+MORE_OF_FLOAT16 = [dataclasses.replace(case, dtype=torch.float16) for case in MORE]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
-    half = [dataclasses.replace(case, dtype=torch.float16) for case in MORE]
     with contextlib.closing(EmulatedOps(sm_count=1, overlay=plant(name, *bug))) as ops:
-        assert first_finding(ops, half, run_exact) in reports
+        assert first_finding(ops, MORE_OF_FLOAT16, run_exact) in reports
+
+
+@pytest.mark.slow
+def test_nothing_is_found_without_a_bug():
+    with contextlib.closing(EmulatedOps(sm_count=1)) as ops:
+        assert first_finding(ops, MORE_OF_FLOAT16, run_exact) == "nothing"

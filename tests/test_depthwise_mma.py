@@ -10,7 +10,7 @@ import torch
 from cases import slow
 from emulated import EmulatedOps
 from exact import BATCHES, CHANNELS, LAYOUTS, MAPS, ORDERS, Case, first_finding, in_float64, plant, run_exact
-from numerics import assert_error_at_most_peer
+from numerics import assert_error_at_most_peer, assert_one_of_two_nearest
 
 from convmixer_fast import reference
 
@@ -72,24 +72,24 @@ def test_every_instantiation(ops, dtype, layout, kernel_size, activation, prolog
 
 @dtype
 def test_gelu_is_off_by_less_than_half_an_ulp(ops, dtype):
-    """The result before rounding is closer than half an ulp: after it, every value is one of the two neighbours."""
+    """The result before rounding is closer than half an ulp: after it, every value is one of the two neighbours. In the
+    tail it is closer than 2^-26."""
     x = torch.linspace(-12, 12, 4096).to(dtype).view(1, 1, 128, 32)
     one = torch.ones(1)
     y = ops.fused_depthwise(x, torch.ones(1, 1, 1, 1, dtype=dtype), 0 * one, one, 0 * one, "gelu", False)
     exact = x.double() * torch.special.ndtr(x.double())
-    ulp = (exact.abs() * torch.finfo(dtype).eps).clamp_min(2.0**-24).log2().floor().exp2()
-    assert ((y.double() - exact).abs() <= ulp).all()
+    assert_one_of_two_nearest(y, exact, in_tail=2.0**-26)
     assert (y == exact.to(dtype))[exact.abs() > 2.0**-14].double().mean() > 0.85, "most are the nearest"
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", *slow("sm_80")])
-def test_same_bits_on_any_device(arch):
+def test_same_bits_whatever_the_number_of_sms(arch):
     """However many blocks share the work, in whatever order their threads run."""
     case = cases.Case(3, 5, 32, 32, 9, 9)
     x, weight = cases.make_input(case, torch.float16), cases.make_weight(case, torch.float16)
     vectors, results = cases.make_vectors(case, torch.float16, 3), []
-    for target, sm_count, order in ((arch, 1, "forward"), (arch, 7, "reverse"), ("sm_90a", 132, 5)):
-        with contextlib.closing(EmulatedOps(target, sm_count=sm_count, order=order)) as other:
+    for sm_count, order in ((1, "forward"), (7, "reverse"), (132, 5)):
+        with contextlib.closing(EmulatedOps(arch, sm_count=sm_count, order=order)) as other:
             results.append(other.fused_depthwise(x, weight, *vectors))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -233,7 +233,8 @@ def test_traffic_of_channels_last(dtype, arch, size, batch):
 
 @pytest.mark.slow
 def test_channels_last_fits_small_shared_memory():
-    """An SM holds two CTAs or, on sm_89, one: the same results, and each byte of x is requested once."""
+    """An SM holds two CTAs or, on sm_89, one: each byte of x is requested once, and the results are the same where
+    tensor cores round alike."""
     case = cases.Case(3, 24, 32, 32, 9, 9)
     x, weight = cases.make_input(case, torch.float16, "channels_last"), cases.make_weight(case, torch.float16)
     results = []
@@ -243,17 +244,18 @@ def test_channels_last_fits_small_shared_memory():
             (launch,) = ops.launches
         assert launch.block[0] == 256
         assert launch.profile.loads.widths[16] == x.nbytes // 16
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    _, *before_sm_90 = results
+    assert torch.equal(*before_sm_90)
 
 
-def test_every_choice_can_be_launched():
+def test_launches_are_possible():
     """Threads, shared memory and grid are what kernel and device allow, whatever the maps' size, layout and alignment,
     forward and backward. Nothing is executed."""
     rng, seen = random.Random(0), set()
     with contextlib.closing(EmulatedOps("sm_90a", execute=False)) as ops:
         for _ in range(800):
-            kernel_size = rng.choice((*KERNELS, (1, 11), (3, 57), (31, 31), (255, 3), (rng.randint(1, 40),) * 2))
-            size = rng.choice((*MAPS, (49, 49), (200, 8), (rng.randint(1, 70), rng.randint(1, 70))))
+            kernel_size = rng.choice((*KERNELS, (1, 11), (3, 57), (255, 3), (rng.randint(1, 40),) * 2))
+            size = rng.choice((*MAPS, (49, 49), (65, 65), (200, 8), (rng.randint(1, 70), rng.randint(1, 70))))
             batch, channels = rng.choice((*BATCHES, 5, 40)), rng.choice((1, 3, 8, 20))
             x = torch.empty(batch, channels, size[0], size[1] + rng.choice((0, 0, 1, 2, 4, 8)), dtype=torch.float16)
             x = LAYOUTS[rng.choice(list(LAYOUTS))](x)[..., : size[1]]
@@ -262,8 +264,9 @@ def test_every_choice_can_be_launched():
             seen |= {launch.kernel for launch in ops.launches}
             ops.depthwise_conv2d_wgrad(x, x, kernel_size)
             seen |= {launch.kernel for launch in ops.launches}
-    assert sum("depthwise_mma_kernel" in kernel for kernel in seen) > 25, seen
-    assert sum("depthwise_wgrad_mma_kernel" in kernel for kernel in seen) > 8, seen
+    # All instantiations for one dtype and activation.
+    assert sum("depthwise_mma_kernel" in kernel for kernel in seen) == 34, seen
+    assert sum("depthwise_wgrad_mma_kernel" in kernel for kernel in seen) == 14, seen
 
 
 # ------------------------------------------------------------------------------------------------ planted bugs
@@ -431,9 +434,10 @@ PLANTED = {
 }
 
 
-def random_cases(count, seed, kernel_sizes=KERNELS + [(1, 1), (2, 1), (15, 15), (6, 6), (3, 7), (9, 13)]):
+def random_cases(count, seed):
     """float16 and bfloat16 over every property that the kernel knows; more than one tile of a large map included."""
     rng = random.Random(seed)
+    kernel_sizes = [*KERNELS, (1, 1), (2, 1), (15, 15), (6, 6), (3, 7), (9, 13)]
     maps = (*MAPS, (24, 8), (28, 28), (40, 64), (9, 131), (150, 20), (264, 64), (270, 66))  # the last two in tiles
     for _ in range(count):
         kernel_size, size = rng.choice(kernel_sizes), rng.choice(maps)
@@ -446,7 +450,7 @@ def random_cases(count, seed, kernel_sizes=KERNELS + [(1, 1), (2, 1), (15, 15), 
 
 
 # Rare among the random ones: work tiles of four images, the last of one; octets in tiles, with a prologue, and in rows
-# of odd width.
+# of odd width; aligned rows of several warps under 7 tap rows.
 RARE = [
     *(
         Case((3, 3), torch.float16, layout, (16, 16), 17, 24, "forward", True, True, True, False)
@@ -454,11 +458,19 @@ RARE = [
     ),
     Case((7, 7), torch.float16, "channels_last", (56, 56), 1, 8, "forward", True, True, True, False),
     Case((9, 9), torch.float16, "channels_last", (7, 7), 17, 8, "forward", True, True, True, False),
+    Case((7, 7), torch.float16, "contiguous", (64, 40), 2, 2, "forward", True, True, True, False),
+    # A tile of 32 x 32, and fewer images than an M block would hold: larger ones do not fit shared memory.
+    Case((255, 31), torch.float16, "contiguous", (8, 33), 1, 1, "forward", True, True, True, False),
+    Case((161, 3), torch.float16, "contiguous", (8, 8), 16, 1, "forward", True, True, True, False),
     *(  # one M block, whose words one warp cannot hold
         Case((3, 3), torch.float16, "unaligned", size, 17, 2, "forward", True, True, True, False)
         for size in ((32, 32), (16, 16), (8, 8))
     ),
 ]
+
+
+def searched_for_bugs():
+    return [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + RARE
 
 
 @pytest.mark.parametrize("case", [*RARE, *random_cases(120, seed=0)], ids=str)
@@ -478,9 +490,13 @@ def test_exactly_before_sm_90(ampere, case):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
-    half = [case for case in random_cases(300, seed=1) if case.dtype == torch.float16] + RARE
     with contextlib.closing(EmulatedOps(sm_count=3, overlay=plant(name, *bug))) as ops:
-        assert first_finding(ops, half) in reports
+        assert first_finding(ops, searched_for_bugs()) in reports
+
+
+@pytest.mark.slow
+def test_nothing_is_found_without_a_bug(ops):
+    assert first_finding(ops, searched_for_bugs()) == "nothing"
 
 
 @pytest.mark.fuzz

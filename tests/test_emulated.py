@@ -142,10 +142,19 @@ PLANTED = {
 }
 
 
+def cases_of_float16():
+    return [case for case in matrix() if case.dtype == torch.float16]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug(name):
     *bug, reports = PLANTED[name]
-    half = [case for case in matrix() if case.dtype == torch.float16]
     with contextlib.closing(EmulatedOps(overlay=plant(name, *bug), launcher="depthwise_direct")) as ops:
-        assert first_finding(ops, half) in reports
+        assert first_finding(ops, cases_of_float16()) in reports
+
+
+@pytest.mark.slow
+def test_nothing_is_found_without_a_bug():
+    with contextlib.closing(EmulatedOps(launcher="depthwise_direct")) as ops:
+        assert first_finding(ops, cases_of_float16()) == "nothing"

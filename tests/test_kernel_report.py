@@ -31,7 +31,7 @@ SAME_IN_PTX = {"HMMA": "mma.", "LDSM": "ldmatrix.", "MUFU": "ex2."}
 
 FUSED, CONVOLUTION, WGRAD = Case(PAPER, 9, prologue=True), Case(PAPER, 9, **PLAIN), Case(PAPER, 9, operator="wgrad")
 SMALL_MAPS = Case((64, 1024, 16, 16), 9, prologue=True)
-MOST_INSTRUCTIONS = {FUSED: 990, CONVOLUTION: 420}  # a plane on sm_90a
+MOST_INSTRUCTIONS = {FUSED: 990, CONVOLUTION: 420}  # per plane on sm_90a
 MOST_REGISTERS = 128
 # By the cycle model, us on an H200. They change with the model and with the kernels: predictions, nothing is measured.
 PREDICTED = {FUSED: 123.1, CONVOLUTION: 69.4, WGRAD: 74.7, SMALL_MAPS: 22.6}
@@ -64,7 +64,7 @@ def planes(kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MOST_INSTRUCTIONS, ids=["fused", "convolution"])
 def test_budget(planes, case):
-    """Of the kernels that the paper's networks and plain convolutions run."""
+    """The kernels that the paper's networks and plain convolutions run."""
     plane = planes[case]
     assert plane.opcodes.total() <= MOST_INSTRUCTIONS[case]
     assert plane.kernel.resources.registers <= MOST_REGISTERS
@@ -72,22 +72,23 @@ def test_budget(planes, case):
 
 
 @pytest.mark.slow
-def test_no_instantiation_is_worse_than_recorded(kernels):
+def test_kernels_of_float16_are_no_worse_than_recorded(kernels):
     """After a change that is meant: python benchmarks/kernel_budgets.py tests/data/kernel_budgets.json --record"""
     recorded = json.loads(RECORDED.read_text())
     found = kernel_budgets.measure(kernels, kernel_budgets.launches())
-    assert {kernel.name for kernel in kernels} <= {e.get("kernel", label) for label, e in found["sm_90a"].items()}
     assert kernel_budgets.worse(recorded, found) == []
 
 
 @pytest.mark.slow
-def test_spills_are_no_worse_than_recorded():
-    """sm_89 has the only kernels that spill."""
-    found = kernel_budgets.measure(load("depthwise_mma_f16_gelu", target="sm_89"), kernel_budgets.launches())
-    assert found["sm_89"] and kernel_budgets.worse(json.loads(RECORDED.read_text()), found) == []
+@pytest.mark.parametrize("target", ["sm_80", "sm_89"])
+def test_spills_are_no_worse_than_recorded(target):
+    """Only these targets have kernels that spill."""
+    kernels = load("depthwise_mma_f16_gelu", "depthwise_mma_f16_relu", target=target)
+    found = kernel_budgets.measure(kernels, kernel_budgets.launches())
+    assert found[target] and kernel_budgets.worse(json.loads(RECORDED.read_text()), found) == []
 
 
-def test_every_instantiation_has_a_budget():
+def test_every_launch_has_a_budget():
     recorded = json.loads(RECORDED.read_text())
     assert recorded.keys() == kernel_report.CASES.keys()
     labels = {" ".join(case.labels) for case in kernel_budgets.launches()}
@@ -121,25 +122,25 @@ def test_what_is_worse():
 def test_gradient_of_the_weight(planes):
     plane = planes[WGRAD]
     assert plane.opcodes["HMMA.16816.F32"] == 8 * 9 + 8
-    assert plane.opcodes["LDG.E.128.CONSTANT"] == 8  # of two tensors
+    assert plane.opcodes["LDG.E.128.CONSTANT"] == 8  # in two tensors
 
 
-def executed(images, kernel_size, prologue):
-    """The profile of a launch of one block on the emulated GPU."""
-    case = cases.Case(images, 1, 32, 32, kernel_size, kernel_size)
+def executed(images):
+    """The profile of FUSED with so many images of one channel, by one block on the emulated GPU."""
+    case = cases.Case(images, 1, 32, 32, 9, 9)
     x, weight = cases.make_input(case, torch.float16), cases.make_weight(case, torch.float16)
     vectors = cases.make_vectors(case, torch.float16, 6)
     with contextlib.closing(EmulatedOps("sm_90a", sm_count=1, blocks_per_sm=1, profile=True)) as ops:
-        ops.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]) if prologue else None)
+        ops.fused_depthwise(x, weight, *vectors[:3], prologue=tuple(vectors[3:]))
         return ops.launches[0].profile
 
 
 @pytest.mark.slow
-def test_counts_what_is_executed(planes, kernel_size=9, prologue=True):
+def test_counts_what_is_executed(planes):
     """Machine code and PTX of the same kernel agree in those instructions that the compiler translates one by one, and
     in the conflicts of their accesses to shared memory."""
     plane = planes[FUSED]
-    few, many = executed(4, kernel_size, prologue), executed(8, kernel_size, prologue)
+    few, many = executed(4), executed(8)
 
     def in_ptx(prefix):
         counts = few.by_opcode, many.by_opcode
@@ -171,7 +172,8 @@ def test_predicted_time(planes, case):
 
 @pytest.mark.slow
 def test_tensor_cores_pay(kernels):
-    """Also for kernels that are as narrow as few rows or columns, in both layouts."""
+    """By the model tensor cores take less than a third of the direct kernel's time also for kernels of few rows or few
+    columns, in both layouts: far more than the model may be wrong by."""
     by_name = {k.name: k for k in kernels + load("depthwise_mma_f16_relu_nhwc", "depthwise_direct_f16")}
 
     def predicted(case):
@@ -254,7 +256,7 @@ def test_update(tmp_path):
 
 
 def test_spills_are_read(tmp_path):
-    """Of a kernel that cannot but spill."""
+    """ptxas must spill here: 80 values do not fit 32 registers."""
     source = tmp_path / "spills.cu"
     source.write_text(
         "__global__ void __launch_bounds__(1024, 2) spills(float* y) {\n"

@@ -73,7 +73,7 @@ class RuntimeCalls:
 
 @pytest.fixture
 def calls(monkeypatch, ops):
-    """Of a device that no launcher has seen."""
+    """The runtime calls on a device that no launcher has seen."""
     ops.program.device_number = next(NEW_NUMBERS)
     return RuntimeCalls(monkeypatch, ops.program)
 

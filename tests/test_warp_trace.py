@@ -291,7 +291,7 @@ def test_wavefronts_of_some_lanes():
 
 
 def test_control_bits():
-    """Of IMAD.WIDE.U32 and LDC.64 as nvdisasm prints them."""
+    """Encodings of IMAD.WIDE.U32 and LDC.64 as nvdisasm prints them."""
     assert sass.decode_control(0x001FC800078E0A03) == Control(4, 7, 7, 0b000001)
     assert sass.decode_control(0x000E260000000A00) == Control(3, 0, 7, 0)
     assert sass.decode_control(0x0001E80000000C05) == Control(4, 7, 0, 0)

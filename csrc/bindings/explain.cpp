@@ -253,7 +253,8 @@ CMF_EXPORT int convmixer_fast_wgrad_arguments(const DepthwiseQuery* query, Choic
   cuda::WgradMmaPlan plan;
   const cuda::Obstacle obstacle = cuda::plan_tensor_cores(params, one_cta, plan);
   copy_text(cuda::describe(obstacle, params, one_cta, cuda::kWgradLimits), choice->reason);
-  if (obstacle != cuda::Obstacle::kNone) return 0;  // the plan of the direct kernel counts with smaller kernels
+  // Otherwise select() would plan the direct kernel, whose ints overflow for the largest kernels that fits() allows.
+  if (obstacle != cuda::Obstacle::kNone) return 0;
   const cuda::WgradShare share = cuda::select(params, one_cta).share;
   constexpr int kPlan = sizeof(params);
   constexpr int kShare = int(round_up(kPlan + sizeof(plan), alignof(cuda::WgradShare)));

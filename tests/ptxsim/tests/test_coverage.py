@@ -245,7 +245,7 @@ def test_wide_cvt():
 
 
 def test_fp8():
-    """Every finite e4m3 and e5m2 value survives a round trip, and large values saturate."""
+    """A large value saturates, and -1.3 becomes its nearest neighbour."""
     o = np.zeros(4, np.uint16)
     for enc, big in (("e4m3", 448.0), ("e5m2", 57344.0)):
         run(
@@ -260,10 +260,10 @@ def test_fp8():
             o,
         )
         v = o.view(np.float16)
-        assert v[1] == big and v[0] == (-1.25 if enc == "e5m2" else -1.25)
+        assert v[1] == big and v[0] == -1.25
 
 
-def test_brx_and_carry():
+def test_carry():
     o = run(
         [
             "mov.u32 r1, 0xffffffff",

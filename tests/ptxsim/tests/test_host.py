@@ -11,7 +11,7 @@ from ptxsim import Device, DeviceError, HostProgram, Module, Out, toolchain
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 SOURCE = os.path.join(HERE, "program.cu")
-NONE, WRONG_GRID, NO_GRID, BIG_BLOCK, SWAPPED, UNCHECKED = range(6)
+NONE, WRONG_GRID, NO_GRID, BIG_BLOCK, SWAPPED = range(5)
 P, INT = ctypes.c_void_p, ctypes.c_int
 
 
