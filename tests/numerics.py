@@ -45,8 +45,8 @@ def assert_error_at_most_peer(ours, peer, exact, what):
 
 
 def assert_one_of_two_nearest(values, exact, in_tail):
-    """values are exact (float64) within half a unit in the last place, or within in_tail where that is more, before they
-    were rounded to their dtype."""
+    """values are exact (float64) within half a unit in the last place, or within in_tail where that is more, before
+    they were rounded to their dtype."""
     limits = torch.finfo(values.dtype)
     half_unit = exact.abs().clamp_min(limits.smallest_normal).log2().floor().exp2() * limits.eps / 2
     assert (_errors(values, exact) <= half_unit + half_unit.clamp_min(in_tail)).all()

@@ -169,7 +169,7 @@ def test_deterministic(ops, case):
     """The order of threads and blocks does not change a bit of sums that are rounded, by either kernel, in one or
     several passes of taps."""
     size = cases.Case(case.batch, case.channels, *case.map, *case.kernel_size)
-    x, gy = (cases.make_input(size, case.dtype, case.layout, seed=seed) for seed in (0, 3))
+    x, gy = (LAYOUTS[case.layout](cases.make_input(size, case.dtype, seed=seed)) for seed in (0, 3))
     results = []
     for ops.device.order in ORDERS:
         results.append(ops.depthwise_conv2d_wgrad(x, gy, case.kernel_size))

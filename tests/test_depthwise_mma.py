@@ -1,4 +1,4 @@
-"""The tensor-core kernel on an emulated GPU: every instantiation, its traffic, what it promises, and planted bugs."""
+"""The tensor-core kernel on an emulated GPU: accuracy, traffic, what it promises, and planted bugs."""
 
 import contextlib
 import itertools
@@ -40,7 +40,7 @@ def ampere():
         yield emulated
 
 
-def every_instantiation():
+def ways_through_the_kernel():
     """Those in float16 with GELU and a prologue, and what differs from them in one thing, at 9x9; others are slow."""
     for dtype, kernel, activation, prologue in itertools.product(
         HALVES, KERNELS_OF_LAYOUTS, ("gelu", "relu", "none"), (True, False)
@@ -51,10 +51,8 @@ def every_instantiation():
         yield pytest.param(dtype, *kernel, activation, prologue, marks=() if quick else pytest.mark.slow, id=name)
 
 
-@pytest.mark.parametrize("dtype, layout, kernel_size, activation, prologue", list(every_instantiation()))
-def test_every_instantiation(ops, dtype, layout, kernel_size, activation, prologue):
+def check_accuracy(ops, case, dtype, layout, activation="gelu", prologue=True):
     """As exact as eager PyTorch, which rounds after each step, on normally distributed data."""
-    case = cases.Case(5, 3, 32, 24, *kernel_size) if layout == "contiguous" else cases.Case(2, 24, 32, 24, *kernel_size)
     x, weight = cases.make_input(case, dtype, layout), cases.make_weight(case, dtype)
     vectors = cases.make_vectors(case, dtype, 6)
     ops.device.order = "forward"
@@ -67,7 +65,25 @@ def test_every_instantiation(ops, dtype, layout, kernel_size, activation, prolog
     assert "depthwise_mma_kernel" in launch.kernel
     exact = reference.fused_depthwise(*in_float64(arguments(vectors)))
     peer = reference.fused_depthwise(*arguments([vector.to(dtype) for vector in vectors]))
-    assert_error_at_most_peer(ours, peer, exact, f"{layout} {kernel_size} {activation} prologue={prologue} {dtype}")
+    assert_error_at_most_peer(ours, peer, exact, f"{layout} {case} {activation} prologue={prologue} {dtype}")
+
+
+@pytest.mark.parametrize("dtype, layout, kernel_size, activation, prologue", list(ways_through_the_kernel()))
+def test_every_way_through_the_kernel(ops, dtype, layout, kernel_size, activation, prologue):
+    batch, channels = (5, 3) if layout == "contiguous" else (2, 24)
+    check_accuracy(ops, cases.Case(batch, channels, 32, 24, *kernel_size), dtype, layout, activation, prologue)
+
+
+NINE = [kernel for kernel in KERNELS_OF_LAYOUTS if kernel[1] == (9, 9)]
+
+
+@pytest.mark.parametrize("kernel", [*NINE, *slow(*(k for k in KERNELS_OF_LAYOUTS if k not in NINE))], ids=str)
+def test_every_loader(ops, kernel):
+    """Unaligned rows, aligned rows of several warps, and tiles; in channels_last tiles."""
+    sizes = {"contiguous": [(5, 3, 14, 14), (2, 2, 64, 40), (1, 2, 65, 65)], "channels_last": [(1, 12, 56, 56)]}
+    layout, kernel_size = kernel
+    for size in sizes[layout]:
+        check_accuracy(ops, cases.Case(*size, *kernel_size), torch.float16, layout)
 
 
 @dtype
@@ -248,19 +264,27 @@ def test_channels_last_fits_small_shared_memory():
     assert torch.equal(*before_sm_90)
 
 
+def any_launches(count, seed):
+    """(kernel size, x), x of every loader and alignment; the first lead to every instantiation."""
+    kernels, sizes = (*KERNELS, (1, 11)), ((32, 32), (14, 14), (64, 40), (65, 65))
+    for kernel_size, size, layout in itertools.product(kernels, sizes, ("contiguous", "channels_last")):
+        yield kernel_size, LAYOUTS[layout](torch.empty(3, 8, *size, dtype=torch.float16))
+    rng = random.Random(seed)
+    for _ in range(count):
+        size = rng.choice((*MAPS, (49, 49), (200, 8), (rng.randint(1, 70), rng.randint(1, 70))))
+        batch, channels, gap = rng.choice((*BATCHES, 5, 40)), rng.choice((1, 3, 8, 20)), rng.choice((0, 0, 1, 2, 4, 8))
+        x = torch.empty(batch, channels, size[0], size[1] + gap, dtype=torch.float16)
+        kernel_size = rng.choice((*KERNELS, (1, 11), (3, 57), (255, 3), (rng.randint(1, 40),) * 2))
+        yield kernel_size, LAYOUTS[rng.choice(list(LAYOUTS))](x)[..., : size[1]]
+
+
 def test_launches_are_possible():
     """Threads, shared memory and grid are what kernel and device allow, whatever the maps' size, layout and alignment,
     forward and backward. Nothing is executed."""
-    rng, seen = random.Random(0), set()
+    seen = set()
     with contextlib.closing(EmulatedOps("sm_90a", execute=False)) as ops:
-        for _ in range(800):
-            kernel_size = rng.choice((*KERNELS, (1, 11), (3, 57), (255, 3), (rng.randint(1, 40),) * 2))
-            size = rng.choice((*MAPS, (49, 49), (65, 65), (200, 8), (rng.randint(1, 70), rng.randint(1, 70))))
-            batch, channels = rng.choice((*BATCHES, 5, 40)), rng.choice((1, 3, 8, 20))
-            x = torch.empty(batch, channels, size[0], size[1] + rng.choice((0, 0, 1, 2, 4, 8)), dtype=torch.float16)
-            x = LAYOUTS[rng.choice(list(LAYOUTS))](x)[..., : size[1]]
-            weight = torch.empty(channels, 1, *kernel_size, dtype=x.dtype)
-            ops.depthwise_conv2d(x, weight)
+        for kernel_size, x in any_launches(600, seed=0):
+            ops.depthwise_conv2d(x, torch.empty(x.shape[1], 1, *kernel_size, dtype=x.dtype))
             seen |= {launch.kernel for launch in ops.launches}
             ops.depthwise_conv2d_wgrad(x, x, kernel_size)
             seen |= {launch.kernel for launch in ops.launches}
