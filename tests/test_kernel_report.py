@@ -81,8 +81,8 @@ def test_kernels_of_float16_are_no_worse_than_recorded(kernels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_89"])
-def test_spills_are_no_worse_than_recorded(target):
-    """Only these targets have kernels that spill."""
+def test_other_targets_are_no_worse_than_recorded(target):
+    """They have other instructions, and registers suffice more narrowly."""
     kernels = load("depthwise_mma_f16_gelu", "depthwise_mma_f16_relu", target=target)
     found = kernel_budgets.measure(kernels, kernel_budgets.launches())
     assert found[target] and kernel_budgets.worse(json.loads(RECORDED.read_text()), found) == []
@@ -96,6 +96,11 @@ def test_every_launch_has_a_budget():
         assert labels <= entries.keys()
         counted = {label for label, entry in entries.items() if "instructions" in entry}
         assert counted == {label for label in labels if label.startswith("float16") and target == "sm_90a"}
+
+
+def test_nothing_spills():
+    recorded = json.loads(RECORDED.read_text())
+    assert [entry for entries in recorded.values() for entry in entries.values() if entry["spills"]] == []
 
 
 def test_what_is_worse():

@@ -141,13 +141,19 @@ void copy_text(const std::string& text, char (&to)[kSize]) {
   to[length] = '\0';
 }
 
-void fill(const DepthwiseParams& params, const cuda::MmaPlan& plan, Choice& choice) {
-  choice.work_tiles = plan.work_tiles;
-  choice.maps_per_tile = plan.shape.images * plan.channels;
+// What the plans of both tensor-core kernels have. channels: per work tile.
+template <class Plan>
+void fill_tile(const Plan& plan, int channels, Choice& choice) {
+  choice.maps_per_tile = plan.shape.images * channels;
   choice.tile_h = plan.shape.subtile_rows * cuda::kSubtile;
   choice.tile_w = plan.shape.subtile_cols * cuda::kSubtile;
   choice.threads = 32 * plan.warps;
   choice.smem_bytes = plan.smem_bytes();
+}
+
+void fill(const DepthwiseParams& params, const cuda::MmaPlan& plan, Choice& choice) {
+  choice.work_tiles = plan.work_tiles;
+  fill_tile(plan, plan.channels, choice);
   int64_t read = params.height * params.width;
   if (plan.shape.tiled) {
     const int64_t rows = choice.tile_h + params.kernel_h - 1;
@@ -264,11 +270,7 @@ CMF_EXPORT int convmixer_fast_wgrad_arguments(const DepthwiseQuery* query, Choic
   choice->tensor_cores = 1;
   choice->work_tiles = share.work_tiles;
   choice->x_elements_read = params.batch * params.channels * params.height * params.width;
-  choice->maps_per_tile = plan.shape.images;
-  choice->tile_h = plan.shape.subtile_rows * cuda::kSubtile;
-  choice->tile_w = plan.shape.subtile_cols * cuda::kSubtile;
-  choice->threads = 32 * plan.warps;
-  choice->smem_bytes = plan.smem_bytes();
+  fill_tile(plan, 1, *choice);
   copy_text(cuda::kernel_name(params, plan), choice->name);
   std::memcpy(bytes, &params, kPlan);
   std::memcpy(bytes + kPlan, &plan, sizeof(plan));

@@ -45,7 +45,7 @@ inline DepthwiseChoice select(const DepthwiseParams& params, const Device& devic
   choice.obstacle = plan_tensor_cores(params, device, choice.mma);
   choice.tensor_cores = choice.obstacle == Obstacle::kNone;
   if (choice.tensor_cores) {
-    choice.bounds = mma_launch_bounds(is_channels_last(choice.mma.loader), choice.mma.k_steps, choice.mma.one_warp);
+    choice.bounds = mma_launch_bounds(choice.mma.loader, choice.mma.k_steps, choice.mma.one_warp);
   } else {
     choice.direct = choose_direct_plan(params);
     choice.bounds = direct_launch_bounds(bytes_of(params.dtype));

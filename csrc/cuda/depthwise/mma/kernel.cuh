@@ -52,7 +52,7 @@ struct MmaTraits {
   static constexpr Loader kLoader = kLoader_;
   static constexpr bool kOneWarp = kOneWarp_;  // MmaPlan::one_warp
   static constexpr bool kChannelsLast = is_channels_last(kLoader);
-  static constexpr LaunchBounds kBounds = mma_launch_bounds(kChannelsLast, kKSteps, kOneWarp);
+  static constexpr LaunchBounds kBounds = mma_launch_bounds(kLoader, kKSteps, kOneWarp);
   static_assert(kUnrolled == 0 || (kKSteps == 1 && kUnrolled <= 9), "all Toeplitz fragments stay in registers");
   static_assert(kKSteps <= kMaxKSteps, "the ring takes 16 registers per k-step");
   static_assert(!kOneWarp || (kUnrolled > 0 && !kChannelsLast), "there are no other instantiations for one warp");

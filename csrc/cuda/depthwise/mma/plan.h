@@ -32,18 +32,19 @@ constexpr int kMaxChannelsLastKSteps = 2;  // there are instantiations for no mo
 constexpr int kMaxKernelWChannelsLast = max_kernel_w(kMaxChannelsLastKSteps);
 static_assert(kMaxKernelWChannelsLast == 25);
 
-// 16 warps of 128 registers per SM keep 32 KB of prefetched inputs in flight. Wide kernels need 168 registers, or 255
-// in channels_last: they are not memory-bound.
-constexpr LaunchBounds mma_launch_bounds(bool channels_last, int k_steps, bool one_warp) {
-  if (channels_last) return {32 * kOctet, k_steps == 1 ? 2 : 1};
-  const int ctas = k_steps == 1 ? 4 : 3;
+// 16 warps of 128 registers per SM keep 32 KB of prefetched inputs in flight. Wide kernels need 168 registers, or more in
+// channels_last and where unaligned rows meet a ring of three k-steps: they are not memory-bound.
+constexpr LaunchBounds mma_launch_bounds(Loader loader, int k_steps, bool one_warp) {
+  if (is_channels_last(loader)) return {32 * kOctet, k_steps == 1 ? 2 : 1};
+  const int ctas = k_steps == 1 ? 4 : k_steps == 3 && loader == Loader::kUnalignedRows ? 2 : 3;
   return one_warp ? LaunchBounds{32, kMaxWarps * ctas} : LaunchBounds{32 * kMaxWarps, ctas};
 }
-static_assert(mma_launch_bounds(false, 1, true).registers() == 128);
-static_assert(mma_launch_bounds(false, 1, false).registers() == 128);
-static_assert(mma_launch_bounds(false, 2, false).registers() == 168);
-static_assert(mma_launch_bounds(true, 1, false).registers() == 128);
-static_assert(mma_launch_bounds(true, 2, false).registers() == 255);
+static_assert(mma_launch_bounds(Loader::kAlignedRows, 1, true).registers() == 128);
+static_assert(mma_launch_bounds(Loader::kAlignedRows, 1, false).registers() == 128);
+static_assert(mma_launch_bounds(Loader::kAlignedRows, 3, false).registers() == 168);
+static_assert(mma_launch_bounds(Loader::kUnalignedRows, 3, false).registers() == 255);
+static_assert(mma_launch_bounds(Loader::kChannelsLast, 1, false).registers() == 128);
+static_assert(mma_launch_bounds(Loader::kChannelsLast, 2, false).registers() == 255);
 
 // Whether the pitches are kFixedPitch and kFixedOutPitch. Unaligned rows may be few, and waste less memory with pitches
 // of their own.
