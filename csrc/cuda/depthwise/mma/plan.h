@@ -32,8 +32,8 @@ constexpr int kMaxChannelsLastKSteps = 2;  // there are instantiations for no mo
 constexpr int kMaxKernelWChannelsLast = max_kernel_w(kMaxChannelsLastKSteps);
 static_assert(kMaxKernelWChannelsLast == 25);
 
-// 16 warps of 128 registers per SM keep 32 KB of prefetched inputs in flight. Wide kernels need 168 registers, or more in
-// channels_last and where unaligned rows meet a ring of three k-steps: they are not memory-bound.
+// 16 warps of 128 registers per SM keep 32 KB of prefetched inputs in flight. Wide kernels need 168 registers, or more
+// in channels_last and where unaligned rows meet a ring of three k-steps: they are not memory-bound.
 constexpr LaunchBounds mma_launch_bounds(Loader loader, int k_steps, bool one_warp) {
   if (is_channels_last(loader)) return {32 * kOctet, k_steps == 1 ? 2 : 1};
   const int ctas = k_steps == 1 ? 4 : k_steps == 3 && loader == Loader::kUnalignedRows ? 2 : 3;
