@@ -100,6 +100,7 @@ def test_devices():
         (torch.float16, "channels_last", 27, "channels_last"),
         (torch.float16, "contiguous", (3, 58), "58"),
         (torch.bfloat16, "contiguous", (256, 3), "256"),
+        (torch.float16, "contiguous", (255, 57), "no tile"),
     ],
 )
 def test_says_why_it_is_the_direct_kernel(dtype, layout, kernel_size, reason):
