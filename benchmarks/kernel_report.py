@@ -39,15 +39,7 @@ from cycle_model import DEVICES, simulate, steady_state
 from report import ROOT, table, write
 from sass import PIPE_OF, PIPES
 
-from convmixer_fast.diagnostics import (
-    GPUS,
-    Launch,
-    direct_launch,
-    mma_launch,
-    pool_launch,
-    short_name,
-    wgrad_launch,
-)
+from convmixer_fast.diagnostics import GPUS, Launch, depthwise_launch, pool_launch, short_name, wgrad_launch
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "kernel_report"
@@ -76,9 +68,8 @@ class Case(NamedTuple):
         if self.operator == "pool":
             return pool_launch(self.shape, self.dtype, self.layout, activation=self.activation)
         fused = dict(activation=self.activation, prologue=self.prologue, residual=self.residual)
-        if self.operator == "direct":
-            return direct_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused)
-        return mma_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused, device=GPU_OF[target])
+        which = dict(device=GPU_OF[target], direct=self.operator == "direct")
+        return depthwise_launch(self.shape, self.kernel_size, self.dtype, self.layout, **fused, **which)
 
     @property
     def planes(self) -> int:

@@ -222,7 +222,7 @@ def short_name(demangled: str) -> str:
 
 
 class Launch(NamedTuple):
-    """What :func:`mma_launch`, :func:`direct_launch`, :func:`wgrad_launch` and :func:`pool_launch` return.
+    """What :func:`depthwise_launch`, :func:`wgrad_launch` and :func:`pool_launch` return.
 
     Attributes:
         name: the kernel in C++, as :attr:`Explanation.name` has it.
@@ -241,7 +241,7 @@ class Launch(NamedTuple):
     arguments: bytes
 
 
-def mma_launch(
+def depthwise_launch(
     x_shape: tuple[int, int, int, int],
     kernel_size: int | tuple[int, int],
     dtype: torch.dtype,
@@ -251,32 +251,16 @@ def mma_launch(
     prologue: bool = False,
     residual: bool = True,
     device: str = "H200",
+    direct: bool = False,
 ) -> Launch:
-    """The tensor-core kernel of the forward pass, for any number of blocks.
+    """The tensor-core kernel of the forward pass, for any number of blocks; or the direct kernel, also where it would
+    not be chosen.
 
     Raises:
-        ValueError: an argument does not fit, or the shape leaves the direct kernel.
+        ValueError: an argument does not fit, or the shape leaves only the direct kernel.
     """
-    return _launch("mma", _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS[device]))
-
-
-def direct_launch(
-    x_shape: tuple[int, int, int, int],
-    kernel_size: int | tuple[int, int],
-    dtype: torch.dtype,
-    layout: str = "contiguous",
-    *,
-    activation: str = "gelu",
-    prologue: bool = False,
-    residual: bool = True,
-) -> Launch:
-    """The direct kernel of the forward pass, also where the tensor-core kernel would be chosen.
-
-    Raises:
-        ValueError: an argument does not fit.
-    """
-    query = _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS["H200"])
-    return _launch("direct", query)
+    query = _query(x_shape, kernel_size, dtype, layout, activation, prologue, residual, GPUS[device])
+    return _launch("direct" if direct else "mma", query)
 
 
 def wgrad_launch(x_shape: tuple[int, int, int, int], kernel_size: int | tuple[int, int], dtype: torch.dtype) -> Launch:

@@ -187,7 +187,7 @@ def test_one_large_image():
 def test_direct_launch():
     """The direct kernel's arguments come from the choice of a GPU without tensor cores."""
     shape, kernel_size = (2, 3, 20, 30), (3, 5)
-    launch = diagnostics.direct_launch(shape, kernel_size, torch.float16)
+    launch = diagnostics.depthwise_launch(shape, kernel_size, torch.float16, direct=True)
     older = convmixer_fast.explain(shape, kernel_size, torch.float16, device=TURING)
     assert (launch.name, launch.tile, launch.work_tiles) == (older.name, older.tile, older.items)
     assert (launch.block, launch.smem_bytes) == (older.block, older.smem_bytes)
