@@ -474,7 +474,7 @@ def random_cases(count, seed):
 
 
 # Rare among the random ones: work tiles of four images, the last of one; octets in tiles, with a prologue, and in rows
-# of odd width; aligned rows of several warps under 7 tap rows.
+# of odd width; aligned rows of several warps under 7 tap rows, and of maps whose last subtiles have fewer rows.
 RARE = [
     *(
         Case((3, 3), torch.float16, layout, (16, 16), 17, 24, "forward", True, True, True, False)
@@ -483,6 +483,8 @@ RARE = [
     Case((7, 7), torch.float16, "channels_last", (56, 56), 1, 8, "forward", True, True, True, False),
     Case((9, 9), torch.float16, "channels_last", (7, 7), 17, 8, "forward", True, True, True, False),
     Case((7, 7), torch.float16, "contiguous", (64, 40), 2, 2, "forward", True, True, True, False),
+    Case((5, 5), torch.float16, "contiguous", (20, 32), 3, 3, "forward", True, True, True, False),
+    Case((3, 3), torch.float16, "contiguous", (13, 24), 5, 2, "reverse", True, True, True, False),
     # A tile of 32 x 32, and fewer images than an M block would hold: larger ones do not fit shared memory.
     Case((255, 31), torch.float16, "contiguous", (8, 33), 1, 1, "forward", True, True, True, False),
     Case((161, 3), torch.float16, "contiguous", (8, 8), 16, 1, "forward", True, True, True, False),
