@@ -99,7 +99,7 @@ EVERY_TARGET = [
     *(Case(PAPER, k, **PLAIN) for k in (3, 7, 9)),
     *(Case(PAPER, k, operator="wgrad") for k in (3, 5, 7, 9)),
 ]
-NARROW = [  # kernels that are as narrow as few rows or columns
+NARROW = [  # kernels of few rows or few columns
     *(Case((64, 124, 56, 56), kernel, **PLAIN) for kernel in ((51, 5), (5, 51))),  # SLaK-T
     *(  # InceptionNeXt-T
         Case((64, 12, 56, 56), kernel, layout=layout, **PLAIN)
@@ -170,7 +170,7 @@ class Plane(NamedTuple):
     case: Case
     launch: Launch
     tiles: int  # work tiles that the steps compute
-    planes: float  # that these are
+    planes: float  # the same in planes
     steps: list[list[warp_trace.Step]]  # warp by warp
 
     @property

@@ -91,6 +91,7 @@ MORE = [
         ((9, 9), torch.float32, "contiguous", (70, 80), 1, 3),
         ((3, 3), torch.float32, "contiguous", (14, 14), 17, 3),
         ((5, 5), torch.float32, "channels_last", (40, 33), 2, 24),
+        ((50, 45), torch.float32, "contiguous", (9, 12), 1, 1),
         ((66, 66), torch.float32, "contiguous", (9, 12), 1, 1),
         ((520, 9), torch.float32, "contiguous", (9, 12), 1, 1),
         ((7, 7), torch.float16, "channels_last", (33, 20), 2, 40),

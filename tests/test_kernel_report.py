@@ -76,6 +76,7 @@ def test_kernels_of_float16_are_no_worse_than_recorded(kernels):
     """After a change that is meant: python benchmarks/kernel_budgets.py tests/data/kernel_budgets.json --record"""
     recorded = json.loads(RECORDED.read_text())
     found = kernel_budgets.measure(kernels, kernel_budgets.launches())
+    assert {kernel.name for kernel in kernels} == {e.get("kernel", label) for label, e in found["sm_90a"].items()}
     assert kernel_budgets.worse(recorded, found) == []
 
 
