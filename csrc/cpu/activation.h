@@ -29,15 +29,29 @@ constexpr GeluPolynomials<10, 6> kGelu = {{4.190667317218388e-07f, -8.2219379605
                                           {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f,
                                            0.24022242081104875f, 0.6931469775964698f, 1.f}};
 
-// value = the polynomial with these terms, from the highest power down, at x.
+// The same with shorter formulas, for results that are rounded to bfloat16. The relative error of t Phi(-t) is 1.5e-4 for
+// t < 3, the absolute one 1.2e-5 beyond; half an ulp of bfloat16 is 2e-3.
+constexpr GeluPolynomials<6, 4> kShortGelu = {
+    {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f, -1.1500352621078491f,
+     0.f},
+    {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
+
+// value = the polynomial with these terms, from the highest power down, at x. `opaque` keeps the order of the
+// multiply-adds: the compiler would finish one vector's polynomial after the other, each a chain of latencies.
 template <int kTerms, int kCount>
 CMF_INLINE void evaluate(const float (&terms)[kTerms], const Vec<float> (&x)[kCount], Vec<float> (&value)[kCount]) {
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) value[c] = terms[0] + Vec<float>{};
 #pragma GCC unroll 16
-  for (int i = 1; i < kTerms; ++i)
+  for (int i = 1; i < kTerms; ++i) {
+    Vec<float> term = terms[i] + Vec<float>{};
+    opaque(term);  // stays in a register: loads would be the bottleneck
 #pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) value[c] = value[c] * x[c] + terms[i];
+    for (int c = 0; c < kCount; ++c) {
+      value[c] = value[c] * x[c] + term;
+      opaque(value[c]);
+    }
+  }
 }
 
 // x = gelu(x), for kCount vectors interleaved: one by one, each would wait for the last term of its own polynomials.
@@ -64,15 +78,20 @@ CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2
   }
 }
 
-template <int kCount>
-CMF_INLINE void gelu(Vec<float> (&x)[kCount]) {
-  gelu(x, kGelu);
-}
+// Vectors whose GELU is computed at the same time: enough to hide its latency.
+constexpr int kGeluVectors = CMF_VECTOR_REGISTERS == 32 ? 8 : 6;
 
-template <int kCount>
-CMF_INLINE void gelu(Vec<double> (&x)[kCount]) {
-  for (int c = 0; c < kCount; ++c)
-    for (int i = 0; i < kLanes<double>; ++i) x[c][i] *= 0.5 * erfc(x[c][i] * -M_SQRT1_2);
+// v[i] = gelu(v[i] + bias) * scale + shift for kCount vectors. Not inline: it wants all vector registers, of which
+// callers have none to spare.
+template <const auto& kPolynomials, int kCount>
+__attribute__((noinline)) void gelu_step(Vec<float>* v, const Vec<float>& bias, const Vec<float>& scale,
+                                         const Vec<float>& shift) {
+  Vec<float> z[kCount];
+#pragma GCC unroll 8
+  for (int c = 0; c < kCount; ++c) z[c] = v[c] + bias;
+  gelu(z, kPolynomials);
+#pragma GCC unroll 8
+  for (int c = 0; c < kCount; ++c) v[c] = z[c] * scale + shift;
 }
 
 // The elementwise step of one channel vector.
@@ -81,71 +100,48 @@ struct Elementwise {
   Vec<Real> bias, scale, shift;
   Activation activation;
 
-  static constexpr int kUnroll = CMF_VECTOR_REGISTERS == 32 ? 8 : 4;  // vectors, enough to hide GELU's latency
-
-  // Calls store(i, result) for v[i], for each i in turn.
-  template <class Store>
-  CMF_INLINE void apply(const Vec<Real>* v, int64_t count, Store store) const {
+  // Replaces `count` vectors by the results.
+  template <Precision kPrecision = Precision::kFull>
+  CMF_INLINE void apply(Vec<Real>* v, int64_t count) const {
     switch (activation) {
-      case Activation::kGelu: apply_unrolled(v, count, [](auto& z) CMF_INLINE_LAMBDA { gelu(z); }, store); break;
+      case Activation::kGelu: apply_gelu<kPrecision>(v, count); break;
       case Activation::kRelu:
         for (int64_t i = 0; i < count; ++i) {
           const Vec<Real> biased = v[i] + bias;
-          store(i, (biased < 0 ? Vec<Real>{} : biased) * scale + shift);
+          v[i] = (biased < 0 ? Vec<Real>{} : biased) * scale + shift;
         }
         break;
       case Activation::kNone:
-        for (int64_t i = 0; i < count; ++i) store(i, (v[i] + bias) * scale + shift);
+        for (int64_t i = 0; i < count; ++i) v[i] = (v[i] + bias) * scale + shift;
     }
-  }
-
-  // The same by formulas that are as accurate as results of this precision need.
-  template <Precision kPrecision, class Store>
-  CMF_INLINE void apply(const Vec<Real>* v, int64_t count, Store store) const {
-    if constexpr (kPrecision == Precision::kFull) {
-      apply(v, count, store);
-    } else {
-      if (activation != Activation::kGelu) return apply(v, count, store);
-      // The relative error of t Phi(-t) is 1.5e-4 for t < 3, the absolute one 1.2e-5 beyond; half an ulp of bfloat16 is
-      // 2e-3.
-      constexpr GeluPolynomials<6, 4> kShort = {
-          {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f,
-           -1.1500352621078491f, 0.f},
-          {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
-      apply_unrolled(v, count, [&](auto& z) CMF_INLINE_LAMBDA { gelu(z, kShort); }, store);
-    }
-  }
-
-  CMF_INLINE void apply(Vec<Real>* v, int64_t count) const {
-    apply(v, count, [v](int64_t i, Vec<Real> result) { v[i] = result; });
   }
 
  private:
-  // The same for any `activate`, which changes an array of at most kUnroll vectors; the last two arrays are about
-  // equally long.
-  template <class Activate, class Store>
-  CMF_INLINE void apply_unrolled(const Vec<Real>* v, int64_t count, Activate activate, Store store) const {
-    for (int64_t i = 0, length; i < count; i += length) {
-      const int64_t rest = count - i;
-      length = rest >= 2 * kUnroll ? kUnroll : rest > kUnroll ? (rest + 1) / 2 : rest;
-      apply_to(v, i, length, activate, store, std::make_integer_sequence<int, kUnroll>());
+  template <Precision kPrecision>
+  CMF_INLINE void apply_gelu(Vec<Real>* v, int64_t count) const {
+    if constexpr (sizeof(Real) == sizeof(double)) {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int lane = 0; lane < kLanes<double>; ++lane) {
+          const double biased = v[i][lane] + bias[lane];
+          v[i][lane] = 0.5 * biased * erfc(biased * -M_SQRT1_2) * scale[lane] + shift[lane];
+        }
+      }
+    } else if constexpr (kPrecision == Precision::kFull) {
+      apply_gelu_steps<kGelu>(v, count, std::make_integer_sequence<int, kGeluVectors>());
+    } else {
+      apply_gelu_steps<kShortGelu>(v, count, std::make_integer_sequence<int, kGeluVectors>());
     }
   }
 
-  template <class Activate, class Store, int... kLength>
-  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, int64_t length, Activate activate, Store& store,
-                           std::integer_sequence<int, kLength...>) const {
-    (void)((length == kLength + 1 && (apply_to<kLength + 1>(v, i, activate, store), true)) || ...);
-  }
-
-  template <int kLength, class Activate, class Store>
-  CMF_INLINE void apply_to(const Vec<Real>* v, int64_t i, Activate activate, Store& store) const {
-    Vec<Real> z[kLength];
-#pragma GCC unroll 8
-    for (int c = 0; c < kLength; ++c) z[c] = v[i + c] + bias;
-    activate(z);
-#pragma GCC unroll 8
-    for (int c = 0; c < kLength; ++c) store(i + c, z[c] * scale + shift);
+  // The last two steps take about as many vectors each.
+  template <const auto& kPolynomials, int... kLess>
+  CMF_INLINE void apply_gelu_steps(Vec<Real>* v, int64_t count, std::integer_sequence<int, kLess...>) const {
+    static constexpr decltype(&gelu_step<kPolynomials, 1>) kSteps[] = {gelu_step<kPolynomials, kLess + 1>...};
+    for (int64_t i = 0, length; i < count; i += length) {
+      const int64_t rest = count - i;
+      length = rest >= 2 * kGeluVectors ? kGeluVectors : rest > kGeluVectors ? (rest + 1) / 2 : rest;
+      kSteps[length - 1](v + i, bias, scale, shift);
+    }
   }
 };
 

@@ -41,6 +41,18 @@ CMF_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+// Makes the compiler forget what it knows of v, so that it neither moves nor merges what comes before and after.
+template <class V>
+CMF_INLINE void opaque(V& v) {
+#if defined(__aarch64__)
+  asm("" : "+w"(v));
+#elif CMF_HAS_AVX512
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+}
+
 CMF_INLINE Bits load_bits16(const void* from) {
   Bits16 v;
   memcpy(&v, from, sizeof v);

@@ -100,6 +100,7 @@ class Depthwise {
   void run_band(int64_t h_begin, int64_t h_end, int64_t w_begin, int64_t w_end) {
     w_begin_ = w_begin;
     columns_ = w_end - w_begin;
+    strips_ = RowStrips(columns_, plan_.taps);
     origin_ = w_begin + plan_.first_tap - p_.pad_left;
     int64_t packed = max(0, h_begin - p_.pad_top);
     for (int64_t h = h_begin; h < h_end; h += plan_.step_rows) {
@@ -155,11 +156,12 @@ class Depthwise {
     strip.weight_pitch = p_.kernel_w;
     strip.tap_rows = last - first;
     strip.taps = plan_.taps;
+    strip.chain_rows = chain_rows(strip.tap_rows, strip.taps);
     strip.vectors = ceil_div(channels_, kLanes);
     strip.vector_weights = p_.kernel_h * p_.kernel_w;
     strip.vector_bytes = kLanes * sizeof(S);
     strip.last_channel = channels_ - kLanes;
-    for_strips(columns_, [&](int64_t column, int64_t length) {
+    strips_.for_each([&](int64_t column, int64_t length) {
       strip.first = pixel_ring_row(first) + column;
       strip.ring_begin = pixel_ring_ + column;
       strip.ring_end = strip.ring_begin + plan_.ring_rows * plan_.pitch;
@@ -180,15 +182,13 @@ class Depthwise {
 
   // Applies the epilogue and the residual to one channel vector's strip, and stores it. z points to the addresses of
   // the strip's inputs.
-  void store_strip(int64_t v, const V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
-    const Elementwise<Real> epilogue = epilogue_[v];  // a copy, which no store can change
+  void store_strip(int64_t v, V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
     const int64_t channel = offset_of(v);
-    const int64_t step = p_.y_stride.w;
     S* to = address_of(p_.y, p_.y_stride, h, w) + channel;
-    const bool adds = p_.residual;
-    epilogue.apply(sums, columns, [=](int64_t i, V sum) CMF_INLINE_LAMBDA {
-      S::store(to + i * step, adds ? sum + S::load(z[i] + channel) : sum);
-    });
+    epilogue_[v].apply(sums, columns);
+    if (p_.residual)
+      for (int64_t i = 0; i < columns; ++i) sums[i] += S::load(z[i] + channel);
+    for (int64_t i = 0; i < columns; ++i) S::store(to + i * p_.y_stride.w, sums[i]);
   }
 
   void pack(int64_t begin, int64_t end) {
@@ -229,10 +229,11 @@ class Depthwise {
     strip.weight_pitch = p_.kernel_w;
     strip.tap_rows = last - first;
     strip.taps = plan_.taps;
+    strip.chain_rows = chain_rows(strip.tap_rows, strip.taps);
     strip.start = start_[v];
     strip.read = read;
     strip.write = write;
-    convolve_row(strip, columns_, out);
+    convolve_row(strip, strips_, out);
   }
 
   // Applies the epilogue and the residual to rows [h, h + rows), and stores them.
@@ -275,6 +276,7 @@ class Depthwise {
   int64_t image_;
   int64_t w_begin_;  // the band's first column
   int64_t columns_;  // the band's width
+  RowStrips strips_;  // of the band's width
   int64_t origin_;   // the map's column in column 0 of the ring buffer
 };
 

@@ -12,13 +12,29 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-#if CMF_VECTOR_REGISTERS == 32  // 16 accumulators, 9 weights, the input
+// kMaxColumns: accumulators of a strip. Each is added to again after a few multiply-adds, so that the fewer there are,
+// the more their latency shows. kMaxTaps: weights held beside them, where a tap row is too long to be held as a whole.
+// kMaxRowTaps: the longest tap row that is, with fewer accumulators if need be.
+#if CMF_VECTOR_REGISTERS == 32
 constexpr int kMaxColumns = 16;
 constexpr int kMaxTaps = 9;
-#else  // 16 registers: 8 accumulators, 5 weights, the input
-constexpr int kMaxColumns = 8;
-constexpr int kMaxTaps = 5;
+constexpr int kMaxRowTaps = 9;
+#else
+constexpr int kMaxColumns = 11;
+constexpr int kMaxTaps = 3;
+constexpr int kMaxRowTaps = 5;
 #endif
+
+// The accumulators that there are registers for beside so many weights, an input and a spare.
+constexpr int most_columns(int weights) {
+  const int left = CMF_VECTOR_REGISTERS - 2 - weights;
+  return left < kMaxColumns ? left : kMaxColumns;
+}
+static_assert(most_columns(kMaxTaps) == kMaxColumns);
+
+// Whether a tap row of this length is held in registers as a whole, by an instantiation of its own.
+constexpr bool is_held_as_a_whole(int64_t taps) { return taps % 2 == 1 && taps > 1 && taps <= kMaxRowTaps; }
+
 // About how many taps are summed before they are added to the rest, which is more accurate than one long sum; a chain
 // has whole tap rows.
 constexpr int64_t kTapsPerChain = 45;
@@ -28,7 +44,7 @@ constexpr int64_t kTapsPerChain = 45;
 constexpr int longest_in_place(DType dtype) {
   switch (dtype) {
     case DType::kFloat64: return 0;
-    case DType::kFloat32: return kMaxTaps;
+    case DType::kFloat32: return kMaxRowTaps;
     case DType::kFloat16: return CMF_HAS_F16C ? 5 : 0;  // without F16C, widening takes a dozen instructions
     case DType::kBFloat16: return 5;
   }
@@ -55,6 +71,7 @@ struct Strip {
   int64_t weight_pitch;     // weights from tap row to tap row
   int64_t tap_rows;
   int64_t taps;                // per tap row
+  int64_t chain_rows;          // tap rows per chain
   Vec<Real> start;             // what the accumulators start from
   PrefetchLines read;          // lines that are read soon
   PrefetchLines write;         // lines that are written soon
@@ -183,23 +200,27 @@ CMF_INLINE void add_rows(TapRows<Real, Input, Weight>& at, int64_t rows, Vec<Rea
   }
 }
 
-// The strip's outputs, channel vector by channel vector. kTaps is the length of a tap row if that is odd, from 3 to
-// kMaxTaps, and 0 for any other.
+// Whether a chain sums a segment of a tap row, and not several rows.
+constexpr bool is_long(int64_t taps) { return taps > kTapsPerChain / 2; }
+
+// The tap rows of a chain.
+inline int64_t chain_rows(int64_t tap_rows, int64_t taps) {
+  return is_long(taps) ? 1 : ceil_div(tap_rows, ceil_div(tap_rows * taps, kTapsPerChain));
+}
+
+// The strip's outputs, channel vector by channel vector. kTaps is the length of a tap row that is held as a whole, and
+// 0 for any other.
 template <class Real, class Input, class Weight, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input, Weight>& strip, Vec<Real>* out) {
   const int64_t taps = kTaps > 0 ? kTaps : strip.taps;
   const int64_t block = equal_share(taps, kMaxTaps);  // taps whose weights are in registers at the same time
-  // A chain sums several tap rows or, if these are long, a segment of one.
-  const bool is_long = taps > kTapsPerChain / 2;
-  const int64_t segment = is_long ? block * max(1, kTapsPerChain / 2 / block) : taps;
-  const int64_t chains = ceil_div(strip.tap_rows * taps, kTapsPerChain);
-  const int64_t rows_per_chain = is_long ? 1 : chains == 1 ? strip.tap_rows : ceil_div(strip.tap_rows, chains);
+  const int64_t segment = is_long(taps) ? block * max(1, kTapsPerChain / 2 / block) : taps;
   TapRows<Real, Input, Weight> at{strip};
   for (int64_t v = 0; v < strip.vectors; ++v, out += kColumns) {
     at.start_vector(v);
     bool is_first = true;
     for (int64_t left = strip.tap_rows, tap = 0; left > 0;) {
-      const int64_t rows = min(rows_per_chain, left);
+      const int64_t rows = min(strip.chain_rows, left);
       const int64_t end = min(taps, tap + segment);
       Vec<Real> acc[kColumns];
 #pragma GCC unroll 16
@@ -233,18 +254,22 @@ struct StripVariants {
     int taps;  // 0: any
   };
   constexpr int count() const { return kMaxColumns * kinds; }
+  // Strips are never longer than most_columns(): there the instantiation for as many columns as that fills the table.
   constexpr Variant operator[](int index) const {
     const int kind = first_kind + index % kinds;
-    return {index / kinds + 1, kind > 0 ? 2 * kind + 1 : 0};
+    const int taps = kind > 0 ? 2 * kind + 1 : 0;
+    const int most = most_columns(kind > 0 ? taps : kMaxTaps);
+    const int columns = index / kinds + 1;
+    return {columns < most ? columns : most, taps};
   }
   constexpr int64_t index_of(int64_t columns, int64_t taps) const {
-    const int64_t kind = taps % 2 == 1 && taps <= kMaxTaps ? taps / 2 : 0;
+    const int64_t kind = is_held_as_a_whole(taps) ? taps / 2 : 0;
     return (columns - 1) * kinds + kind - first_kind;
   }
 };
 
 template <class Input>
-constexpr StripVariants kStripVariants = {0, kMaxTaps / 2 + 1};
+constexpr StripVariants kStripVariants = {0, kMaxRowTaps / 2 + 1};
 template <class S>
 constexpr StripVariants kStripVariants<const S*> = {1, longest_in_place(S::kDType) / 2};
 
@@ -257,31 +282,46 @@ CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t 
   kConvolve[kVariants.index_of(columns, strip.taps)](strip, out);
 }
 
-// At most kMaxColumns outputs of each channel vector, one channel vector's after the other's.
+// At most most_columns() outputs of each channel vector, one channel vector's after the other's.
 template <class Real, class Input, class Weight>
 CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out) {
   convolve_strip(strip, columns, out, std::make_integer_sequence<int, kStripVariants<Input>.count()>());
 }
 
-// Calls f(first, length) for strips of nearly the same length, at most kMaxColumns.
-template <class F>
-CMF_INLINE void for_strips(int64_t columns, F f) {
-  for (int64_t first = 0, length; first < columns; first += length) {
-    length = equal_share(columns - first, kMaxColumns);
-    f(first, length);
+// A row cut into strips of nearly the same length, for tap rows of a certain length. It divides, which takes as long as
+// many multiply-adds: once per band, not per strip.
+struct RowStrips {
+  int64_t count;
+  int64_t length;
+  int64_t longer;  // strips, the first ones, that are longer by a column
+
+  RowStrips() = default;
+  RowStrips(int64_t columns, int64_t taps)
+      : count(ceil_div(columns, most_columns(is_held_as_a_whole(taps) ? int(taps) : kMaxTaps))),
+        length(columns / count),
+        longer(columns % count) {}
+
+  // Calls f(first column, columns) for each.
+  template <class F>
+  CMF_INLINE void for_each(F f) const {
+    for (int64_t strip = 0, first = 0; strip < count; ++strip) {
+      const int64_t columns = length + (strip < longer);
+      f(first, columns);
+      first += columns;
+    }
   }
-}
+};
 
 // The outputs of a row, strip by strip; moves `strip` along.
 template <class Real, class Input, class Weight>
-void convolve_row(Strip<Real, Input, Weight>& strip, int64_t columns, Vec<Real>* out) {
-  for_strips(columns, [&](int64_t first, int64_t length) {
-    convolve_strip(strip, length, out + first);
-    strip.first += length;
-    strip.ring_begin += length;
-    strip.ring_end += length;
-    strip.read.first += length * strip.read.column;
-    strip.write.first += length * strip.write.column;
+void convolve_row(Strip<Real, Input, Weight>& strip, const RowStrips& strips, Vec<Real>* out) {
+  strips.for_each([&](int64_t first, int64_t columns) {
+    convolve_strip(strip, columns, out + first);
+    strip.first += columns;
+    strip.ring_begin += columns;
+    strip.ring_end += columns;
+    strip.read.first += columns * strip.read.column;
+    strip.write.first += columns * strip.write.column;
   });
 }
 

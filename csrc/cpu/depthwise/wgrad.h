@@ -19,9 +19,16 @@
 namespace convmixer_fast::cpu {
 namespace {
 
-// The innermost loop keeps two accumulators for each of kMaxTaps taps, so many columns of gy and one vector of x in
+// The innermost loop keeps two accumulators for each of kWgradTaps taps, so many columns of gy and one vector of x in
 // registers.
-constexpr int kWgradColumns = kMaxColumns / 2;
+#if CMF_VECTOR_REGISTERS == 32
+constexpr int kWgradTaps = 9;
+constexpr int kWgradColumns = 8;
+#else
+constexpr int kWgradTaps = 5;
+constexpr int kWgradColumns = 4;
+#endif
+static_assert(2 * kWgradTaps + kWgradColumns + 1 <= CMF_VECTOR_REGISTERS);
 
 // acc[t] += x[c + t] * gy[c]: a vector of x is loaded once for all its taps. The columns take turns in several sets of
 // accumulators: an addition waits for the one before it, and short sums are more accurate.
@@ -64,7 +71,7 @@ CMF_INLINE void correlate_taps(RingRows<V> x, const V* gy, int64_t rows, int64_t
                                CompensatedSum<V>* total, std::integer_sequence<int, kTaps...>) {
   static constexpr void (*kCorrelate[])(RingRows<V>, const V*, int64_t, int64_t,
                                         CompensatedSum<V>*) = {correlate<V, kTaps + 1>...};
-  for (int64_t blocks = ceil_div(taps, kMaxTaps); blocks > 0; --blocks) {
+  for (int64_t blocks = ceil_div(taps, kWgradTaps); blocks > 0; --blocks) {
     const int64_t block = ceil_div(taps, blocks);
     kCorrelate[block - 1](x, gy, rows, columns, total);
     x.row += block;
@@ -159,7 +166,7 @@ class DepthwiseWgrad {
       for (int64_t row = first; row < last; row += rows_per_chain) {
         x.row = x_row(v, row + shift);
         correlate_taps(x, gy_row(v, row - h), min(rows_per_chain, last - row), columns_, plan_.taps, total,
-                       std::make_integer_sequence<int, kMaxTaps>());
+                       std::make_integer_sequence<int, kWgradTaps>());
       }
       // Prefetches what the next step packs, spread over the taps: a burst of misses would fill the queues and stall.
       for (; fetched * p_.kernel_h < rows * (i + 1); ++fetched) {

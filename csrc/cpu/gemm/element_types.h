@@ -22,7 +22,10 @@ struct FloatElement : Native<float> {
 
   // Channels per K block. Each of Strassen's sub-products reads and writes up to two result tiles per K block, so its
   // blocks are longer; their slices of B then come from the L2 cache.
-  static constexpr int64_t kc(const BilinearScheme& scheme) { return scheme.products > 1 ? 384 : 128; }
+  static constexpr int64_t kc(const BilinearScheme& scheme) {
+    if (scheme.products == 1) return 128;
+    return CMF_VECTOR_REGISTERS == 32 ? 384 : 192;
+  }
 
   // Channels per summation chain. Without FMA each product is rounded; Strassen's results are differences of larger
   // sums.

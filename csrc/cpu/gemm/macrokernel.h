@@ -81,10 +81,12 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
                                       (p + 1) * kLines / panels - line};
         microkernel(product_a + k * pitch + p * blocking.mr * kLanes, pitch, step_b, vectors, chain_vectors, prefetch,
                     targets, target_count, chains);
-        if (product + 1 < scheme.products || k + vectors < blocking.k_vectors) continue;
-        for (int quadrant = 0; quadrant < quadrants; ++quadrant)
-          on_tile(p * blocking.mr, quadrant, first_b_tile + tile, results[quadrant]);
       }
+      if (product + 1 < scheme.products || k + vectors < blocking.k_vectors) continue;
+      // All panels' results in one go: between two microkernels most of an epilogue would be latency.
+      for (int quadrant = 0; quadrant < quadrants; ++quadrant)
+        for (int64_t p = 0; p < panels; ++p)
+          on_tile(p * blocking.mr, quadrant, first_b_tile + tile, accumulators[(tile * panels + p) * quadrants + quadrant]);
     }
   }
 }

@@ -42,6 +42,7 @@ class Network {
     const int64_t wanted_bands =
         max(ceil_div(p.threads, max(1, p.batch)),
             ceil_div(kWantedTasks, max(1, p.batch * layout_.weights.scheme.halves * layout_.weights.dim_vectors)));
+    strips_ = RowStrips(max(1, layout_.width), s_.kernel_w);
     band_rows_ = max(min(layout_.quadrant_height, kMinBandRows), ceil_div(layout_.quadrant_height, wanted_bands));
     bands_ = ceil_div(layout_.quadrant_height, band_rows_);
   }
@@ -155,15 +156,16 @@ class Network {
     const int64_t height = ceil_div(layout_.height, halves);       // in a quadrant
     const int64_t all_pixels = p_.batch * height * layout_.width;  // in a quadrant
     constexpr int64_t kOutside = -1;
-    // Where the M block's pixels go, in each half of the map; and those of one panel more, to prefetch.
-    int64_t offsets[2][(Blocking<Element>::kMaxPanels + 1) * kMaxMr];
+    constexpr int64_t kAhead = 4;  // panels from one that is stored to the one whose lines are fetched meanwhile
+    // Where the M block's pixels go, in each half of the map; and those of kAhead panels more, to prefetch.
+    int64_t offsets[2][(Blocking<Element>::kMaxPanels + kAhead) * kMaxMr];
     int64_t pixels = 0;  // in the M block, without those beyond the last one
     const auto find_offsets = [&](int64_t first, int64_t count) {
       pixels = min(count, all_pixels - first);
       int64_t image = first / (height * layout_.width);
       int64_t h = first / layout_.width % height;
       int64_t w = first % layout_.width;
-      for (int64_t i = 0; i < count + blocking.mr; ++i) {
+      for (int64_t i = 0; i < count + kAhead * blocking.mr; ++i) {
         for (int64_t half = 0; half < halves; ++half) {
           const int64_t row = half * height + h;
           const int64_t offset =
@@ -185,11 +187,12 @@ class Network {
                   for (int64_t v = 0; v < min(kNrVectors, layout_.weights.dim_vectors - first); ++v) {
                     Element* map = maps_ + (first + v) * layout_.map;
                     const auto [elementwise, late_shift] = epilogue_of(convolution, first + v);
-                    elementwise.template apply<Element::kPrecision>(
-                        acc[v], min(blocking.mr, pixels - pixel), [&](int64_t r, Vec<float> z) {
-                          if (offset[r] != kOutside) Element::store(map + offset[r], z + late_shift);
-                          __builtin_prefetch(map + offset[blocking.mr + r], 1, 2);  // the next panel's
-                        });
+                    const int64_t count = min(blocking.mr, pixels - pixel);
+                    elementwise.template apply<Element::kPrecision>(acc[v], count);
+                    for (int64_t r = 0; r < count; ++r) {
+                      if (offset[r] != kOutside) Element::store(map + offset[r], acc[v][r] + late_shift);
+                      __builtin_prefetch(map + offset[kAhead * blocking.mr + r], 1, 2);
+                    }
                   }
                 });
   }
@@ -205,7 +208,9 @@ class Network {
   // Maps -> panels, row by row: the rows that sums share stay in the L1 cache, memory is read from end to end.
   void depthwise(int64_t layer, int64_t begin, int64_t end, Scratch& scratch) const {
     const int64_t packs = Element::kPack > 1 ? (band_rows_ + s_.kernel_h) * layout_.pitch : 0;
-    PackedVec* memory = static_cast<PackedVec*>(scratch.reserve(packs * sizeof(PackedVec)));
+    PackedVec* memory =
+        static_cast<PackedVec*>(scratch.reserve(packs * sizeof(PackedVec) + layout_.width * sizeof(Vec<float>)));
+    Vec<float>* sums = reinterpret_cast<Vec<float>*>(memory + packs);
     const Blocking<Element> blocking = conv1x1_blocking();
     const int64_t halves = blocking.scheme.halves;
     const int64_t vectors = halves * blocking.k_vectors;
@@ -232,7 +237,7 @@ class Network {
           return to;
         };
         if (vector < layout_.weights.dim_vectors && top + h < layout_.height) {
-          depthwise_row(channels, top + h, destination);
+          depthwise_row(channels, top + h, sums, destination);
         } else {  // in a quadrant, but not in the network: sums of quadrants need zeros there
           for (int64_t w = 0, count; w < layout_.width; w += count) {
             count = layout_.width - w;
@@ -259,24 +264,22 @@ class Network {
   }
 
   // Stores row h, after the epilogue. destination(column, count) returns the address of the outputs from that column
-  // on, and lowers `count` to those that follow each other there. Prefetches what the next row reads in addition, and
-  // what is written two rows later.
+  // on, and lowers `count` to those that follow each other there. `sums` is scratch memory for a row. The epilogue has a
+  // pass of its own over them: on a short strip most of it would be latency.
   template <class Destination>
-  void depthwise_row(const ChannelVector& channels, int64_t h, Destination destination) const {
-    const int64_t next = h + s_.kernel_h - layout_.pad_top;  // the row that the next output row adds
-    const bool reads = Element::kPack == 1 && next < layout_.height;
-    for (int64_t w = 0, columns; w < layout_.width; w += columns) {
-      columns = ceil_div(layout_.width - w, ceil_div(layout_.width - w, kMaxColumns));
-      const int64_t shared = w > 0 ? s_.kernel_w - 1 : 0;  // columns, with the strip before
-      const int64_t unread = reads ? columns + s_.kernel_w - 1 - shared : 0;
-      int64_t count = columns;
-      const Element* to = destination(w, count);
-      const PrefetchLines read = lines(channels.map + (next * layout_.pitch + w + shared) * kLanes, unread);
-      const PrefetchLines write = lines(to + 2 * layout_.width * kLanes, columns);  // two rows ahead
-      Vec<float> sums[kMaxColumns];
-      convolve(channels.input + w, channels.weight, h, columns, read, write, sums);
-      store_strip(channels.epilogue, channels.map + (h * layout_.pitch + layout_.pad_left + w) * kLanes, sums, w,
-                  columns, destination);
+  void depthwise_row(const ChannelVector& channels, int64_t h, Vec<float>* sums, Destination destination) const {
+    int64_t unused = layout_.width;
+    convolve(channels, h, destination(0, unused), sums);
+    channels.epilogue.elementwise.template apply<Element::kPrecision>(sums, layout_.width);
+    const Vec<float> late_shift = channels.epilogue.late_shift;
+    const Element* residual = channels.map + (h * layout_.pitch + layout_.pad_left) * kLanes;
+    for (int64_t w = 0, count; w < layout_.width; w += count) {
+      count = layout_.width - w;
+      Element* to = destination(w, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vec<float> z = sums[w + i] + late_shift;
+        Element::store(to + i * kLanes, s_.residual ? z + Element::load(residual + (w + i) * kLanes) : z);
+      }
     }
   }
 
@@ -297,45 +300,34 @@ class Network {
     }
   }
 
-  // The sums of a strip of row h, without the tap rows outside the map.
-  void convolve(const PackedVec* input, const PackedVec* weight, int64_t h, int64_t columns, const PrefetchLines& read,
-                const PrefetchLines& write, Vec<float>* sums) const {
+  // The sums of row h, without the tap rows outside the map. Prefetches the row that the next output row needs in
+  // addition, and what is written two rows after `to`, where this row goes.
+  void convolve(const ChannelVector& channels, int64_t h, const Element* to, Vec<float>* sums) const {
     constexpr int64_t kPack = Element::kPack;
     const int64_t top = h - layout_.pad_top;
     const int64_t first = max(0, -top / kPack);
     const int64_t last = min(layout_.weights.tap_rows, ceil_div(layout_.height - top, kPack));
+    const int64_t next = top + s_.kernel_h;
+    const bool reads = kPack == 1 && next < layout_.height;
     Strip<float, PackedVec> strip = {};
-    strip.first = input + (top + first * kPack) * layout_.pitch;
-    strip.ring_end = input + (layout_.height + kPack * (s_.kernel_h + 1)) * layout_.pitch;  // never reached
+    strip.first = channels.input + (top + first * kPack) * layout_.pitch;
+    strip.ring_end = channels.input + (layout_.height + kPack * (s_.kernel_h + 1)) * layout_.pitch;  // never reached
     strip.pitch = kPack * layout_.pitch;
-    strip.weight = weight + first * s_.kernel_w;
+    strip.weight = channels.weight + first * s_.kernel_w;
     strip.weight_pitch = s_.kernel_w;
     strip.tap_rows = last - first;
     strip.taps = s_.kernel_w;
-    strip.read = read;
-    strip.write = write;
-    convolve_row(strip, columns, sums);
+    strip.chain_rows = chain_rows(strip.tap_rows, strip.taps);
+    strip.read = lines(channels.map + next * layout_.pitch * kLanes, reads ? layout_.pitch : 0);
+    strip.write = lines(to + 2 * layout_.width * kLanes, layout_.width);
+    convolve_row(strip, strips_, sums);
   }
 
-  static PrefetchLines lines(const Element* first, int64_t vectors) {
-    return {reinterpret_cast<const char*>(first), kCacheLine,
-            ceil_div(vectors * kLanes * int64_t(sizeof(Element)), kCacheLine), 0};
-  }
-
-  // Applies the epilogue and, if there is one, the residual to a strip from `column` on, and stores it.
-  template <class Destination>
-  void store_strip(const Epilogue& epilogue, const Element* residual, const Vec<float>* sums, int64_t column,
-                   int64_t columns, Destination destination) const {
-    const bool adds = s_.residual;
-    for (int64_t begin = 0, count; begin < columns; begin += count) {
-      count = columns - begin;
-      Element* to = destination(column + begin, count);
-      epilogue.elementwise.template apply<Element::kPrecision>(
-          sums + begin, count, [=, late_shift = epilogue.late_shift](int64_t w, Vec<float> z) CMF_INLINE_LAMBDA {
-            z += late_shift;
-            Element::store(to + w * kLanes, adds ? z + Element::load(residual + (begin + w) * kLanes) : z);
-          });
-    }
+  // The lines of `vectors` channel vectors, of which each strip of a row prefetches its share.
+  PrefetchLines lines(const Element* first, int64_t vectors) const {
+    const int64_t bytes = vectors * kLanes * int64_t(sizeof(Element));
+    return {reinterpret_cast<const char*>(first), kCacheLine, ceil_div(bytes, kCacheLine * strips_.count),
+            bytes / layout_.width};
   }
 
   // The mean over each map: maps -> panels.
@@ -386,6 +378,7 @@ class Network {
   Element* maps_;
   Element* panels_;
   Element* pooled_;    // panels: a pixel is an image
+  RowStrips strips_;   // of a map's row
   int64_t band_rows_;  // per task of the depthwise convolution
   int64_t bands_;      // per quadrant of an image
 };
