@@ -29,8 +29,8 @@ constexpr GeluPolynomials<10, 6> kGelu = {{4.190667317218388e-07f, -8.2219379605
                                           {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f,
                                            0.24022242081104875f, 0.6931469775964698f, 1.f}};
 
-// The same with shorter formulas, for results that are rounded to bfloat16. The relative error of t Phi(-t) is 1.5e-4 for
-// t < 3, the absolute one 1.2e-5 beyond; half an ulp of bfloat16 is 2e-3.
+// The same with shorter formulas, for results that are rounded to bfloat16. The relative error of t Phi(-t) is 1.5e-4
+// for t < 3, the absolute one 1.2e-5 beyond; half an ulp of bfloat16 is 2e-3.
 constexpr GeluPolynomials<6, 4> kShortGelu = {
     {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f, -1.1500352621078491f,
      0.f},
@@ -100,20 +100,31 @@ struct Elementwise {
   Vec<Real> bias, scale, shift;
   Activation activation;
 
-  // Replaces `count` vectors by the results.
-  template <Precision kPrecision = Precision::kFull>
-  CMF_INLINE void apply(Vec<Real>* v, int64_t count) const {
+  // Calls store(i, result) for v[i], for each i in turn; overwrites v.
+  template <Precision kPrecision = Precision::kFull, class Store>
+  CMF_INLINE void apply(Vec<Real>* v, int64_t count, Store store) const {
+    const Elementwise step = *this;  // a copy, which no store can change
     switch (activation) {
-      case Activation::kGelu: apply_gelu<kPrecision>(v, count); break;
+      case Activation::kGelu:
+        apply_gelu<kPrecision>(v, count);
+        for (int64_t i = 0; i < count; ++i) store(i, v[i]);
+        break;
       case Activation::kRelu:
         for (int64_t i = 0; i < count; ++i) {
-          const Vec<Real> biased = v[i] + bias;
-          v[i] = (biased < 0 ? Vec<Real>{} : biased) * scale + shift;
+          const Vec<Real> biased = v[i] + step.bias;
+          store(i, (biased < 0 ? Vec<Real>{} : biased) * step.scale + step.shift);
         }
         break;
       case Activation::kNone:
-        for (int64_t i = 0; i < count; ++i) v[i] = (v[i] + bias) * scale + shift;
+        for (int64_t i = 0; i < count; ++i) store(i, (v[i] + step.bias) * step.scale + step.shift);
     }
+  }
+
+  // Replaces v[i] by the result.
+  template <Precision kPrecision = Precision::kFull>
+  CMF_INLINE void apply(Vec<Real>* v, int64_t count) const {
+    if (activation == Activation::kGelu) return apply_gelu<kPrecision>(v, count);
+    apply<kPrecision>(v, count, [v](int64_t i, Vec<Real> result) { v[i] = result; });
   }
 
  private:

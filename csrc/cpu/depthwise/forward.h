@@ -184,11 +184,12 @@ class Depthwise {
   // the strip's inputs.
   void store_strip(int64_t v, V* sums, int64_t columns, const S* const* z, int64_t h, int64_t w) const {
     const int64_t channel = offset_of(v);
+    const int64_t step = p_.y_stride.w;
     S* to = address_of(p_.y, p_.y_stride, h, w) + channel;
-    epilogue_[v].apply(sums, columns);
-    if (p_.residual)
-      for (int64_t i = 0; i < columns; ++i) sums[i] += S::load(z[i] + channel);
-    for (int64_t i = 0; i < columns; ++i) S::store(to + i * p_.y_stride.w, sums[i]);
+    const bool adds = p_.residual;
+    epilogue_[v].apply(sums, columns, [=](int64_t i, V sum) CMF_INLINE_LAMBDA {
+      S::store(to + i * step, adds ? sum + S::load(z[i] + channel) : sum);
+    });
   }
 
   void pack(int64_t begin, int64_t end) {
@@ -274,10 +275,10 @@ class Depthwise {
   int64_t channel_;   // the block's first channel
   int64_t channels_;  // the block's number of channels
   int64_t image_;
-  int64_t w_begin_;  // the band's first column
-  int64_t columns_;  // the band's width
+  int64_t w_begin_;   // the band's first column
+  int64_t columns_;   // the band's width
   RowStrips strips_;  // of the band's width
-  int64_t origin_;   // the map's column in column 0 of the ring buffer
+  int64_t origin_;    // the map's column in column 0 of the ring buffer
 };
 
 }  // namespace

@@ -14,13 +14,15 @@ namespace {
 // (accuracy).
 //
 // Calls on_m_block(first pixel, pixels), which include those that fill up the last panel, before the first of these
-// tasks of an M block, and on_tile(pixel, quadrant, B tile, results) for each finished tile, with the pixel counted
-// within the M block.
-template <class Element, class OnMBlock, class OnTile>
+// tasks of an M block, and on_results(quadrant, B tile, first panel, panels, results) when these panels' results are
+// finished: the i-th one's are results[i * quadrants]. Several panels at a time, because an epilogue between two
+// microkernels would mostly be latency; but no more than stay in the L1 cache.
+template <class Element, class OnMBlock, class OnResults>
 void macrokernel(const Blocking<Element>& blocking, const Element* a, const Element* b, int64_t chain_vectors,
-                 int64_t begin, int64_t end, Scratch& scratch, OnMBlock on_m_block, OnTile on_tile) {
+                 int64_t begin, int64_t end, Scratch& scratch, OnMBlock on_m_block, OnResults on_results) {
   constexpr int64_t kLanes = cpu::kLanes<float>;
   constexpr int64_t kLines = kNr * kLanes * int64_t(sizeof(Element)) / kCacheLine;  // per channel vector of a B tile
+  constexpr int64_t kEpiloguePanels = max(1, (8 << 10) / int64_t(sizeof(AccumulatorTile)));
   const BilinearScheme& scheme = blocking.scheme;
   const int64_t quadrants = scheme.quadrants();
   const int64_t kc_vectors = Element::kc(scheme) / kLanes;
@@ -34,8 +36,12 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
       microkernel_for<Element>(blocking.mr, std::make_integer_sequence<int, kMaxMr - kMinMr + 1>());
   AccumulatorTile chains;
   int first_product[BilinearScheme::kMaxQuadrants] = {};
-  for (int quadrant = 0; quadrant < quadrants; ++quadrant)
+  int last_product[BilinearScheme::kMaxQuadrants] = {};
+  for (int quadrant = 0; quadrant < quadrants; ++quadrant) {
     while (scheme.w[first_product[quadrant]][quadrant] == 0) ++first_product[quadrant];
+    for (int product = 0; product < scheme.products; ++product)
+      if (scheme.w[product][quadrant] != 0) last_product[quadrant] = product;
+  }
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t m_block = task / blocking.n_blocks;
@@ -57,6 +63,8 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
     };
     const Element* next_task_b =
         b + (first_b_tile + task_b_tiles) % blocking.tiles * blocking.b_vectors() * kNr * kLanes;
+    const int64_t lines_per_panel = kLines / panels;  // to prefetch; the first `extra_lines` panels fetch one more
+    const int64_t extra_lines = kLines % panels;
     const Element* product_a = nullptr;
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t product = step / k_blocks / task_b_tiles;
@@ -66,7 +74,7 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
       if (step % (task_b_tiles * k_blocks) == 0)
         product_a = combine_quadrants(scheme.u[product], quadrants, block_a, blocking.k_vectors * pitch, combined);
       const Element* step_b = b_at(step);
-      const Element* next_b = step + 1 < steps ? b_at(step + 1) : next_task_b;
+      const char* next_line = reinterpret_cast<const char*>(step + 1 < steps ? b_at(step + 1) : next_task_b);
       for (int64_t p = 0; p < panels; ++p) {
         AccumulatorTile* results = accumulators + (tile * panels + p) * quadrants;
         Target targets[BilinearScheme::kMaxQuadrants];
@@ -76,17 +84,17 @@ void macrokernel(const Blocking<Element>& blocking, const Element* a, const Elem
             targets[target_count++] = {results + quadrant, k == 0 && product == first_product[quadrant] ? Target::kSet
                                                            : sign > 0 ? Target::kAdd
                                                                       : Target::kSubtract};
-        const int64_t line = p * kLines / panels;
-        const PrefetchCursor prefetch{reinterpret_cast<const char*>(next_b) + line * kCacheLine,
-                                      (p + 1) * kLines / panels - line};
+        const PrefetchCursor prefetch{next_line, lines_per_panel + (p < extra_lines)};
+        next_line += prefetch.count * kCacheLine;
         microkernel(product_a + k * pitch + p * blocking.mr * kLanes, pitch, step_b, vectors, chain_vectors, prefetch,
                     targets, target_count, chains);
+        const int64_t finished = p % kEpiloguePanels + 1;
+        if (k + vectors < blocking.k_vectors || (finished < kEpiloguePanels && p + 1 < panels)) continue;
+        for (int quadrant = 0; quadrant < quadrants; ++quadrant)
+          if (product == last_product[quadrant])
+            on_results(quadrant, first_b_tile + tile, p + 1 - finished, finished,
+                       results + quadrant - (finished - 1) * quadrants);
       }
-      if (product + 1 < scheme.products || k + vectors < blocking.k_vectors) continue;
-      // All panels' results in one go: between two microkernels most of an epilogue would be latency.
-      for (int quadrant = 0; quadrant < quadrants; ++quadrant)
-        for (int64_t p = 0; p < panels; ++p)
-          on_tile(p * blocking.mr, quadrant, first_b_tile + tile, accumulators[(tile * panels + p) * quadrants + quadrant]);
     }
   }
 }

@@ -43,6 +43,9 @@ class Network {
         max(ceil_div(p.threads, max(1, p.batch)),
             ceil_div(kWantedTasks, max(1, p.batch * layout_.weights.scheme.halves * layout_.weights.dim_vectors)));
     strips_ = RowStrips(max(1, layout_.width), s_.kernel_w);
+    full_chain_rows_ = chain_rows(layout_.weights.tap_rows, s_.kernel_w);
+    input_lines_ = lines_per_strip(layout_.pitch);
+    output_lines_ = lines_per_strip(layout_.width);
     band_rows_ = max(min(layout_.quadrant_height, kMinBandRows), ceil_div(layout_.quadrant_height, wanted_bands));
     bands_ = ceil_div(layout_.quadrant_height, band_rows_);
   }
@@ -87,6 +90,12 @@ class Network {
   }
   Element* map_of(int64_t image, int64_t vector) const {
     return maps_ + (image * layout_.weights.dim_vectors + vector) * layout_.map;
+  }
+
+  // What each strip of a row prefetches of `vectors` channel vectors: its share.
+  PrefetchLines lines_per_strip(int64_t vectors) const {
+    const int64_t bytes = vectors * kLanes * int64_t(sizeof(Element));
+    return {nullptr, kCacheLine, ceil_div(bytes, kCacheLine * strips_.count), bytes / max(1, layout_.width)};
   }
 
   // The elementwise step after a convolution. BatchNorm's shift is stored as an unevaluated sum hi + lo (double-float).
@@ -181,17 +190,21 @@ class Network {
       }
     };
     macrokernel(blocking, panels_, weight, Element::chain(blocking.scheme) / kLanes, begin, end, scratch, find_offsets,
-                [&](int64_t pixel, int64_t quadrant, int64_t tile, AccumulatorTile& acc) {
-                  const int64_t* offset = offsets[quadrant / halves] + pixel;
+                [&](int64_t quadrant, int64_t tile, int64_t first_panel, int64_t panels, AccumulatorTile* results) {
+                  const int64_t first_pixel = first_panel * blocking.mr;
                   const int64_t first = (tile + quadrant % halves * blocking.tiles) * kNrVectors;
                   for (int64_t v = 0; v < min(kNrVectors, layout_.weights.dim_vectors - first); ++v) {
                     Element* map = maps_ + (first + v) * layout_.map;
                     const auto [elementwise, late_shift] = epilogue_of(convolution, first + v);
-                    const int64_t count = min(blocking.mr, pixels - pixel);
-                    elementwise.template apply<Element::kPrecision>(acc[v], count);
-                    for (int64_t r = 0; r < count; ++r) {
-                      if (offset[r] != kOutside) Element::store(map + offset[r], acc[v][r] + late_shift);
-                      __builtin_prefetch(map + offset[kAhead * blocking.mr + r], 1, 2);
+                    const int64_t* offset = offsets[quadrant / halves] + first_pixel;
+                    for (int64_t p = 0; p < panels; ++p, offset += blocking.mr) {
+                      Vec<float>* z = results[p * blocking.scheme.quadrants()][v];
+                      const int64_t count = min(blocking.mr, pixels - first_pixel - p * blocking.mr);
+                      elementwise.template apply<Element::kPrecision>(z, count);
+                      for (int64_t r = 0; r < count; ++r) {
+                        if (offset[r] != kOutside) Element::store(map + offset[r], z[r] + late_shift);
+                        __builtin_prefetch(map + offset[kAhead * blocking.mr + r], 1, 2);
+                      }
                     }
                   }
                 });
@@ -264,8 +277,8 @@ class Network {
   }
 
   // Stores row h, after the epilogue. destination(column, count) returns the address of the outputs from that column
-  // on, and lowers `count` to those that follow each other there. `sums` is scratch memory for a row. The epilogue has a
-  // pass of its own over them: on a short strip most of it would be latency.
+  // on, and lowers `count` to those that follow each other there. `sums` is scratch memory for a row. The epilogue has
+  // a pass of its own over them: on a short strip most of it would be latency.
   template <class Destination>
   void depthwise_row(const ChannelVector& channels, int64_t h, Vec<float>* sums, Destination destination) const {
     int64_t unused = layout_.width;
@@ -317,17 +330,13 @@ class Network {
     strip.weight_pitch = s_.kernel_w;
     strip.tap_rows = last - first;
     strip.taps = s_.kernel_w;
-    strip.chain_rows = chain_rows(strip.tap_rows, strip.taps);
-    strip.read = lines(channels.map + next * layout_.pitch * kLanes, reads ? layout_.pitch : 0);
-    strip.write = lines(to + 2 * layout_.width * kLanes, layout_.width);
+    strip.chain_rows =
+        strip.tap_rows == layout_.weights.tap_rows ? full_chain_rows_ : chain_rows(strip.tap_rows, strip.taps);
+    if (reads) strip.read = input_lines_;
+    strip.read.first = reinterpret_cast<const char*>(channels.map + next * layout_.pitch * kLanes);
+    strip.write = output_lines_;
+    strip.write.first = reinterpret_cast<const char*>(to + 2 * layout_.width * kLanes);
     convolve_row(strip, strips_, sums);
-  }
-
-  // The lines of `vectors` channel vectors, of which each strip of a row prefetches its share.
-  PrefetchLines lines(const Element* first, int64_t vectors) const {
-    const int64_t bytes = vectors * kLanes * int64_t(sizeof(Element));
-    return {reinterpret_cast<const char*>(first), kCacheLine, ceil_div(bytes, kCacheLine * strips_.count),
-            bytes / layout_.width};
   }
 
   // The mean over each map: maps -> panels.
@@ -355,17 +364,18 @@ class Network {
     const auto keep_first = [&](int64_t first, int64_t) { first_image = first; };
     const Blocking<Element> blocking = head_blocking();
     macrokernel(blocking, pooled_, weight, kKcSum, begin, end, scratch, keep_first,
-                [&](int64_t pixel, int64_t, int64_t tile, AccumulatorTile& acc) {
-                  const int64_t image = first_image + pixel;
+                [&](int64_t, int64_t tile, int64_t first_panel, int64_t panels, AccumulatorTile* results) {
+                  const int64_t begin = first_image + first_panel * blocking.mr;
                   for (int64_t v = 0; v < kNrVectors; ++v) {
                     const int64_t first = tile * kNr + v * kLanes;
                     const int64_t columns = min(kLanes, s_.classes - first);
                     if (columns <= 0) continue;
                     Vec<float> biases;
                     memcpy(&biases, bias + first * layout_.weights.kFloat, sizeof biases);
-                    for (int64_t r = 0; r < min(blocking.mr, p_.batch - image); ++r) {
-                      const Vec<float> logits = acc[v][r] + biases;
-                      store_pixels(static_cast<S*>(p_.y) + (image + r) * s_.classes + first, 1, 0, columns, 1, &logits);
+                    for (int64_t i = 0; i < min(panels * blocking.mr, p_.batch - begin); ++i) {
+                      const Vec<float> logits = results[i / blocking.mr][v][i % blocking.mr] + biases;
+                      S* to = static_cast<S*>(p_.y) + (begin + i) * s_.classes + first;
+                      store_pixels(to, 1, 0, columns, 1, &logits);
                     }
                   }
                 });
@@ -377,10 +387,13 @@ class Network {
   const Element* packed_;  // the weights
   Element* maps_;
   Element* panels_;
-  Element* pooled_;    // panels: a pixel is an image
-  RowStrips strips_;   // of a map's row
-  int64_t band_rows_;  // per task of the depthwise convolution
-  int64_t bands_;      // per quadrant of an image
+  Element* pooled_;             // panels: a pixel is an image
+  RowStrips strips_;            // of a map's row
+  int64_t full_chain_rows_;     // tap rows per chain where no tap row is outside the map
+  PrefetchLines input_lines_;   // of a row of a blocked map, per strip
+  PrefetchLines output_lines_;  // of a row of the packed A panels, per strip
+  int64_t band_rows_;           // per task of the depthwise convolution
+  int64_t bands_;               // per quadrant of an image
 };
 
 }  // namespace
