@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import instructions
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "convmixer_fast")
-FIGURE = re.compile(r"[-+.e%\d]*")
+FIGURE = re.compile(r"[-+.e%\d]*|> \w+")  # or what a figure is beyond
 SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
 # torch.compile imports it, and it warns of a CUDA toolkit on a machine without a GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -85,7 +86,7 @@ def environment(device: torch.device) -> dict[str, str]:
             "driver": driver or "unknown",
             "CUDA": str(torch.version.cuda),
         }
-    return facts | {"device": cpu_name(), "threads": str(torch.get_num_threads())}
+    return facts | {"device": cpu_name(), "threads": str(torch.get_num_threads())} | instructions.facts()
 
 
 def results_folder(device: str) -> Path:

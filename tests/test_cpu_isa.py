@@ -13,24 +13,23 @@ import convmixer_fast
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import instructions  # noqa: E402
+
 PROGRAM = str(ROOT / "tests" / "mixer_program.cpp")
 FILES = "tests/test_ops.py", "tests/test_autograd.py"
 KERNEL_TESTS = "cpu and (conv2d or fused_depthwise or fusion or pool or gelu or finite or threads or wgrad)"
 
 
-# PyTorch, whose errors ours are compared with, gets no wider instructions: they would spare it roundings.
-PEERS = {
-    "generic": dict(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", MKL_ENABLE_INSTRUCTIONS="SSE4_2"),
-    "avx2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
-}
-
-
 def run(isa, *command):
-    environment = os.environ | {"CMF_CPU_ISA": isa} | PEERS.get(isa, {})
+    # PyTorch, whose errors ours are compared with, gets no wider instructions: they would spare it roundings.
+    settings = instructions.held_to(isa) if isa in instructions.NAMES else {"CMF_CPU_ISA": isa}
+    environment = os.environ | settings
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=instructions.NAMES)
 def isa(request):
     """One that this CPU has and that is not in use: of that, test_ops.py and test_cpu_engine.py are the tests."""
     if request.param == convmixer_fast.build_info()["cpu_isa"]:

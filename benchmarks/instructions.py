@@ -1,0 +1,56 @@
+"""The instruction set of a CPU that a benchmark is held to, each library by a setting of its own.
+
+Each is read once a process, when the library is loaded or first used, so they go into a child's environment.
+"""
+
+import os
+import sys
+
+# By CMF_CPU_ISA, which is ours. ATEN_CPU_CAPABILITY holds PyTorch's kernels and the vectors of torch.compile,
+# ONEDNN_MAX_CPU_ISA the oneDNN of PyTorch and that of OpenVINO, OV_CPU_MAX_ISA OpenVINO's own kernels: held alone,
+# either half of OpenVINO fails in bfloat16 or goes on with wider ones. MKL is the matrix products' in float32.
+_PEERS = {
+    "generic": dict(
+        ATEN_CPU_CAPABILITY="default",
+        ONEDNN_MAX_CPU_ISA="SSE41",
+        OV_CPU_MAX_ISA="SSE41",
+        MKL_ENABLE_INSTRUCTIONS="SSE4_2",
+    ),
+    "avx2": dict(
+        ATEN_CPU_CAPABILITY="avx2",
+        ONEDNN_MAX_CPU_ISA="AVX2",
+        OV_CPU_MAX_ISA="AVX2",
+        MKL_ENABLE_INSTRUCTIONS="AVX2",
+    ),
+    "avx512": dict(
+        ATEN_CPU_CAPABILITY="avx512",
+        ONEDNN_MAX_CPU_ISA="AVX512_CORE",
+        OV_CPU_MAX_ISA="AVX512_CORE",
+        MKL_ENABLE_INSTRUCTIONS="AVX512",
+    ),
+    "avx512_bf16": dict(
+        ATEN_CPU_CAPABILITY="avx512",
+        ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16",
+        OV_CPU_MAX_ISA="AVX512_CORE_BF16",
+        MKL_ENABLE_INSTRUCTIONS="AVX512",
+    ),
+}
+NAMES = tuple(_PEERS)
+NOT_HELD = ("onnxruntime",)  # its MLAS takes what the processor has, and knows no setting
+
+
+def held_to(isa: str) -> dict[str, str]:
+    """The environment that holds ours and its peers, all but NOT_HELD, to an instruction set.
+
+    Raises KeyError for one that is not in NAMES.
+    """
+    return _PEERS[isa] | {"CMF_CPU_ISA": isa}
+
+
+def facts() -> dict[str, str]:
+    """The instruction set of our kernels in this process, and the settings above that its environment has."""
+    settings = [f"{name}={os.environ[name]}" for name in held_to(NAMES[0]) if name in os.environ]
+    # Not imported here: a rehearsal asks before it has built the package.
+    package = sys.modules.get("convmixer_fast")
+    found = {"instruction set": package.build_info()["cpu_isa"]} if package else {}
+    return found | ({"held by": " ".join(settings)} if settings else {})
