@@ -118,7 +118,7 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
     seconds = {name: statistics.median(samples) for name, samples in measured.items()}
     product = min(seconds[name] for name in seconds if name not in ("fma", "copy"))
     return Ceilings(
-        flops=peak.flops / seconds["fma"],
+        flops=peak.flops / statistics.median(peak.seconds[-rounds:]),
         product_flops=2 * rows.shape[0] * dim**2 / product,
         bytes=2 * maps.numel() * maps.element_size() / seconds["copy"],
     )

@@ -102,32 +102,55 @@ DEFAULTS = {
 }
 
 
-class FmaPeak:
-    """fma_peak.cpp, compiled for this processor into build/, once for each version of it.
+# Compiler's options for the instruction sets of our CPU kernels; the peak's arithmetic is float32.
+AVX512 = ("-mavx512f", "-mfma")
+PEAK_FLAGS = {"generic": (), "avx2": ("-mavx2", "-mfma"), "avx512": AVX512, "avx512_bf16": AVX512}
+
+
+def peak_library(isa: str) -> Path:
+    """fma_peak.cpp, compiled for an instruction set into build/, once for each version of it.
 
     Raises FileNotFoundError where there is no g++.
+    """
+    source = Path(__file__).parent / "fma_peak.cpp"
+    flags = ["-O3", *PEAK_FLAGS[isa], "-shared", "-fPIC", "-pthread"]
+    key = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:12]
+    library = report.ROOT / "build" / "benchmarks" / f"fma_peak-{key}.so"
+    if not library.exists():
+        compiler = shutil.which("g++")
+        if compiler is None:
+            raise FileNotFoundError("g++ is needed to measure the processor's peak, and is not on PATH")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([compiler, *flags, source, "-o", library], check=True)
+    return library
+
+
+class FmaPeak:
+    """The processor's peak by fma_peak.cpp, with the instruction set of our kernels.
+
+    Attributes:
+        flops: floating-point operations per call.
+        seconds: that each call so far took for them, without the start of its threads.
+
+    Raises as peak_library.
     """
 
     ITERATIONS = 40_000_000  # a tenth of a second: torch's threads, which spin after a call, are asleep by then
 
     def __init__(self):
-        source = Path(__file__).parent / "fma_peak.cpp"
-        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
-        key = hashlib.sha256(source.read_bytes() + report.cpu_name().encode()).hexdigest()[:12]
-        library = report.ROOT / "build" / "benchmarks" / f"fma_peak-{key}.so"
-        if not library.exists():
-            compiler = shutil.which("g++")
-            if compiler is None:
-                raise FileNotFoundError("g++ is needed to measure the processor's peak, and is not on PATH")
-            library.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([compiler, *flags, source, "-o", library], check=True)
+        library = peak_library(convmixer_fast.build_info()["cpu_isa"])
         self._loop = ctypes.CDLL(str(library)).fma_loop
-        self._loop.argtypes, self._loop.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_double
+        self._loop.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_double)]
+        self._loop.restype = ctypes.c_double
+        self.seconds: list[float] = []
         self.flops = self()
 
     def __call__(self) -> float:
         """Runs the loop on as many threads as torch uses; returns the floating-point operations done."""
-        return self._loop(torch.get_num_threads(), self.ITERATIONS)
+        seconds = ctypes.c_double()
+        flops = self._loop(torch.get_num_threads(), self.ITERATIONS, ctypes.byref(seconds))
+        self.seconds.append(seconds.value)
+        return flops
 
 
 def run_case(sizes: tuple[int, int, int], kernel: int, peak, args: argparse.Namespace, progress: tqdm) -> list[dict]:
@@ -209,7 +232,7 @@ def time_variants(
     for variant in functions:
         rows[variant].update(status="timed", seconds=seconds[variant], copy_seconds=seconds[COPY])
         if peak:
-            rows[variant].update(fma_seconds=seconds[FMA], fma_flops=peak.flops)
+            rows[variant].update(fma_seconds=peak.seconds[-rounds:], fma_flops=peak.flops)
 
 
 def summarise(rows: list[dict]) -> None:
