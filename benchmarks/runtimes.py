@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Runtime = Callable[[Tensor], Tensor]
+POLL = 100  # milliseconds
 
 
 def onnxruntime(model: nn.Module, images: Tensor) -> Runtime:
@@ -54,8 +55,17 @@ def openvino(model: nn.Module, images: Tensor) -> Runtime:
     request = ov.compile_model(converted, "CPU", settings).create_infer_request()
 
     def run(x: Tensor) -> Tensor:
-        logits = request.infer({0: x.float().numpy()}, share_inputs=True)[0]
-        return torch.from_numpy(logits.copy()).to(x.dtype)
+        inputs = x.float().numpy()  # of which OpenVINO keeps the address
+        request.start_async({0: inputs}, share_inputs=True)
+        try:
+            while not request.wait_for(POLL):
+                pass  # infer() would not come back to Python, where a limit of time is noticed, before it is done
+        except BaseException:
+            request.cancel()
+            with contextlib.suppress(RuntimeError):  # which says that it was cancelled
+                request.wait()
+            raise
+        return torch.from_numpy(request.results[0].copy()).to(x.dtype)
 
     return run
 

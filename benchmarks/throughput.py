@@ -13,6 +13,9 @@ same weights in float64. Whatever is off by more than accuracy.limit() is report
 comes from eager PyTorch's error with TF32 off; the other backends run with PyTorch's own setting, in which they are at
 their best, and get the larger of eager's two errors.
 
+A backend that takes longer than --limit to be prepared and checked, or whose batches would, by one that is timed after
+the check, is skipped. Some have no fast kernel for a dtype, and take minutes.
+
 On a GPU a model's rows are followed by what others have published of it (data/published.csv): not measured here, and no
 part of "best other".
 """
@@ -33,6 +36,7 @@ from pathlib import Path
 
 import accuracy
 import breakdown
+import limit
 import peers
 import report
 import runtimes
@@ -144,6 +148,7 @@ DEFAULTS = {
         batch=64,
         dtype="float16",
         batches=20,
+        limit=None,
     ),
     "cpu": dict(
         models=["convmixer_256_8_k9_p2", "convmixer_256_8_k3_p2"],
@@ -151,6 +156,7 @@ DEFAULTS = {
         batch=16,
         dtype="float32",
         batches=10,
+        limit=300,
     ),
 }
 
@@ -316,16 +322,22 @@ def run_model(
             row.update(status="skipped", message=reason)
             continue
         try:
-            batch = images.to(memory_format=BACKENDS[backend].memory_format)
-            prepared = BACKENDS[backend].prepare(copy.deepcopy(model), batch)
-            row["error"] = accuracy.relative_error(prepared(batch)[:CHECKED], expected)
-            accepted_of = eager_error if backend in (OURS, *VARIANTS) else error_of_peers
-            row.update(accuracy.verdict(row["error"], accepted_of, dtype))
+            with limit.within(args.limit):
+                batch = images.to(memory_format=BACKENDS[backend].memory_format)
+                prepared = BACKENDS[backend].prepare(copy.deepcopy(model), batch)
+                row["error"] = accuracy.relative_error(prepared(batch)[:CHECKED], expected)
+                accepted_of = eager_error if backend in (OURS, *VARIANTS) else error_of_peers
+                row.update(accuracy.verdict(row["error"], accepted_of, dtype))
+                if row["status"] == "right":
+                    row["message"] = accuracy.remark(row["error"], eager_error) if backend == OURS else ""
+                    if backend == L2_CHUNKS:
+                        row["message"] = f"{prepared.chunk} images per chunk"
+                    run = functools.partial(prepared, batch)
+                    limit.project(run, timing.WARM_UP + args.batches, args.limit, timing.clock_for(device))
             if row["status"] == "right":
-                row["message"] = accuracy.remark(row["error"], eager_error) if backend == OURS else ""
-                if backend == L2_CHUNKS:
-                    row["message"] = f"{prepared.chunk} images per chunk"
-                ready[backend] = functools.partial(prepared, batch)
+                ready[backend] = run
+        except limit.Exceeded as exceeded:
+            row.update(status="skipped", message=str(exceeded), over_limit=True)
         except Exception as error:
             row.update(failure(error))
 
@@ -521,6 +533,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help=f"images a batch {both('batch')}")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help=both("dtype"))
     parser.add_argument("--batches", type=positive, help=f"timed batches of each backend {both('batches')}")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="SECONDS",
+        help="what a backend may take to be prepared and checked, and its batches together; one that takes longer is "
+        "skipped (none on a GPU, 300 on a CPU)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     parser.add_argument("--image-size", type=positive, help="(224 on a GPU, on a CPU the size of the model's data set)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help=both("backends"))
