@@ -6,9 +6,9 @@ Each is read once a process, when the library is loaded or first used, so they g
 import os
 import sys
 
-# By CMF_CPU_ISA, which is ours. ATEN_CPU_CAPABILITY holds PyTorch's kernels and the vectors of torch.compile,
-# ONEDNN_MAX_CPU_ISA the oneDNN of PyTorch and that of OpenVINO, OV_CPU_MAX_ISA OpenVINO's own kernels: held alone,
-# either half of OpenVINO fails in bfloat16 or goes on with wider ones. MKL is the matrix products' in float32.
+# By the name that CMF_CPU_ISA knows. ATEN_CPU_CAPABILITY holds PyTorch's kernels and the vectors of torch.compile,
+# MKL_ENABLE_INSTRUCTIONS PyTorch's MKL, ONEDNN_MAX_CPU_ISA the oneDNN of PyTorch and that of OpenVINO, and
+# OV_CPU_MAX_ISA OpenVINO's own kernels: with oneDNN's alone, OpenVINO cannot compile a network in bfloat16 for AVX2.
 _PEERS = {
     "generic": dict(
         ATEN_CPU_CAPABILITY="default",

@@ -1,12 +1,17 @@
 """The benchmarks: what they write, what they refuse to time, and their arithmetic. What they measure is not tested."""
 
+import contextlib
 import csv
 import json
 import os
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +29,8 @@ import cpu  # noqa: E402
 import depthwise  # noqa: E402
 import gemm  # noqa: E402
 import gradients  # noqa: E402
+import instructions  # noqa: E402
+import limit  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -546,6 +553,115 @@ def test_what_one_backend_or_model_lacks_does_not_stop_the_rest(tmp_path, monkey
     assert messages["compile"] == ("failed", "RuntimeError: no compiler")
 
 
+def forever() -> None:
+    """In small steps, whatever they raise; for a minute, should nobody end it."""
+    for _ in range(6000):
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(limit, "POLL", 0.01)
+
+
+def test_a_backend_over_the_limit_is_skipped(monkeypatch, impatient):
+    """Whether in preparing or by what its batches would take; the others are timed."""
+
+    def slow(model, images):
+        def run(x):
+            time.sleep(0.7)
+            return model(x)
+
+        return run
+
+    monkeypatch.setitem(throughput.BACKENDS, "compile", throughput.Backend(lambda model, images: forever()))
+    monkeypatch.setitem(throughput.BACKENDS, "channels_last", throughput.Backend(slow))
+    args = throughput.parse([*TINY, "--backends", "eager", "channels_last", "compile", "fused", "--limit", "3"])
+    rows = throughput.run_model(PAIR[0], args, tqdm(disable=True))
+    eager, batches, preparing, ours = rows
+    assert (
+        (preparing["status"], preparing["over_limit"])
+        == (batches["status"], batches["over_limit"])
+        == ("skipped", True)
+    )
+    assert preparing["message"] == "over the limit of 3 s: preparing and checking"
+    assert re.fullmatch(r"over the limit of 3 s: 5 batches would take [\d.]+ s, by one of 0.\d+ s", batches["message"])
+    assert eager["status"] == ours["status"] == "timed" and "over_limit" not in ours
+    throughput.summarise(rows)
+    assert "over_best_other" in ours and "images_per_second" not in batches
+
+
+def test_batches_are_projected_from_one():
+    def function():
+        FakeClock.now += 35.3
+
+    with pytest.raises(limit.Exceeded) as raised:
+        limit.project(function, 23, 300, FakeClock)
+    assert str(raised.value) == "over the limit of 300 s: 23 batches would take 812 s, by one of 35.3 s"
+    limit.project(function, 8, 300, FakeClock)
+    limit.project(lambda: pytest.fail("called"), 23, None, FakeClock)
+
+
+def test_a_limit_ends_with_its_block(impatient):
+    before = signal.getsignal(signal.SIGALRM)
+    for error in (limit.Exceeded, KeyError):
+        with pytest.raises(error), limit.within(0.1 if error is limit.Exceeded else 100):
+            if error is KeyError:
+                raise KeyError
+            forever()
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) is before
+    with limit.within(None):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_that_a_destructor_swallows_holds_all_the_same(impatient):
+    class Slow:
+        def __del__(self):
+            forever()
+
+    with pytest.raises(limit.Exceeded), limit.within(0.2):
+        Slow()
+        forever()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list a process's children")
+def test_what_a_backend_has_started_is_over_before_the_next_is_timed(impatient):
+    """A thread that compiles goes on with the next file when the main thread is stopped."""
+
+    def compile_():
+        for _ in range(2):
+            subprocess.run(["sleep", "0.7"])
+
+    thread = threading.Thread(target=compile_)
+    with pytest.raises(limit.Exceeded), limit.within(1):
+        thread.start()
+        forever()
+    thread.join(0.1)
+    assert not thread.is_alive()
+
+
+def test_openvino_can_be_stopped(monkeypatch, impatient):
+    """Its infer() would not return to Python before it is done."""
+    calls = []
+    request = SimpleNamespace(
+        start_async=lambda inputs, share_inputs: calls.append("start"),
+        wait_for=lambda milliseconds: time.sleep(milliseconds / 1e3),
+        cancel=lambda: calls.append("cancel"),
+        wait=lambda: calls.append("wait"),
+    )
+    openvino = SimpleNamespace(
+        convert_model=lambda model, example_input: SimpleNamespace(reshape=lambda shape: None),
+        compile_model=lambda *_: SimpleNamespace(create_infer_request=lambda: request),
+    )
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    run = runtimes.openvino(torch.nn.Identity(), torch.zeros(1))
+    with pytest.raises(limit.Exceeded), limit.within(0.2):
+        run(torch.zeros(1))
+    assert calls == ["start", "cancel", "wait"]
+
+
 def test_fused_does_not_apply_to_other_networks(tmp_path):
     pytest.importorskip("timm")
     status, rows = run_throughput(
@@ -832,6 +948,107 @@ def test_fma_peak_needs_a_compiler(tmp_path, monkeypatch):
         depthwise.FmaPeak()
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="reads instructions of x86")
+@pytest.mark.parametrize(
+    "isa, register", [("generic", "xmm"), ("avx2", "ymm"), ("avx512", "zmm"), ("avx512_bf16", "zmm")]
+)
+def test_every_loop_of_the_peak_has_all_its_chains(tmp_path, monkeypatch, isa, register):
+    """The compiler drops a chain whose values it knows, and then fewer operations are done than are counted."""
+    if not (shutil.which("g++") and shutil.which("objdump")):
+        pytest.skip("needs g++ and objdump")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    command = ["objdump", "-d", "--no-show-raw-insn", depthwise.peak_library(isa)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instruction = re.compile(r"^ *([0-9a-f]+):\s+(\S+) *(.*)", re.M)
+    listed = [(int(address, 16), name, operands) for address, name, operands in instruction.findall(code)]
+    chains = set()
+    for address, name, operands in listed:
+        target = int(operands.split()[0], 16) if name.startswith("j") and operands[0] != "*" else address
+        body = [operands for at, name, operands in listed if target <= at < address and re.match("vfmadd|mulps", name)]
+        if body:
+            chains.add(len(body))
+            assert all(register in operands for operands in body)
+    assert chains == {12}
+
+
+def test_the_peak_is_that_of_our_instruction_set():
+    """And the environment's facts name it, with what it was chosen by."""
+    isa = "avx2"
+    if not cpu.has(isa):
+        pytest.skip("this CPU has no AVX2")
+    code = """
+import json, depthwise, report, torch
+peak = depthwise.FmaPeak()
+lanes = peak.flops / (2 * 12 * torch.get_num_threads() * peak.ITERATIONS)
+print(json.dumps([lanes, report.environment(torch.device("cpu"))]))
+"""
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    environment = os.environ | {"PYTHONPATH": folders} | instructions.held_to(isa)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, facts = json.loads(done.stdout)
+    assert found == 8 and facts["instruction set"] == isa
+    assert dict(setting.split("=") for setting in facts["held by"].split()) == instructions.held_to(isa)
+
+
+def test_instruction_sets_are_those_of_our_kernels():
+    """Each with the same settings; one that a library does not know is refused here."""
+    source = (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    assert sorted(instructions.NAMES) == sorted(re.findall(r'\{"(\w+)", k', source)) == sorted(depthwise.PEAK_FLAGS)
+    variables = {tuple(sorted(instructions.held_to(isa))) for isa in instructions.NAMES}
+    assert len(variables) == 1 and "CMF_CPU_ISA" in variables.pop()
+    with pytest.raises(KeyError):
+        instructions.held_to("sse9")
+
+
+def test_the_facts_of_an_environment_without_settings(monkeypatch):
+    for name in instructions.held_to("generic"):
+        monkeypatch.delenv(name, raising=False)
+    assert instructions.facts() == {"instruction set": convmixer_fast.build_info()["cpu_isa"]}
+    monkeypatch.delitem(sys.modules, "convmixer_fast")
+    assert instructions.facts() == {}
+
+
+def held_to_avx2(code: str) -> str:
+    """What a program prints where ours and the peers are held to AVX2."""
+    if not cpu.has("avx2"):
+        pytest.skip("this CPU has no AVX2")
+    environment = os.environ | instructions.held_to("avx2") | {"ONEDNN_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_pytorch_is_held_to_an_instruction_set():
+    """Its kernels, its oneDNN and the vectors of torch.compile."""
+    output = held_to_avx2("""
+import torch
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+torch.nn.Conv2d(32, 32, 3)(torch.randn(4, 32, 32, 32))
+print(torch.backends.cpu.get_cpu_capability(), pick_vec_isa())
+""")
+    assert output.splitlines()[-1] == "AVX2 avx2"
+    assert "cpu,isa:Intel AVX2\n" in output and "jit:avx2" in output and "avx512" not in output
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_openvino_is_held_to_an_instruction_set(precision):
+    """By the kernels in its execution graph; on a wider processor they are AVX-512's."""
+    pytest.importorskip("openvino")
+    output = held_to_avx2(f"""
+import openvino, torch
+model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, groups=16), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(1))
+x = torch.randn(1, 16, 8, 8)
+converted = openvino.convert_model(model, example_input=x)
+converted.reshape(list(x.shape))
+compiled = openvino.compile_model(converted, "CPU", {{"INFERENCE_PRECISION_HINT": "{precision}"}})
+compiled({{0: x.numpy()}})
+print([operator.get_rt_info()["primitiveType"].value for operator in compiled.get_runtime_model().get_ordered_ops()])
+""")
+    kernels = output.splitlines()[-1]
+    assert "avx2" in kernels and "avx512" not in kernels
+
+
 def test_results_that_are_not_finite_are_wrong():
     expected = torch.ones(3, dtype=torch.float64)
     assert accuracy.relative_error(torch.tensor([1.0, 1.0, 0.5]), expected) == 0.5
@@ -959,6 +1176,73 @@ def test_cpu_table_of_the_rows_before_ctrl_c(tmp_path, monkeypatch, capsys):
     mark, table = capsys.readouterr().out.strip().split("\n\n")
     assert mark == "INCOMPLETE: stopped by Ctrl-C"
     assert [line.split()[1:4] for line in table.splitlines()[2:]] == [[PAIR[0], "|", "2"]]
+
+
+def cpu_results(out: Path, dtype: str, threads: int, **rates: float | None) -> None:
+    """Writes a row's file; None: over the limit."""
+    rows = [
+        dict(model=PAIR[0], backend=backend, batch=2, flops_per_image=1, message="", error=1e-6)
+        | (dict(status="timed", seconds=[2 / rate]) if rate else dict(status="skipped", over_limit=True))
+        for backend, rate in rates.items()
+    ]
+    throughput.summarise(rows)
+    report.write_results(cpu.Row(PAIR[0], 2, dtype, 1).file(out, threads), dict(rows=rows), "")
+
+
+@pytest.mark.parametrize("isa", [None, "avx2"])
+def test_cpu_table_of_backends_over_the_limit(tmp_path, monkeypatch, isa):
+    monkeypatch.setattr(cpu, "MODELS", {PAIR[0]: ((2,), 1)})
+    cpu_results(tmp_path, "float32", 2, eager=10, onnxruntime=20, fused=30)
+    cpu_results(tmp_path, "bfloat16", 2, eager=None, channels_last=5, fused=45)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cpu.summary(tmp_path, 2, isa).splitlines()]
+    float32, bfloat16 = [dict(zip(lines[0], line)) for line in lines[2:4]]
+    assert (bfloat16["eager"], bfloat16["channels_last"], bfloat16["compile"]) == ("> limit", "5", "")
+    assert (float32["x best other"], bfloat16["x best other"]) == ("1.5", "9")
+    assert (float32["x own float32"], bfloat16["x own float32"]) == ("", "1.5")
+    assert float32["onnxruntime *" if isa else "onnxruntime"] == "20"
+    text = cpu.summary(tmp_path, 2, isa)
+    assert text.count("Held to avx2; *: has no setting for that") == (1 if isa else 0)
+    assert text.splitlines()[-1] == f"geometric mean of x best other: {(1.5 * 9) ** 0.5:.2f}"
+    assert text.splitlines()[1].split("|")[4].endswith("-: "), "a column of figures, to the right"
+
+
+def test_cpu_rows_are_held_to_an_instruction_set(tmp_path, monkeypatch, capsys):
+    """And to a limit of time; their results are a device's of their own."""
+    monkeypatch.setattr(cpu, "MODELS", {PAIR[0]: ((1,), 1)})
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(cpu, "has", lambda isa: isa == "avx2")
+    run, children = subprocess.run, []
+
+    def child(command, **settings):
+        children.append((command, settings["env"]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", child)
+    device = report.results_folder(report.cpu_name())
+    for options, folder in ((["--isa", "avx2", "--limit", "7"], f"{device}-avx2"), ([], str(device))):
+        children.clear()
+        assert cpu.main(["--backends", "fused", *options]) == 0
+        assert (Path(folder) / "cpu.md").exists()
+        for command, environment in children:
+            limited = command[command.index("--limit") + 1]
+            results = tmp_path / command[command.index("--json") + 1]
+            assert limited == ("7" if options else "300") and results.parent == Path(folder) / "cpu"
+            if options:
+                assert environment.items() >= (instructions.held_to("avx2") | {"OMP_NUM_THREADS": "1"}).items()
+            else:
+                assert {name: environment.get(name) for name in instructions.held_to("avx2")} == {
+                    name: os.environ.get(name) for name in instructions.held_to("avx2")
+                }
+        assert len(children) == 2
+    with pytest.raises(SystemExit):
+        cpu.main(["--isa", "avx512"])
+    assert "argument --isa: this CPU has no avx512" in capsys.readouterr().err
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_instruction_sets_of_this_cpu():
+    assert cpu.has("generic") and not cpu.has("sse9")
 
 
 @pytest.mark.slow
