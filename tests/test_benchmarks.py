@@ -1095,7 +1095,7 @@ def test_ctrl_c_shows_the_finished_models(tmp_path):
     results, chart = tmp_path / "results.json", tmp_path / "chart.png"
     options = [*TINY, "--batches", 50, "--models", *PAIR, "--backends", "eager", "fused"]
     status, output, errors = interrupt_script(
-        "throughput.py", *options, "--json", results, "--plot", chart, when=results
+        "throughput.py", *options, "--json", results, "--plot", chart, when=results.with_suffix(".md")
     )
     assert status == 130 and "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
     result = json.loads(results.read_text())
@@ -1112,7 +1112,9 @@ def test_ctrl_c_shows_the_finished_cases(tmp_path):
     """Those of any benchmark that sweep.py runs. A round takes at least as long as the loop of fused multiply-adds."""
     results = tmp_path / "results.json"
     options = [*TINY_MAP, "--rounds", 20, "--kernels", 3, 4, "--operators", "ours", "--layouts", "nchw"]
-    status, output, errors = interrupt_script("depthwise.py", *options, "--json", results, when=results)
+    status, output, errors = interrupt_script(
+        "depthwise.py", *options, "--json", results, when=results.with_suffix(".md")
+    )
     assert status == 130 and "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
     result = json.loads(results.read_text())
     assert result["environment"]["incomplete"] == "1 of 2 measured"
