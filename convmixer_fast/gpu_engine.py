@@ -4,7 +4,8 @@ A layer is one library GEMM and one depthwise kernel, which takes the GEMM's raw
 BatchNorm on its way in; nothing else passes over the activations. They are (channels, images, plane): then a 1x1
 convolution over all images is a single matrix product, and a plane of any size starts on 16 bytes.
 
-Nothing here asks for a GPU: on CPU tensors the same schedule runs on the CPU's operators.
+Nothing here asks for a GPU: on CPU tensors the same schedule runs on the CPU's operators, where cpu_library_engine.py
+uses it, in channels_last.
 """
 
 import threading
@@ -120,24 +121,30 @@ class Geometry:
     Attributes:
         images: at most as many as go through all layers together.
         height, width: of a map.
-        pitch: elements from one plane to the next.
+        channels_last: whether the channels of a pixel lie side by side, in place of the pixels of a plane.
+        pitch: columns from one map to the next.
     """
 
     images: int
     height: int
     width: int
+    channels_last: bool = False
 
     @property
     def pitch(self) -> int:
-        return -(-self.height * self.width // _PLANE_ALIGNMENT) * _PLANE_ALIGNMENT
+        pixels = self.height * self.width
+        return pixels if self.channels_last else -(-pixels // _PLANE_ALIGNMENT) * _PLANE_ALIGNMENT
 
     def matrix(self, buffer: Tensor, rows: int, images: int) -> Tensor:
-        """The start of a buffer as (rows, images * pitch)."""
-        return buffer[: rows * images * self.pitch].view(rows, images * self.pitch)
+        """The start of a buffer as (rows, images * pitch), transposed in memory if channels_last."""
+        columns = images * self.pitch
+        used = buffer[: rows * columns]
+        return used.view(columns, rows).t() if self.channels_last else used.view(rows, columns)
 
     def maps(self, matrix: Tensor, images: int) -> Tensor:
         """Such a matrix as maps (images, rows, height, width)."""
-        strides = (self.pitch, images * self.pitch, self.width, 1)
+        row, column = matrix.stride()
+        strides = (self.pitch * column, row, self.width * column, column)
         return matrix.as_strided((images, matrix.shape[0], self.height, self.width), strides, matrix.storage_offset())
 
 
@@ -155,7 +162,7 @@ class Arena:
     @staticmethod
     def _sizes(weights: Weights, geometry: Geometry) -> tuple[int, int]:
         dim, patch_elements = weights.patch.shape
-        columns = geometry.images * geometry.pitch
+        columns = geometry.images * max(geometry.pitch, _PLANE_ALIGNMENT)  # the features lie here, too
         return dim * columns, max(dim, patch_elements) * columns  # the patches lie where depthwise outputs will
 
     def buffers(self) -> tuple[Tensor, Tensor]:
@@ -389,8 +396,12 @@ class GpuEngine:
     Buffers are kept from call to call, for each stream, and are lent to one call at a time: calls of several threads
     never share one. What a call returns is its own. A stream that the caller captures into a CUDA graph of his own
     gets buffers that belong to that graph.
+
+    Attributes:
+        channels_last: of the activations, see Geometry.
     """
 
+    channels_last = False
     _lock: threading.Lock
 
     def __init__(self, module: "OptimizedConvMixer"):
@@ -444,7 +455,7 @@ class GpuEngine:
     def geometry(self, x: Tensor) -> Geometry:
         """Of the largest chunk of x."""
         chunks = chunks_of(len(x), self.chunk) if isinstance(self.chunk, int) else 1  # "auto"
-        return Geometry(-(-len(x) // chunks), *map_size(x, self.weights))
+        return Geometry(-(-len(x) // chunks), *map_size(x, self.weights), self.channels_last)
 
     def arena_bytes(self) -> int:
         """Of the buffers that no call uses at present."""
