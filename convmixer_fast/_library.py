@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import cpu_gemm
 from ._version import __version__
 from .files import open_regular, printable
 
@@ -180,6 +181,8 @@ def build_info() -> dict[str, str | list[str] | None]:
             of the CUDA library after a comma.
         cpu_isa: instruction set of the CPU kernels in use: "generic", "avx2", "avx512" or "avx512_bf16"; or what is
             wrong with CMF_CPU_ISA.
+        cpu_gemm: who multiplies the matrices of an optimized network on the CPU: "own", "library", that is PyTorch's,
+            or "own; library for bfloat16"; or what is wrong with CMF_CPU_GEMM.
         cuda_targets: the architectures that the CUDA kernels were compiled for, such as ["sm_80", "sm_90a"];
             empty if there are none.
         cuda_runtime: the version of the CUDA runtime in the CUDA library, such as "13.0", or None.
@@ -195,6 +198,7 @@ def build_info() -> dict[str, str | list[str] | None]:
         "libraries": list(libraries),
         "sources": ", ".join(sources),
         "cpu_isa": _text(_cpu_library, "convmixer_fast_cpu_isa"),
+        "cpu_gemm": cpu_gemm.summary(),
         "cuda_targets": _text(_cuda_library, "convmixer_fast_cuda_build").split() if _cuda_library else [],
         "cuda_runtime": _dotted(_cuda_library.convmixer_fast_cuda_runtime()) if _cuda_library else None,
         "cuda_driver": _dotted(driver) if driver else None,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .cpu_engine import CpuEngine
+from .cpu_library_engine import CpuLibraryEngine
 from .gpu_engine import GpuEngine
 from .locks import give_lock
 from .model import check_images
@@ -37,6 +38,7 @@ class OptimizedConvMixer(nn.Module):
     is saved and loaded by TorchScript where convmixer_fast is imported; it refuses what an operator refuses, with that
     one's words, and torch.autocast.
 
+    On a CPU whatever multiplies its matrices is chosen by dtype and processor, or by CMF_CPU_GEMM (docs/inference.md).
     On a GPU it keeps two buffers of activations (dim, images of a chunk, map) for each stream in use, for at most four
     calls at a time, and with CUDA graphs, besides two for all graphs, the images and logits of each. Any threads and
     streams may call it, and the caller may capture it into a CUDA graph; what a call returns no later call touches.
@@ -106,13 +108,11 @@ class OptimizedConvMixer(nn.Module):
         Raises:
             TypeError: x is of another dtype.
             ValueError: x is on another device or not of that shape, or smaller than a patch.
-            RuntimeError: x requires a gradient, in grad mode.
+            RuntimeError: x requires a gradient, in grad mode; or CMF_CPU_GEMM, where it is read, has an unknown value.
         """
         with self._inference(x):
-            for kind in (CpuEngine, GpuEngine):
-                if kind.runs(x) and kind.takes(self):
-                    return self.engine(kind)(x)
-            return self.by_operators(x)
+            kind = self.engine_kind(x)
+            return self.engine(kind)(x) if kind else self.by_operators(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map (N, dim, H // ph, W // pw) before pooling, of the weights' dtype; x and errors as in forward."""
@@ -140,6 +140,17 @@ class OptimizedConvMixer(nn.Module):
         ops.check_inference(x=x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             yield
+
+    def engine_kind(self, x: Tensor) -> type[CpuEngine] | type[GpuEngine] | None:
+        """What runs images x (N, in_channels, H, W); None: the operators one by one.
+
+        Raises:
+            RuntimeError: CMF_CPU_GEMM, which cpu_gemm.products() reads, has an unknown value.
+        """
+        for kind in (CpuLibraryEngine, CpuEngine, GpuEngine):
+            if kind.runs(x) and kind.takes(self):
+                return kind
+        return None
 
     def engine(self, kind: type[CpuEngine] | type[GpuEngine]) -> CpuEngine | GpuEngine:
         """What runs the weights as they are now: made at the first call, and anew once they change."""

@@ -70,8 +70,9 @@ def optimize(
             is the map, or features. Pooling may be nn.AdaptiveMaxPool2d(1) too, or any of timm's. No module may have
             forward hooks, or a method of its own in place of one that its class calls.
         dtype: torch.float64, float32, float16 or bfloat16, to convert the weights to; None: theirs.
-        chunk: on a GPU, how many images at most go through all layers before the next ones start, which bounds the
-            memory of the activations; more go in chunks of equal size, or one less. "auto": all together.
+        chunk: on a GPU, and on a CPU where a library multiplies, how many images at most go through all layers before
+            the next ones start, which bounds the memory of the activations; more go in chunks of equal size, or one
+            less. "auto": all together.
         cuda_graphs: on a GPU, record the kernels of a forward pass once for each shape of images (the 8 used last are
             kept) and replay them: no launch gaps, which matter for few images and small maps.
 

@@ -52,6 +52,19 @@ def two_threads(monkeypatch):
 
 
 @pytest.fixture
+def product(request, monkeypatch):
+    """Who multiplies the matrices of optimized networks on the CPU, in place of what this machine would choose: our own
+    kernels, or what indirect parameters say."""
+    from convmixer_fast import cpu_gemm
+
+    chosen = getattr(request, "param", cpu_gemm.OWN)
+    monkeypatch.setenv("CMF_CPU_GEMM", chosen)
+    cpu_gemm.products.cache_clear()
+    yield chosen
+    cpu_gemm.products.cache_clear()
+
+
+@pytest.fixture
 def lacking(monkeypatch):
     """benchmarks/throughput.py has no memory for channels_last, no compiler for compile, and no timm."""
     import throughput

@@ -22,8 +22,9 @@ from convmixer_fast.cpu_engine import CpuEngine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
-    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.usefixtures("two_threads", "product"),
 ]
+BY_EITHER = pytest.mark.parametrize("product", ["own", "library"], indirect=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LOGITS = 400  # at least, that an error is judged by: which of two ways to add is luckier with a few says little
 
@@ -54,6 +55,7 @@ HOSTILE = [
 ]
 
 
+@BY_EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float16), torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "sizes, shape", HOSTILE, ids=[f"{sizes['dim']}-{sizes['kernel_size']}" for sizes, _ in HOSTILE]
@@ -70,7 +72,7 @@ def test_hostile_sizes(sizes, shape, dtype):
     assert_error_at_most_peer(*map(torch.cat, zip(*map(logits, range(networks)))), f"{sizes}, {dtype}")
 
 
-BOTH_PRODUCTS = pytest.mark.parametrize("dim", [40, 400])  # the plain one and Strassen's
+BOTH_PRODUCTS = pytest.mark.parametrize("dim", [40, 400])  # of ours: the plain one and Strassen's
 
 
 @BOTH_PRODUCTS
@@ -108,6 +110,7 @@ def test_weights_are_taken_by_name():
     assert torch.equal(other(x), optimized(x))
 
 
+@BY_EITHER
 def test_results_are_not_overwritten_by_later_calls():
     optimized = optimize(build())
     x = images((2, 3, 12, 12))
@@ -117,6 +120,7 @@ def test_results_are_not_overwritten_by_later_calls():
     assert torch.equal(first, kept)
 
 
+@BY_EITHER
 @BOTH_PRODUCTS
 def test_images_of_any_size_in_turn(dim):
     """The memory that calls share keeps nothing that a later one could see: not even NaN."""
@@ -155,6 +159,7 @@ def change_buffers(optimized, other):
     ids=["in place", "data", "buffers", "load_state_dict", "load_state_dict assign"],
 )
 @pytest.mark.parametrize("inference", [False, True])
+@BY_EITHER
 def test_weights_that_change(change, inference):
     with torch.inference_mode(inference):
         x = images((2, 3, 12, 12))
@@ -165,6 +170,7 @@ def test_weights_that_change(change, inference):
         assert torch.equal(optimized(x), expected)
 
 
+@BY_EITHER
 def test_copies_and_pickles_leave_out_what_is_packed():
     optimized = optimize(build(dim=64))
     x = images((1, 3, 8, 8))
@@ -181,6 +187,7 @@ def test_copies_and_pickles_leave_out_what_is_packed():
     ids=[".data", "NumPy"],
 )
 @pytest.mark.parametrize("name", ["patch", "depthwise", "pointwise", "vectors", "head_weight"])
+@BY_EITHER
 def test_refresh_after_changes_that_count_no_version(name, change):
     optimized, x = optimize(build()), images((2, 3, 12, 12))
     before = optimized(x)

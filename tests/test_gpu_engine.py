@@ -16,6 +16,7 @@ from numerics import assert_error_at_most_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convmixer_fast import ConvMixer, _library, gpu_engine, optimize
+from convmixer_fast.cpu_library_engine import CpuLibraryEngine
 from convmixer_fast.gpu_engine import GpuEngine, GraphCache, Weights
 
 CLASSES = 100
@@ -31,9 +32,12 @@ def images(*shape, dtype=torch.float32, device="cpu", seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def make_engine(model, dtype=torch.float32, chunk="auto", cuda_graphs=False) -> GpuEngine:
-    """What the optimized model runs on a GPU, here on whatever device the model is."""
-    return optimize(model, dtype, chunk=chunk, cuda_graphs=cuda_graphs).engine(GpuEngine)
+def make_engine(model, dtype=torch.float32, chunk="auto", cuda_graphs=False, kind=GpuEngine) -> GpuEngine:
+    """What the optimized model runs on a GPU, here on whatever device the model is; or another kind of engine."""
+    return optimize(model, dtype, chunk=chunk, cuda_graphs=cuda_graphs).engine(kind)
+
+
+EITHER_LAYOUT = pytest.mark.parametrize("kind", [GpuEngine, CpuLibraryEngine])
 
 
 # ------------------------------------------------------------------------------------------------ the schedule
@@ -79,11 +83,13 @@ def depthwise_kernel(emulated, run, x):
             return emulated.launches[-1].kernel
 
 
+@EITHER_LAYOUT
 @pytest.mark.parametrize("chunk", ["auto", 1, 2, 3, 100])
 @pytest.mark.parametrize("shape", [(5, 3, 23, 38), (1, 3, 2, 2), (7, 3, 12, 20), (0, 3, 8, 8)], ids=str)
-def test_any_chunk(shape, chunk):
+def test_any_chunk(shape, chunk, kind):
     model, x = build().double(), images(*shape, dtype=torch.float64)
-    torch.testing.assert_close(make_engine(model, torch.float64, chunk)(x), model(x).detach(), rtol=1e-12, atol=1e-12)
+    logits = make_engine(model, torch.float64, chunk, kind=kind)(x)
+    torch.testing.assert_close(logits, model(x).detach(), rtol=1e-12, atol=1e-12)
 
 
 ENDINGS = pytest.mark.parametrize(
@@ -206,9 +212,10 @@ class OnlyInto(TorchDispatchMode):
         return result
 
 
+@EITHER_LAYOUT
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_schedule_allocates_nothing_and_waits_for_nothing(chunk):
-    run, x = make_engine(build(), chunk=chunk), images(5, 3, 9, 14)
+def test_schedule_allocates_nothing_and_waits_for_nothing(chunk, kind):
+    run, x = make_engine(build(), chunk=chunk, kind=kind), images(5, 3, 9, 14)
     geometry, logits = run.geometry(x), torch.empty(5, CLASSES)
     arena, weights = gpu_engine.Arena(run.weights, geometry), run.weights
     layers = [tensor for depthwise, _, pointwise, _ in weights.layers for tensor in (depthwise, pointwise)]
@@ -267,8 +274,9 @@ def test_result_is_not_touched_by_later_calls():
     assert torch.equal(run(x), before)
 
 
-def test_threads_do_not_share_buffers():
-    run = make_engine(build(dim=32, depth=4))
+@EITHER_LAYOUT
+def test_threads_do_not_share_buffers(kind):
+    run = make_engine(build(dim=32, depth=4), kind=kind)
     inputs = [images(4, 3, 24 + 2 * (i % 3), 24, seed=i) for i in range(6)]
     alone = [run(x) for x in inputs]
     results = [[] for _ in inputs]
@@ -288,8 +296,9 @@ def test_threads_do_not_share_buffers():
     assert len(run._idle) <= gpu_engine._MAX_IDLE_ARENAS
 
 
-def test_inference_mode_and_back():
-    run, x = make_engine(build()), images(2, 3, 8, 8)
+@EITHER_LAYOUT
+def test_inference_mode_and_back(kind):
+    run, x = make_engine(build(), kind=kind), images(2, 3, 8, 8)
     with torch.inference_mode():
         logits = run(x)
     with torch.no_grad():
