@@ -6,13 +6,14 @@ best of the library calls for that size, the memory's by a copy of the activatio
 square one; it stands for the peak, too, since the depthwise convolution runs on tensor cores. What a GPU's run takes
 beyond its kernels, the gaps between them, is the rest.
 
-A matrix product counts 2 m n k operations. On a CPU large ones take fewer multiplications (csrc/cpu/gemm/strassen.h),
-so they, and the whole, can be faster than their floor.
+A matrix product counts 2 m n k operations. On a CPU our own large ones take fewer multiplications
+(csrc/cpu/gemm/strassen.h), so they, and the whole, can be faster than their floor.
 """
 
 import statistics
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import report
@@ -25,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from convmixer_fast import gpu_engine
 from convmixer_fast.cpu_engine import CpuEngine
+from convmixer_fast.cpu_library_engine import CpuLibraryEngine
 
 PARTS = ("patchify", "GEMM", "depthwise", "pool + head")
 PROFILED = 5  # passes on a GPU: the profiler takes much longer than they do
@@ -71,7 +73,36 @@ def work(module: torch.nn.Module, x: Tensor) -> dict[str, tuple[float, float]]:
 
 
 def cpu_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
-    """The median time of every part, as the operator itself measures it, and of the whole call ("total")."""
+    """The median time of every part, and of the whole call ("total"), by whichever engine runs x."""
+    return (library_seconds if module.engine_kind(x) is CpuLibraryEngine else own_seconds)(module, x, rounds)
+
+
+def library_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
+    """As the host sees the steps. The time of preparing them is part of the total alone, and so of its rest."""
+    steps, samples = schedule(module.engine(CpuLibraryEngine), x), []
+
+    def run():
+        spent = Counter()
+        for part, step in steps():
+            start = time.perf_counter()
+            step()
+            spent[part] += time.perf_counter() - start
+        samples.append(spent)
+
+    total = timing.measure({"total": run}, rounds, timing.HostClock, settle=timing.settle_for(x.device))["total"]
+    medians = {name: statistics.median(sample[name] for sample in samples[-rounds:]) for name in PARTS}
+    return medians | {"total": statistics.median(total)}
+
+
+def schedule(run: gpu_engine.GpuEngine, x: Tensor) -> Callable[[], Iterator[gpu_engine.Step]]:
+    """Gives, at each call, the steps of a pass over x, in memory of its own."""
+    geometry, logits = run.geometry(x), run.weights.empty_result(x)
+    arena = gpu_engine.Arena(run.weights, geometry)
+    return lambda: gpu_engine.steps(run.weights, x, logits, geometry, arena)
+
+
+def own_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
+    """As the operator itself measures them."""
     depth = len(module.depthwise)
     steps, samples = torch.zeros(2 * depth + 4, dtype=torch.float64), []
     run_steps = module.engine(CpuEngine)
@@ -126,14 +157,11 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
 
 def cuda_seconds(module: torch.nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
     """The median time of every part's kernels, by the profiler, in the order of the pass; and of the whole call."""
-    run = module.engine(gpu_engine.GpuEngine)
-    geometry = run.geometry(x)
-    arena, logits = gpu_engine.Arena(run.weights, geometry), x.new_empty(len(x), len(module.head_bias))
-    samples = []
+    steps, samples = schedule(module.engine(gpu_engine.GpuEngine), x), []
     profiled_rounds = min(rounds, PROFILED)
     for _ in range(timing.WARM_UP + profiled_rounds):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
-            for part, step in gpu_engine.steps(run.weights, x, logits, geometry, arena):
+            for part, step in steps():
                 with record_function(part):
                     step()
             torch.cuda.synchronize(x.device)

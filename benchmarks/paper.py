@@ -159,7 +159,8 @@ class State:
         environment = report.environment(device)
         self._machine = {name: environment[name] for name in environment if name not in ("command", "date", "commit")}
         self._machine |= {name: _version(name) for name in ("timm", "openvino", "onnxruntime")}
-        self._machine["cpu_isa"] = convmixer_fast.build_info()["cpu_isa"]
+        info = convmixer_fast.build_info()
+        self._machine |= {name: info[name] for name in ("cpu_isa", "cpu_gemm")}
         self._machine["benchmark"] = _digest("throughput", "timing", "accuracy", "peers")
         self._done = report.read_results(path) or {}
 

@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import convmixer_fast
-from convmixer_fast import gpu_engine, ranks
+from convmixer_fast import cpu_gemm, gpu_engine, ranks
 from convmixer_fast.model import ALIASES
 
 CHECKED = 4  # images whose logits are compared
@@ -597,6 +597,8 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True  # PyTorch at its best
     first = ranks.rank() == 0
     facts = report.environment(torch.device(args.device)) | {"settings": describe(args)}
+    if args.device == "cpu":
+        facts["matrix products of fused"] = cpu_gemm.summary()
     if first:
         print(report.facts_list(facts), end="\n\n", flush=True)
     rows = []

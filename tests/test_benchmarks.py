@@ -141,9 +141,14 @@ def test_throughput_ratios():
     assert "k9_over_k3" not in figures["k9", "compile"] and "over_best_other" not in figures["k9", "compile"]
 
 
-def test_breakdown_names_every_part(tmp_path, capsys):
+@pytest.mark.parametrize("product", ["own", "library"], indirect=True)
+def test_breakdown_names_every_part(tmp_path, capsys, monkeypatch, product):
+    ran = []
+    for name in ("own_seconds", "library_seconds"):
+        measure = getattr(breakdown, name)
+        monkeypatch.setattr(breakdown, name, lambda *of, name=name, measure=measure: ran.append(name) or measure(*of))
     status, rows = run_throughput(tmp_path, "--models", PAIR[0], "--backends", "fused", "--breakdown")
-    assert status == 0
+    assert status == 0 and ran == [f"{product}_seconds"]
     found = rows[PAIR[0], "fused"]["breakdown"]
     assert [part["name"] for part in found["parts"]] == [*breakdown.PARTS, "rest"]
     assert sum(part["seconds"] for part in found["parts"]) == pytest.approx(found["total_seconds"])
@@ -153,7 +158,9 @@ def test_breakdown_names_every_part(tmp_path, capsys):
     products = sum(part["flops"] for part in found["parts"] if part["name"] != "pool + head")
     head = 2 * model.dim * model.n_classes
     assert products == 2 * (throughput.flops_per_image(model, 8) - head)
-    assert f"\n\n{PAIR[0]}, fused\n\n| part " in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"\n* matrix products of fused: {product}\n" in output
+    assert f"\n\n{PAIR[0]}, fused\n\n| part " in output
     with pytest.raises(ValueError, match="there is no breakdown for meta, only for cpu, cuda"):
         breakdown.measure(convmixer_fast.optimize(model.eval()), torch.empty(1, device="meta"), 1)
 

@@ -208,7 +208,7 @@ def test_ctrl_c_shows_and_writes_what_is_there(tiny, tmp_path, monkeypatch, caps
     assert rows["resnet50"]["remark"] == unfinished and unfinished in (tmp_path / "paper.html").read_text()
 
 
-@pytest.mark.parametrize("what", ["torch", "sources", "threads", "timm", "benchmark", "cpu_isa"])
+@pytest.mark.parametrize("what", ["torch", "sources", "threads", "timm", "benchmark", "cpu_isa", "cpu_gemm"])
 def test_a_figure_is_not_taken_for_that_of_another_machine(tmp_path, what):
     job = paper.Job("tables", "resnet50", TINY, ["eager"])
     state = paper.State(tmp_path / "state.json", torch.device("cpu"))
@@ -216,6 +216,7 @@ def test_a_figure_is_not_taken_for_that_of_another_machine(tmp_path, what):
     again = paper.State(tmp_path / "state.json", torch.device("cpu"))
     assert again.get(job) == [dict(status="timed")]
     assert again.get(paper.Job("tables", "resnet50", TINY | dict(batch=2), ["eager"])) is None
+    assert again._machine.pop(what) != "another"
     again._machine[what] = "another"
     assert again.get(job) is None
 
