@@ -13,7 +13,7 @@ template <class Element>
 struct Blocking {
   static constexpr int64_t kLanes = cpu::kLanes<float>;
   static constexpr int64_t kMaxPanels = 24;           // per M block
-  static constexpr int64_t kMaxTiles = 12;            // per N block
+  static constexpr int64_t kMaxTiles = 384 / kNr;     // per N block
   static constexpr double kAcceptedImbalance = 1.03;  // the longest thread's share over the mean one
 
   const BilinearScheme& scheme;
