@@ -132,19 +132,21 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
     height, width = x.shape[2] // patch[0], x.shape[3] // patch[1]
     maps = torch.randn(x.shape[0], dim, height, width).to(x.dtype).to(memory_format=torch.channels_last)
     rows, weight = maps.permute(0, 2, 3, 1).reshape(-1, dim), module.pointwise[0]
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, list(maps.shape)
-    )
-    convolution = torch.ops.mkldnn._convolution_pointwise
     peak = FmaPeak()
     functions: dict[str, Callable[[], object]] = {
         "fma": peak,
         "copy": lambda: maps.clone(memory_format=torch.preserve_format),
         "convolution": lambda: F.conv2d(maps, weight[:, :, None, None]),
-        "packed convolution": lambda: convolution(maps, packed, None, [0, 0], [1, 1], [1, 1], 1, "none", [], ""),
         "linear": lambda: F.linear(rows, weight),
         "matrix product": lambda: rows @ weight.T,
     }
+    if x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, list(maps.shape)
+        )
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        options = [0, 0], [1, 1], [1, 1], 1, "none", [], ""
+        functions["packed convolution"] = lambda: convolution(maps, packed, None, *options)
     measured = timing.measure(functions, rounds, timing.HostClock, settle=timing.settle_for(x.device))
     seconds = {name: statistics.median(samples) for name, samples in measured.items()}
     product = min(seconds[name] for name in seconds if name not in ("fma", "copy"))

@@ -47,6 +47,11 @@ def held_to(isa: str) -> dict[str, str]:
     return _PEERS[isa] | {"CMF_CPU_ISA": isa}
 
 
+def not_held() -> tuple[str, ...]:
+    """The backends that are not held to what CMF_CPU_ISA holds ours to; none where it is not set."""
+    return NOT_HELD if os.environ.get("CMF_CPU_ISA") else ()
+
+
 def facts() -> dict[str, str]:
     """The instruction set of our kernels in this process, and the settings above that its environment has."""
     settings = [f"{name}={os.environ[name]}" for name in held_to(NAMES[0]) if name in os.environ]

@@ -46,8 +46,9 @@ HOSTILE = [
     (dict(dim=31, kernel_size=8, patch_size=2, n_classes=65), (43, 3, 11, 6)),
     (dict(dim=33, kernel_size=15, patch_size=1, n_classes=32), (29, 3, 3, 5)),
     (dict(dim=48, kernel_size=3, patch_size=4, n_classes=5, in_channels=5), (29, 5, 7, 70)),
+    # From here on by Strassen's algorithm with 16 registers, one row later with 32.
     (dict(dim=272, depth=1, kernel_size=5, patch_size=2, n_classes=9), (2, 3, 36, 36)),
-    (dict(dim=384, kernel_size=3, patch_size=2, n_classes=70), (3, 3, 14, 18)),  # from here on by Strassen's algorithm
+    (dict(dim=384, kernel_size=3, patch_size=2, n_classes=70), (3, 3, 14, 18)),
     (dict(dim=529, depth=1, kernel_size=5, patch_size=1, n_classes=33), (13, 3, 1, 3)),
     (dict(dim=560, depth=1, kernel_size=7, patch_size=3, n_classes=400), (1, 3, 40, 60)),
     (dict(dim=24, kernel_size=7, patch_size=1, n_classes=9, activation="relu"), (2, 3, 17, 15)),
