@@ -22,6 +22,7 @@ struct WeightLayout {
   // pixels would share that error and no mean over them would lessen it: it was most of the logits' error.
   static constexpr int kAffine = 4;
 
+  // From here on Strassen's products are at least 5 % faster: at 256 channels by 6 % with AVX2, 0 to 2 % with AVX-512.
   static constexpr int64_t kStrassenDim = CMF_VECTOR_REGISTERS == 32 ? 384 : 256;
 
   const MixerSizes& sizes;
