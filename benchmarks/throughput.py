@@ -305,9 +305,7 @@ def run_model(
         with accuracy.no_tf32():
             expected = copy.deepcopy(model).double()(checked.double())
             eager_error = accuracy.relative_error(model(checked), expected)
-        error_of_peers = eager_error
-        if device.type == "cuda":  # TF32 may be on again
-            error_of_peers = max(eager_error, accuracy.relative_error(model(checked), expected))
+        error_of_peers = max(eager_error, accuracy.relative_error(model(checked), expected))
         facts = dict(image_size=size, flops_per_image=flops_per_image(model, size), eager_error=eager_error)
         if isinstance(model, convmixer_fast.ConvMixer):
             facts["sizes"] = [model.dim, model.depth, model.patch_size, model.kernel_size]

@@ -1,6 +1,7 @@
 """The operators below optimize() on the CPU take whatever anyone calls them with: the right logits or an error, and no
 signal. Also what is said, and kept, where memory is short."""
 
+import ctypes
 import os
 import random
 import resource
@@ -336,8 +337,18 @@ def test_many_random_arguments():
 FROM_THE_SYSTEM = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
 
 
+def take_free_blocks():
+    """Allocates until the heap has to grow: no hole in it is left for a block that is to come from the system."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    end = libc.sbrk(0)
+    while libc.sbrk(0) == end:
+        libc.malloc(60 << 10)
+
+
 def fails_and_recovers(call, spare, what="scratch"):
     """call() with `spare` bytes of memory for it raises OutOfMemoryError, again and again; and with enough is right."""
+    take_free_blocks()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     for _ in range(3):
