@@ -140,7 +140,9 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
         "linear": lambda: F.linear(rows, weight),
         "matrix product": lambda: rows @ weight.T,
     }
-    if x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    mkldnn = torch.ops.mkldnn
+    narrow = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
+    if x.dtype not in narrow or narrow[x.dtype]():
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, list(maps.shape)
         )

@@ -91,7 +91,7 @@ def summary(out: Path, threads: int, isa: str | None = None) -> str:
 
     Args:
         out: the folder of the results.
-        threads: of the rows.
+        threads: with which the rows were measured.
         isa: the instruction set that the rows were held to; None: to none.
     """
     lines, ratios = [], []

@@ -15,7 +15,8 @@ def products() -> dict[torch.dtype, str]:
     """OWN or LIBRARY for every dtype of a CPU engine, chosen once per process.
 
     CMF_CPU_GEMM forces one of them on all dtypes. Without it the library multiplies bfloat16 where the processor has
-    AMX, by which oneDNN is several times as fast as the vector instructions of our kernels can be.
+    AMX, by which oneDNN is several times as fast as the vector instructions of our kernels can be; but not where
+    CMF_CPU_ISA asks for one of our instruction sets.
 
     Raises:
         RuntimeError: CMF_CPU_GEMM is something else.
@@ -24,7 +25,8 @@ def products() -> dict[torch.dtype, str]:
     if wanted and wanted not in (OWN, LIBRARY):
         raise RuntimeError(f"CMF_CPU_GEMM must be {either((OWN, LIBRARY))}, or empty, got {wanted!r}")
     # The private name is in every supported version of torch; torch.cpu.get_capabilities() is not known to be.
-    by_default = {torch.bfloat16: LIBRARY} if torch.cpu._is_amx_tile_supported() else {}
+    amx = torch.cpu._is_amx_tile_supported() and not os.environ.get("CMF_CPU_ISA")
+    by_default = {torch.bfloat16: LIBRARY} if amx else {}
     return {dtype: wanted or by_default.get(dtype, OWN) for dtype in NETWORK_DTYPES}
 
 

@@ -398,7 +398,7 @@ class GpuEngine:
     gets buffers that belong to that graph.
 
     Attributes:
-        channels_last: of the activations, see Geometry.
+        channels_last: whether the activations are, see Geometry.
     """
 
     channels_last = False

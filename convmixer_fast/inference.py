@@ -39,8 +39,9 @@ class OptimizedConvMixer(nn.Module):
     one's words, and torch.autocast.
 
     On a CPU whatever multiplies its matrices is chosen by dtype and processor, or by CMF_CPU_GEMM (docs/inference.md).
-    On a GPU it keeps two buffers of activations (dim, images of a chunk, map) for each stream in use, for at most four
-    calls at a time, and with CUDA graphs, besides two for all graphs, the images and logits of each. Any threads and
+    On a GPU, and on a CPU where a library multiplies, it keeps two buffers of activations (dim, images of a chunk, map)
+    for each stream in use, for at most four calls at a time, and with CUDA graphs, besides two for all graphs, the
+    images and logits of each. Any threads and
     streams may call it, and the caller may capture it into a CUDA graph; what a call returns no later call touches.
     """
 

@@ -35,6 +35,7 @@ def choose(monkeypatch):
         monkeypatch.delenv("CMF_CPU_GEMM", raising=False)
         if variable is not None:
             monkeypatch.setenv("CMF_CPU_GEMM", variable)
+        monkeypatch.delenv("CMF_CPU_ISA", raising=False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         cpu_gemm.products.cache_clear()
 
@@ -54,6 +55,12 @@ def test_choice(choose, variable, amx, dtype):
     assert optimized.engine_kind(x) is KINDS[expected]
     optimized(x)
     assert type(optimized._kept._engine) is KINDS[expected]
+
+
+def test_an_instruction_set_of_ours_by_name_is_used_for_products_too(choose, monkeypatch):
+    choose(None, True)
+    monkeypatch.setenv("CMF_CPU_ISA", "avx2")
+    assert set(cpu_gemm.products().values()) == {"own"}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_bfloat16_with_all_that_the_processor_has(tmp_path):
     """In a process whose oneDNN is not kept from AMX, as the one of the tests is (conftest.py)."""
     model, x, file = build(dim=256, depth=4).bfloat16(), images(4, 3, 32, 32, dtype=torch.bfloat16), tmp_path / "file"
     torch.save((model, x), file)
-    done = run({"CMF_CPU_GEMM": ""}, "-c", BY_DEFAULT, file)
+    done = run({"CMF_CPU_GEMM": "", "CMF_CPU_ISA": ""}, "-c", BY_DEFAULT, file)
     assert done.returncode == 0, done.stderr
     logits, eager, kind = torch.load(file)
     assert kind == KINDS["library" if torch.cpu._is_amx_tile_supported() else "own"].__name__

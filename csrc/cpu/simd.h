@@ -41,15 +41,18 @@ CMF_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// Makes the compiler forget what it knows of v, so that it neither moves nor merges what comes before and after.
+// Makes the compiler forget what it knows of v: it cannot combine what made it with what is made of it, and holds it in
+// a vector register in between.
 template <class V>
 CMF_INLINE void opaque(V& v) {
 #if defined(__aarch64__)
   asm("" : "+w"(v));
 #elif CMF_HAS_AVX512
   asm("" : "+v"(v));
-#else
+#elif defined(__x86_64__)
   asm("" : "+x"(v));
+#else
+  (void)v;  // no constraint is known for its registers
 #endif
 }
 

@@ -100,7 +100,7 @@ class Depthwise {
   void run_band(int64_t h_begin, int64_t h_end, int64_t w_begin, int64_t w_end) {
     w_begin_ = w_begin;
     columns_ = w_end - w_begin;
-    strips_ = RowStrips(columns_, plan_.taps);
+    row_plan_ = RowPlan(columns_, p_.kernel_h, plan_.taps);
     origin_ = w_begin + plan_.first_tap - p_.pad_left;
     int64_t packed = max(0, h_begin - p_.pad_top);
     for (int64_t h = h_begin; h < h_end; h += plan_.step_rows) {
@@ -154,14 +154,12 @@ class Depthwise {
     strip.pitch = plan_.pitch;
     strip.weight = weight_ + (first - top) * p_.kernel_w + plan_.first_tap;
     strip.weight_pitch = p_.kernel_w;
-    strip.tap_rows = last - first;
-    strip.taps = plan_.taps;
-    strip.chain_rows = chain_rows(strip.tap_rows, strip.taps);
+    row_plan_.apply_to(strip, last - first);
     strip.vectors = ceil_div(channels_, kLanes);
     strip.vector_weights = p_.kernel_h * p_.kernel_w;
     strip.vector_bytes = kLanes * sizeof(S);
     strip.last_channel = channels_ - kLanes;
-    strips_.for_each([&](int64_t column, int64_t length) {
+    row_plan_.for_each_strip([&](int64_t column, int64_t length) {
       strip.first = pixel_ring_row(first) + column;
       strip.ring_begin = pixel_ring_ + column;
       strip.ring_end = strip.ring_begin + plan_.ring_rows * plan_.pitch;
@@ -228,13 +226,11 @@ class Depthwise {
     strip.pitch = plan_.pitch;
     strip.weight = weight_ + (v * p_.kernel_h + first - top) * p_.kernel_w + plan_.first_tap;
     strip.weight_pitch = p_.kernel_w;
-    strip.tap_rows = last - first;
-    strip.taps = plan_.taps;
-    strip.chain_rows = chain_rows(strip.tap_rows, strip.taps);
+    row_plan_.apply_to(strip, last - first);
     strip.start = start_[v];
     strip.read = read;
     strip.write = write;
-    convolve_row(strip, strips_, out);
+    convolve_row(strip, row_plan_, out);
   }
 
   // Applies the epilogue and the residual to rows [h, h + rows), and stores them.
@@ -277,7 +273,7 @@ class Depthwise {
   int64_t image_;
   int64_t w_begin_;   // the band's first column
   int64_t columns_;   // the band's width
-  RowStrips strips_;  // of the band's width
+  RowPlan row_plan_;  // for the band's width
   int64_t origin_;    // the map's column in column 0 of the ring buffer
 };
 

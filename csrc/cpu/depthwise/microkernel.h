@@ -71,6 +71,7 @@ struct Strip {
   int64_t weight_pitch;     // weights from tap row to tap row
   int64_t tap_rows;
   int64_t taps;                // per tap row
+  int64_t tap_block;           // taps whose weights are in registers at the same time, of rows too long to be held
   int64_t chain_rows;          // tap rows per chain
   Vec<Real> start;             // what the accumulators start from
   PrefetchLines read;          // lines that are read soon
@@ -205,7 +206,8 @@ constexpr bool is_long(int64_t taps) { return taps > kTapsPerChain / 2; }
 
 // The tap rows of a chain.
 inline int64_t chain_rows(int64_t tap_rows, int64_t taps) {
-  return is_long(taps) ? 1 : ceil_div(tap_rows, ceil_div(tap_rows * taps, kTapsPerChain));
+  const int64_t chains = ceil_div(tap_rows * taps, kTapsPerChain);
+  return is_long(taps) ? 1 : chains == 1 ? tap_rows : ceil_div(tap_rows, chains);
 }
 
 // The strip's outputs, channel vector by channel vector. kTaps is the length of a tap row that is held as a whole, and
@@ -213,7 +215,7 @@ inline int64_t chain_rows(int64_t tap_rows, int64_t taps) {
 template <class Real, class Input, class Weight, int kColumns, int kTaps>
 void convolve_strip(const Strip<Real, Input, Weight>& strip, Vec<Real>* out) {
   const int64_t taps = kTaps > 0 ? kTaps : strip.taps;
-  const int64_t block = equal_share(taps, kMaxTaps);  // taps whose weights are in registers at the same time
+  const int64_t block = strip.tap_block;
   const int64_t segment = is_long(taps) ? block * max(1, kTapsPerChain / 2 / block) : taps;
   TapRows<Real, Input, Weight> at{strip};
   for (int64_t v = 0; v < strip.vectors; ++v, out += kColumns) {
@@ -288,23 +290,40 @@ CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t 
   convolve_strip(strip, columns, out, std::make_integer_sequence<int, kStripVariants<Input>.count()>());
 }
 
-// A row cut into strips of nearly the same length, for tap rows of a certain length. It divides, which takes as long as
-// many multiply-adds: once per band, not per strip.
-struct RowStrips {
-  int64_t count;
-  int64_t length;
+// How rows of outputs are computed: cut into strips of nearly the same length, with tap rows in blocks and chains. All
+// of that divides, which takes as long as many multiply-adds: once per band, not per strip.
+struct RowPlan {
+  int64_t strips;
+  int64_t length;  // columns of a strip
   int64_t longer;  // strips, the first ones, that are longer by a column
+  int64_t taps;
+  int64_t tap_block;
+  int64_t kernel_rows;        // tap rows where none is outside the map
+  int64_t kernel_chain_rows;  // tap rows per chain there
 
-  RowStrips() = default;
-  RowStrips(int64_t columns, int64_t taps)
-      : count(ceil_div(columns, most_columns(is_held_as_a_whole(taps) ? int(taps) : kMaxTaps))),
-        length(columns / count),
-        longer(columns % count) {}
+  RowPlan() = default;
+  RowPlan(int64_t columns, int64_t kernel_rows, int64_t taps)
+      : strips(ceil_div(columns, most_columns(is_held_as_a_whole(taps) ? int(taps) : kMaxTaps))),
+        length(columns / strips),
+        longer(columns % strips),
+        taps(taps),
+        tap_block(equal_share(taps, kMaxTaps)),
+        kernel_rows(kernel_rows),
+        kernel_chain_rows(chain_rows(kernel_rows, taps)) {}
 
-  // Calls f(first column, columns) for each.
+  // Sets what a strip of so many tap rows takes from the plan.
+  template <class Strip>
+  CMF_INLINE void apply_to(Strip& strip, int64_t tap_rows) const {
+    strip.tap_rows = tap_rows;
+    strip.taps = taps;
+    strip.tap_block = tap_block;
+    strip.chain_rows = tap_rows == kernel_rows ? kernel_chain_rows : chain_rows(tap_rows, taps);
+  }
+
+  // Calls f(first column, columns) for each strip.
   template <class F>
-  CMF_INLINE void for_each(F f) const {
-    for (int64_t strip = 0, first = 0; strip < count; ++strip) {
+  CMF_INLINE void for_each_strip(F f) const {
+    for (int64_t strip = 0, first = 0; strip < strips; ++strip) {
       const int64_t columns = length + (strip < longer);
       f(first, columns);
       first += columns;
@@ -314,8 +333,8 @@ struct RowStrips {
 
 // The outputs of a row, strip by strip; moves `strip` along.
 template <class Real, class Input, class Weight>
-void convolve_row(Strip<Real, Input, Weight>& strip, const RowStrips& strips, Vec<Real>* out) {
-  strips.for_each([&](int64_t first, int64_t columns) {
+void convolve_row(Strip<Real, Input, Weight>& strip, const RowPlan& plan, Vec<Real>* out) {
+  plan.for_each_strip([&](int64_t first, int64_t columns) {
     convolve_strip(strip, columns, out + first);
     strip.first += columns;
     strip.ring_begin += columns;

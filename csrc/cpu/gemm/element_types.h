@@ -21,8 +21,8 @@ struct FloatElement : Native<float> {
   static constexpr int kRowsLoadedTwice = CMF_HAS_AVX512 ? 8 : 0;
 
   // Channels per K block. Each of Strassen's sub-products reads and writes up to two result tiles per K block, so its
-  // blocks are longer; their slices of B then come from the L2 cache. With 16 registers, where an A panel
-  // has 6 pixels and not 14, they are read more often, and are made to fit an L1 cache of 32 KB.
+  // blocks are longer; their slices of B then come from the L2 cache. With 16 registers an A panel has 6 pixels and
+  // not 14, so that slices are read more often: there they fit an L1 cache of 32 KB.
   static constexpr int64_t kc(const BilinearScheme& scheme) {
     if (scheme.products == 1) return 128;
     return CMF_VECTOR_REGISTERS == 32 ? 384 : 192;

@@ -9,7 +9,7 @@ namespace convmixer_fast::cpu {
 namespace {
 
 // Tasks [begin, end) of a blocking, each an M block times an N block. Loop order: sub-product, B tile, K block, A
-// panel: a KC x NR slice of packed B stays in the L1 cache (with Strassen's longer KC in L2) while the M block's A
+// panel: a KC x NR slice of packed B stays in the L1 cache (with Strassen and 32 registers in L2) while the M block's A
 // panels stream from the L2 cache. Sums at most `chain_vectors` channel vectors per chain, then adds the chains
 // (accuracy).
 //

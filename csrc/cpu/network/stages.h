@@ -42,8 +42,7 @@ class Network {
     const int64_t wanted_bands =
         max(ceil_div(p.threads, max(1, p.batch)),
             ceil_div(kWantedTasks, max(1, p.batch * layout_.weights.scheme.halves * layout_.weights.dim_vectors)));
-    strips_ = RowStrips(max(1, layout_.width), s_.kernel_w);
-    full_chain_rows_ = chain_rows(layout_.weights.tap_rows, s_.kernel_w);
+    row_plan_ = RowPlan(max(1, layout_.width), layout_.weights.tap_rows, s_.kernel_w);
     input_lines_ = lines_per_strip(layout_.pitch);
     output_lines_ = lines_per_strip(layout_.width);
     band_rows_ = max(min(layout_.quadrant_height, kMinBandRows), ceil_div(layout_.quadrant_height, wanted_bands));
@@ -95,7 +94,7 @@ class Network {
   // What each strip of a row prefetches of `vectors` channel vectors: its share.
   PrefetchLines lines_per_strip(int64_t vectors) const {
     const int64_t bytes = vectors * kLanes * int64_t(sizeof(Element));
-    return {nullptr, kCacheLine, ceil_div(bytes, kCacheLine * strips_.count), bytes / max(1, layout_.width)};
+    return {nullptr, kCacheLine, ceil_div(bytes, kCacheLine * row_plan_.strips), bytes / max(1, layout_.width)};
   }
 
   // The elementwise step after a convolution. BatchNorm's shift is stored as an unevaluated sum hi + lo (double-float).
@@ -166,7 +165,8 @@ class Network {
     const int64_t all_pixels = p_.batch * height * layout_.width;  // in a quadrant
     constexpr int64_t kOutside = -1;
     constexpr int64_t kAhead = 4;  // panels from one that is stored to the one whose lines are fetched meanwhile
-    // Where the M block's pixels go, in each half of the map; and those of kAhead panels more, to prefetch.
+    // Where the M block's pixels go, in each half of the map. kAhead panels more repeat the last pixel's place, so that
+    // the last panels have something to prefetch.
     int64_t offsets[2][(Blocking<Element>::kMaxPanels + kAhead) * kMaxMr];
     int64_t pixels = 0;  // in the M block, without those beyond the last one
     const auto find_offsets = [&](int64_t first, int64_t count) {
@@ -281,12 +281,12 @@ class Network {
   // a pass of its own over them: on a short strip most of it would be latency.
   template <class Destination>
   void depthwise_row(const ChannelVector& channels, int64_t h, Vec<float>* sums, Destination destination) const {
-    int64_t unused = layout_.width;
-    convolve(channels, h, destination(0, unused), sums);
+    int64_t count = layout_.width;
+    convolve(channels, h, destination(0, count), sums);
     channels.epilogue.elementwise.template apply<Element::kPrecision>(sums, layout_.width);
     const Vec<float> late_shift = channels.epilogue.late_shift;
     const Element* residual = channels.map + (h * layout_.pitch + layout_.pad_left) * kLanes;
-    for (int64_t w = 0, count; w < layout_.width; w += count) {
+    for (int64_t w = 0; w < layout_.width; w += count) {
       count = layout_.width - w;
       Element* to = destination(w, count);
       for (int64_t i = 0; i < count; ++i) {
@@ -328,15 +328,12 @@ class Network {
     strip.pitch = kPack * layout_.pitch;
     strip.weight = channels.weight + first * s_.kernel_w;
     strip.weight_pitch = s_.kernel_w;
-    strip.tap_rows = last - first;
-    strip.taps = s_.kernel_w;
-    strip.chain_rows =
-        strip.tap_rows == layout_.weights.tap_rows ? full_chain_rows_ : chain_rows(strip.tap_rows, strip.taps);
+    row_plan_.apply_to(strip, last - first);
     if (reads) strip.read = input_lines_;
     strip.read.first = reinterpret_cast<const char*>(channels.map + next * layout_.pitch * kLanes);
     strip.write = output_lines_;
     strip.write.first = reinterpret_cast<const char*>(to + 2 * layout_.width * kLanes);
-    convolve_row(strip, strips_, sums);
+    convolve_row(strip, row_plan_, sums);
   }
 
   // The mean over each map: maps -> panels.
@@ -365,16 +362,16 @@ class Network {
     const Blocking<Element> blocking = head_blocking();
     macrokernel(blocking, pooled_, weight, kKcSum, begin, end, scratch, keep_first,
                 [&](int64_t, int64_t tile, int64_t first_panel, int64_t panels, AccumulatorTile* results) {
-                  const int64_t begin = first_image + first_panel * blocking.mr;
+                  const int64_t first_row = first_image + first_panel * blocking.mr;
                   for (int64_t v = 0; v < kNrVectors; ++v) {
                     const int64_t first = tile * kNr + v * kLanes;
                     const int64_t columns = min(kLanes, s_.classes - first);
                     if (columns <= 0) continue;
                     Vec<float> biases;
                     memcpy(&biases, bias + first * layout_.weights.kFloat, sizeof biases);
-                    for (int64_t i = 0; i < min(panels * blocking.mr, p_.batch - begin); ++i) {
+                    for (int64_t i = 0; i < min(panels * blocking.mr, p_.batch - first_row); ++i) {
                       const Vec<float> logits = results[i / blocking.mr][v][i % blocking.mr] + biases;
-                      S* to = static_cast<S*>(p_.y) + (begin + i) * s_.classes + first;
+                      S* to = static_cast<S*>(p_.y) + (first_row + i) * s_.classes + first;
                       store_pixels(to, 1, 0, columns, 1, &logits);
                     }
                   }
@@ -388,10 +385,9 @@ class Network {
   Element* maps_;
   Element* panels_;
   Element* pooled_;             // panels: a pixel is an image
-  RowStrips strips_;            // of a map's row
-  int64_t full_chain_rows_;     // tap rows per chain where no tap row is outside the map
-  PrefetchLines input_lines_;   // of a row of a blocked map, per strip
-  PrefetchLines output_lines_;  // of a row of the packed A panels, per strip
+  RowPlan row_plan_;            // for a map's row
+  PrefetchLines input_lines_;   // what a strip prefetches of a row of a blocked map
+  PrefetchLines output_lines_;  // what a strip prefetches of a row of the packed A panels
   int64_t band_rows_;           // per task of the depthwise convolution
   int64_t bands_;               // per quadrant of an image
 };
