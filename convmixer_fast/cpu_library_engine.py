@@ -19,8 +19,8 @@ class CpuLibraryEngine(GpuEngine):
     library's products may.
     """
 
-    # The depthwise operator then finds channels side by side, as its vectors have them, and transposes nothing. A view
-    # of each matrix is what the product gets, which the library takes as it is.
+    # The depthwise operator then finds channels side by side, as its vectors have them, and transposes nothing. The
+    # product gets a view of each matrix, which the library takes as it is.
     channels_last = True
 
     @staticmethod

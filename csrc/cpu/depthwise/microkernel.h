@@ -290,8 +290,8 @@ CMF_INLINE void convolve_strip(const Strip<Real, Input, Weight>& strip, int64_t 
   convolve_strip(strip, columns, out, std::make_integer_sequence<int, kStripVariants<Input>.count()>());
 }
 
-// How rows of outputs are computed: cut into strips of nearly the same length, with tap rows in blocks and chains. All
-// of that divides, which takes as long as many multiply-adds: once per band, not per strip.
+// How rows of outputs are computed: cut into strips of nearly the same length, with tap rows in blocks and chains.
+// Planning divides, which takes as long as many multiply-adds: it is done once per band, not per strip.
 struct RowPlan {
   int64_t strips;
   int64_t length;  // columns of a strip
