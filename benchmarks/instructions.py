@@ -5,6 +5,7 @@ Each is read once a process, when the library is loaded or first used, so they g
 
 import os
 import sys
+from pathlib import Path
 
 # By the name that CMF_CPU_ISA knows. ATEN_CPU_CAPABILITY holds PyTorch's kernels and the vectors of torch.compile,
 # MKL_ENABLE_INSTRUCTIONS PyTorch's MKL, ONEDNN_MAX_CPU_ISA the oneDNN of PyTorch and that of OpenVINO, and
@@ -39,12 +40,23 @@ NAMES = tuple(_PEERS)
 NOT_HELD = ("onnxruntime",)  # its MLAS takes what the processor has, and knows no setting
 
 
-def held_to(isa: str) -> dict[str, str]:
-    """The environment that holds ours and its peers, all but NOT_HELD, to an instruction set.
+def settings(isa: str) -> dict[str, str]:
+    """What holds ours and its peers, all but NOT_HELD, to an instruction set, by environment variable.
 
     Raises KeyError for one that is not in NAMES.
     """
     return _PEERS[isa] | {"CMF_CPU_ISA": isa}
+
+
+def held_to(isa: str) -> dict[str, str]:
+    """The environment that holds them: the settings, and a cache for torch.compile alone.
+
+    Its usual one does not know them: what it has kept with weights packed for AVX2 corrupts memory elsewhere.
+
+    Raises KeyError for one that is not in NAMES.
+    """
+    cache = Path(__file__).resolve().parent.parent / "build" / "benchmarks" / f"inductor-{isa}"
+    return settings(isa) | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 
 def not_held() -> tuple[str, ...]:
@@ -54,8 +66,8 @@ def not_held() -> tuple[str, ...]:
 
 def facts() -> dict[str, str]:
     """The instruction set of our kernels in this process, and the settings above that its environment has."""
-    settings = [f"{name}={os.environ[name]}" for name in held_to(NAMES[0]) if name in os.environ]
+    held_by = [f"{name}={os.environ[name]}" for name in settings(NAMES[0]) if name in os.environ]
     # Not imported here: a rehearsal asks before it has built the package.
     package = sys.modules.get("convmixer_fast")
     found = {"instruction set": package.build_info()["cpu_isa"]} if package else {}
-    return found | ({"held by": " ".join(settings)} if settings else {})
+    return found | ({"held by": " ".join(held_by)} if held_by else {})
