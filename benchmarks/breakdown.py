@@ -143,12 +143,10 @@ def cpu_ceilings(module: torch.nn.Module, x: Tensor, rounds: int) -> Ceilings:
     mkldnn = torch.ops.mkldnn
     narrow = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
     if x.dtype not in narrow or narrow[x.dtype]():
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, list(maps.shape)
-        )
-        convolution = torch.ops.mkldnn._convolution_pointwise
-        options = [0, 0], [1, 1], [1, 1], 1, "none", [], ""
-        functions["packed convolution"] = lambda: convolution(maps, packed, None, *options)
+        geometry = [0, 0], [1, 1], [1, 1], 1
+        packed = mkldnn._reorder_convolution_weight(weight[:, :, None, None], *geometry, list(maps.shape))
+        convolution = mkldnn._convolution_pointwise
+        functions["packed convolution"] = lambda: convolution(maps, packed, None, *geometry, "none", [], "")
     measured = timing.measure(functions, rounds, timing.HostClock, settle=timing.settle_for(x.device))
     seconds = {name: statistics.median(samples) for name, samples in measured.items()}
     product = min(seconds[name] for name in seconds if name not in ("fma", "copy"))

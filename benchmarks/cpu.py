@@ -118,7 +118,9 @@ def summary(out: Path, threads: int, isa: str | None = None) -> str:
     free = instructions.NOT_HELD if isa else ()
     parts = [report.table([f"{name} *" if name in free else name for name in HEADER], lines)]
     if isa:
-        parts.append(f"Held to {isa}; *: has no setting for that, uses all that the processor has, and is no other.")
+        parts.append(
+            f"Held to {isa}; *: has no setting for that, uses all that the processor has, and is not compared."
+        )
     if ratios:
         parts.append(f"geometric mean of x best other: {statistics.geometric_mean(ratios):.2f}")
     return "\n\n".join(parts)

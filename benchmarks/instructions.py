@@ -51,7 +51,8 @@ def settings(isa: str) -> dict[str, str]:
 def held_to(isa: str) -> dict[str, str]:
     """The environment that holds them: the settings, and a cache for torch.compile alone.
 
-    Its usual one does not know them: what it has kept with weights packed for AVX2 corrupts memory elsewhere.
+    The usual cache does not tell instruction sets apart: a network that it has kept, with weights packed for AVX2,
+    corrupts memory under another one.
 
     Raises KeyError for one that is not in NAMES.
     """

@@ -25,15 +25,15 @@ constexpr int kMaxTaps = 3;
 constexpr int kMaxRowTaps = 5;
 #endif
 
-// The accumulators that there are registers for beside so many weights, an input and a spare.
-constexpr int most_columns(int weights) {
-  const int left = CMF_VECTOR_REGISTERS - 2 - weights;
-  return left < kMaxColumns ? left : kMaxColumns;
-}
-static_assert(most_columns(kMaxTaps) == kMaxColumns);
-
 // Whether a tap row of this length is held in registers as a whole, by an instantiation of its own.
 constexpr bool is_held_as_a_whole(int64_t taps) { return taps % 2 == 1 && taps > 1 && taps <= kMaxRowTaps; }
+
+// The columns of the longest strip for tap rows of this length: as many as there are registers for, beside the weights
+// that are held, an input and a spare.
+constexpr int64_t most_columns(int64_t taps) {
+  return min(kMaxColumns, CMF_VECTOR_REGISTERS - 2 - (is_held_as_a_whole(taps) ? taps : kMaxTaps));
+}
+static_assert(most_columns(kMaxTaps) == kMaxColumns);
 
 // About how many taps are summed before they are added to the rest, which is more accurate than one long sum; a chain
 // has whole tap rows.
@@ -260,9 +260,7 @@ struct StripVariants {
   constexpr Variant operator[](int index) const {
     const int kind = first_kind + index % kinds;
     const int taps = kind > 0 ? 2 * kind + 1 : 0;
-    const int most = most_columns(kind > 0 ? taps : kMaxTaps);
-    const int columns = index / kinds + 1;
-    return {columns < most ? columns : most, taps};
+    return {int(min(index / kinds + 1, most_columns(taps))), taps};
   }
   constexpr int64_t index_of(int64_t columns, int64_t taps) const {
     const int64_t kind = is_held_as_a_whole(taps) ? taps / 2 : 0;
@@ -303,7 +301,7 @@ struct RowPlan {
 
   RowPlan() = default;
   RowPlan(int64_t columns, int64_t kernel_rows, int64_t taps)
-      : strips(ceil_div(columns, most_columns(is_held_as_a_whole(taps) ? int(taps) : kMaxTaps))),
+      : strips(ceil_div(columns, most_columns(taps))),
         length(columns / strips),
         longer(columns % strips),
         taps(taps),

@@ -44,7 +44,7 @@ struct ForwardPlan {
     taps = min(p.kernel_w, p.pad_left + p.width) - first_tap;
     few_taps = min(p.kernel_h, p.height) * min(taps, p.width) <= kFewTaps;
     in_place = !p.has_prologue && p.x_stride.c == 1 && p.y_stride.c == 1 && p.channels >= kLanes && !few_taps &&
-               taps % 2 == 1 && taps > 1 && taps <= longest_in_place(p.dtype);
+               is_held_as_a_whole(taps) && taps <= longest_in_place(p.dtype);
     width_bands = ceil_div(p.width, kMaxBandWidth);
     band_width = ceil_div(p.width, width_bands);
     width_bands = ceil_div(p.width, band_width);

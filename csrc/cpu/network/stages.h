@@ -362,16 +362,16 @@ class Network {
     const Blocking<Element> blocking = head_blocking();
     macrokernel(blocking, pooled_, weight, kKcSum, begin, end, scratch, keep_first,
                 [&](int64_t, int64_t tile, int64_t first_panel, int64_t panels, AccumulatorTile* results) {
-                  const int64_t first_row = first_image + first_panel * blocking.mr;
+                  const int64_t image = first_image + first_panel * blocking.mr;
                   for (int64_t v = 0; v < kNrVectors; ++v) {
                     const int64_t first = tile * kNr + v * kLanes;
                     const int64_t columns = min(kLanes, s_.classes - first);
                     if (columns <= 0) continue;
                     Vec<float> biases;
                     memcpy(&biases, bias + first * layout_.weights.kFloat, sizeof biases);
-                    for (int64_t i = 0; i < min(panels * blocking.mr, p_.batch - first_row); ++i) {
+                    for (int64_t i = 0; i < min(panels * blocking.mr, p_.batch - image); ++i) {
                       const Vec<float> logits = results[i / blocking.mr][v][i % blocking.mr] + biases;
-                      S* to = static_cast<S*>(p_.y) + (first_row + i) * s_.classes + first;
+                      S* to = static_cast<S*>(p_.y) + (image + i) * s_.classes + first;
                       store_pixels(to, 1, 0, columns, 1, &logits);
                     }
                   }
