@@ -3,7 +3,7 @@
 import cases
 import pytest
 import torch
-from numerics import assert_error_at_most_peer
+from numerics import assert_error_at_most_peer, assert_one_of_two_nearest
 
 import convmixer_fast as cf
 from convmixer_fast import ops, reference
@@ -158,6 +158,19 @@ def test_large_values_and_tails_of_gelu(device):
         ours = cf.fused_depthwise(x, weight, *vectors, residual=False)
         exact = x.double() * torch.special.ndtr(x.double())
         assert_error_at_most_peer(ours, torch.nn.functional.gelu(x), exact, f"gelu {dtype} on {device}")
+
+
+@pytest.mark.parametrize(
+    "dtype, in_tail", [(torch.float32, 9e-8), (torch.float16, 2.0**-25), (torch.bfloat16, 2.0**-25)], ids=str
+)
+def test_values_of_gelu_on_a_cpu(dtype, in_tail):
+    """The result before rounding is closer than half an ulp, or in the tail, where it is small, than in_tail."""
+    x = torch.linspace(-12, 12, 1 << 16).to(dtype).view(1, 1, 256, 256)
+    one = torch.ones(1)
+    y = cf.fused_depthwise(x, x.new_ones(1, 1, 1, 1), 0 * one, one, 0 * one, residual=False)
+    exact = x.double() * torch.special.ndtr(x.double())
+    assert_one_of_two_nearest(y, exact, in_tail)
+    assert (y == exact.to(dtype))[exact.abs() > 2.0**-9].double().mean() > 0.6, "most are the nearest"
 
 
 @device

@@ -15,26 +15,20 @@ namespace {
 // What the results will be rounded to: the type that they are computed in, or bfloat16, for which shorter formulas do.
 enum class Precision { kFull, kBFloat16 };
 
-// gelu(x) = max(x, 0) - t Phi(-t), t = |x|: no cancellation. log2(2 Phi(-t)) is close to a parabola without a constant
-// and is a polynomial here, as is 2^f.
-template <int kLog2, int kExp2>
-struct GeluPolynomials {
-  float log2[kLog2];  // from the highest power down
-  float exp2[kExp2];  // the same for 2^f, which the exponent will halve
-};
-// Together they are off by 1.1e-7 Phi(-t) for t < 0.75, by 1.9e-8 / t beyond.
-constexpr GeluPolynomials<10, 6> kGelu = {{4.190667317218388e-07f, -8.221937960584197e-06f, 6.719936871101976e-05f,
-                                           -0.00026057253440669136f, -2.6314870177938595e-05f, 0.006972101349101637f,
-                                           -0.052456833008752334f, -0.45921580372912024f, -1.1511047538621313f, 0.f},
-                                          {0.0013264727391703653f, 0.009671512917326526f, 0.05550733745336358f,
-                                           0.24022242081104875f, 0.6931469775964698f, 1.f}};
-
-// The same with shorter formulas, for results that are rounded to bfloat16. The relative error of t Phi(-t) is 1.5e-4
-// for t < 3, the absolute one 1.2e-5 beyond; half an ulp of bfloat16 is 2e-3.
-constexpr GeluPolynomials<6, 4> kShortGelu = {
-    {-0.00034311707713641226f, 0.006076470948755741f, -0.04918081313371658f, -0.4626516103744507f, -1.1500352621078491f,
-     0.f},
-    {0.05517122149467468f, 0.24261100590229034f, 0.6932610273361206f, 0.9999280571937561f}};
+// gelu(x) = max(x, 0) - t Phi(-t), t = |x|: no cancellation. The fourth root of Phi(-t) falls so gently that a
+// polynomial follows it, p(t), with fewer multiply-adds than Phi(-t) itself would take, the power included. These are
+// its terms from the highest power down, for t up to kGeluEnd, from where on t Phi(-t) counts as what it is there.
+constexpr float kGeluEnd = 6.2f;
+// p^4 is off by 1.2e-7 Phi(-t) for t < 0.75, by 2.8e-8 / t beyond; t p^4 is 2.2e-9 at the end.
+constexpr float kGelu[] = {4.6978776424566604e-08f, -8.384849934373051e-07f,  2.7301425689074676e-06f,
+                           3.463429311523214e-05f,  -0.00025444821221753955f, -0.00010367162758484483f,
+                           0.0038448357954621315f,  0.004632236901670694f,    -0.05019554868340492f,
+                           -0.16773399710655212f,   0.8408964276313782f};
+// The same with fewer terms, for results that are rounded to bfloat16. The relative error of t p^4 is 1.1e-4 for t < 3,
+// the absolute one 4e-6 beyond; half an ulp of bfloat16 is 2e-3.
+constexpr float kShortGelu[] = {8.800777141004801e-05f, -0.0013877468882128596f, 0.006259853020310402f,
+                                0.002382861915975809f,  -0.04936705902218819f,   -0.1677357703447342f,
+                                0.8408746123313904f};
 
 // value = the polynomial with these terms, from the highest power down, at x. `opaque` keeps the order of the
 // multiply-adds: the compiler would finish one vector's polynomial after the other, each a chain of latencies.
@@ -54,27 +48,20 @@ CMF_INLINE void evaluate(const float (&terms)[kTerms], const Vec<float> (&x)[kCo
   }
 }
 
-// x = gelu(x), for kCount vectors interleaved: one by one, each would wait for the last term of its own polynomials.
-template <int kCount, int kLog2, int kExp2>
-CMF_INLINE void gelu(Vec<float> (&x)[kCount], const GeluPolynomials<kLog2, kExp2>& polynomials) {
-  constexpr float kRound = 0x1.8p23f - 1;  // added, it leaves the nearest integer, less 1, in the last bits
-  Vec<float> t[kCount], log2[kCount], exponent[kCount], phi[kCount];
+// x = gelu(x), for kCount vectors interleaved: one by one, each would wait for the last term of its own polynomial.
+template <int kCount, int kTerms>
+CMF_INLINE void gelu(Vec<float> (&x)[kCount], const float (&polynomial)[kTerms]) {
+  Vec<float> t[kCount], p[kCount];
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) {
     const Vec<float> magnitude = bit_cast<Vec<float>>(bit_cast<Bits>(x[c]) & 0x7fffffff);
-    t[c] = vector_min(magnitude, 8 + Vec<float>{});  // t Phi(-t) is 3e-14 there
+    t[c] = vector_min(magnitude, kGeluEnd + Vec<float>{});
   }
-  evaluate(polynomials.log2, t, log2);
+  evaluate(polynomial, t, p);
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) {
-    exponent[c] = log2[c] + kRound;
-    log2[c] -= exponent[c] - kRound;  // the rest, at most a half
-  }
-  evaluate(polynomials.exp2, log2, phi);
-#pragma GCC unroll 8
-  for (int c = 0; c < kCount; ++c) {
-    phi[c] = bit_cast<Vec<float>>(bit_cast<Bits>(phi[c]) + (bit_cast<Bits>(exponent[c]) << 23));
-    x[c] = vector_max(Vec<float>{}, x[c]) - t[c] * phi[c];
+    p[c] *= p[c];
+    x[c] = vector_max(Vec<float>{}, x[c]) - t[c] * p[c] * p[c];
   }
 }
 
@@ -83,13 +70,13 @@ constexpr int kGeluVectors = CMF_VECTOR_REGISTERS == 32 ? 8 : 6;
 
 // v[i] = gelu(v[i] + bias) * scale + shift for kCount vectors. Not inline: it wants all vector registers, of which
 // callers have none to spare.
-template <const auto& kPolynomials, int kCount>
+template <const auto& kPolynomial, int kCount>
 __attribute__((noinline)) void gelu_step(Vec<float>* v, const Vec<float>& bias, const Vec<float>& scale,
                                          const Vec<float>& shift) {
   Vec<float> z[kCount];
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) z[c] = v[c] + bias;
-  gelu(z, kPolynomials);
+  gelu(z, kPolynomial);
 #pragma GCC unroll 8
   for (int c = 0; c < kCount; ++c) v[c] = z[c] * scale + shift;
 }
@@ -145,9 +132,9 @@ struct Elementwise {
   }
 
   // The last two steps take about as many vectors each.
-  template <const auto& kPolynomials, int... kLess>
+  template <const auto& kPolynomial, int... kLess>
   CMF_INLINE void apply_gelu_steps(Vec<Real>* v, int64_t count, std::integer_sequence<int, kLess...>) const {
-    static constexpr decltype(&gelu_step<kPolynomials, 1>) kSteps[] = {gelu_step<kPolynomials, kLess + 1>...};
+    static constexpr decltype(&gelu_step<kPolynomial, 1>) kSteps[] = {gelu_step<kPolynomial, kLess + 1>...};
     for (int64_t i = 0, length; i < count; i += length) {
       const int64_t rest = count - i;
       length = rest >= 2 * kGeluVectors ? kGeluVectors : rest > kGeluVectors ? (rest + 1) / 2 : rest;
