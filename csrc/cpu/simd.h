@@ -72,29 +72,51 @@ CMF_INLINE V multiply_add(V sum, V a, V b) {
   return sum + a * b;
 }
 
-// Exchanges the blocks of kBlock lanes that a transpose of a 2 x 2 matrix of such blocks exchanges.
-template <int kBlock, class V, size_t... kLane>
-CMF_INLINE void exchange_blocks(V& a, V& b, std::index_sequence<kLane...>) {
-  constexpr int kCount = sizeof...(kLane);
-  const V low = a;
-  const V high = b;
+// The lanes kFrom of a and b, b's lanes counted after a's.
+template <int... kFrom, class V>
+CMF_INLINE V shuffle(const V& a, const V& b) {
 #if defined(__clang__)
-  a = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane - kBlock + kCount : kLane)...);
-  b = __builtin_shufflevector(low, high, (kLane & kBlock ? kLane + kCount : kLane + kBlock)...);
+  return __builtin_shufflevector(a, b, kFrom...);
 #else
   using Index = decltype(a < b);
-  a = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane - kBlock + kCount : kLane)...});
-  b = __builtin_shuffle(low, high, Index{(kLane & kBlock ? kLane + kCount : kLane + kBlock)...});
+  return __builtin_shuffle(a, b, Index{kFrom...});
 #endif
 }
 
-// Transposes a square matrix in log2 kCount passes, which exchange ever smaller blocks; the first kBlock is kCount / 2.
+// Exchanges the blocks of kBlock lanes that a transpose of a 2 x 2 matrix of such blocks exchanges.
+template <int kBlock, class V, int... kLane>
+CMF_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const V low = shuffle<(kLane & kBlock ? kLane - kBlock + kCount : kLane)...>(a, b);
+  b = shuffle<(kLane & kBlock ? kLane + kCount : kLane + kBlock)...>(a, b);
+  a = low;
+}
+
+// Interleaves the lanes of a and b, for each kUnit of their lanes apart: the first halves to a, the second ones to b.
+template <int kUnit, class V, int... kLane>
+CMF_INLINE void interleave(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const V first = shuffle<(kLane - kLane % kUnit + kLane % kUnit / 2 + kLane % 2 * kCount)...>(a, b);
+  b = shuffle<(kLane - kLane % kUnit + kLane % kUnit / 2 + kUnit / 2 + kLane % 2 * kCount)...>(a, b);
+  a = first;
+}
+
+// Transposes a square matrix in log2 kCount passes; the first kBlock is kCount / 2. Blocks of 16 bytes and more are
+// exchanged, smaller ones interleaved within 16 bytes, which is one instruction each (an exchange would take two).
 template <int kBlock, class V, size_t kCount>
 CMF_INLINE void transpose(V (&v)[kCount]) {
   if constexpr (kBlock > 0) {
+    constexpr int kUnit = 16 / sizeof(v[0][0]);
+    constexpr auto kLanes = std::make_integer_sequence<int, kCount>();
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kCount; ++i)
-      if (!(i & kBlock)) exchange_blocks<kBlock>(v[i], v[i + kBlock], std::make_index_sequence<kCount>());
+    for (size_t i = 0; i < kCount; ++i) {
+      if (i & kBlock) continue;
+      if constexpr (kBlock >= kUnit) {
+        exchange_blocks<kBlock>(v[i], v[i + kBlock], kLanes);
+      } else {
+        interleave<kUnit>(v[i], v[i + kBlock], kLanes);
+      }
+    }
     transpose<kBlock / 2>(v);
   }
 }
