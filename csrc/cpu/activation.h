@@ -19,11 +19,11 @@ enum class Precision { kFull, kBFloat16 };
 // polynomial follows it, p(t), with fewer multiply-adds than Phi(-t) itself would take, the power included. These are
 // its terms from the highest power down, for t up to kGeluEnd, from where on t Phi(-t) counts as what it is there.
 constexpr float kGeluEnd = 6.2f;
-// p^4 is off by 1.2e-7 Phi(-t) for t < 0.75, by 2.8e-8 / t beyond; t p^4 is 2.2e-9 at the end.
-constexpr float kGelu[] = {4.6978776424566604e-08f, -8.384849934373051e-07f,  2.7301425689074676e-06f,
-                           3.463429311523214e-05f,  -0.00025444821221753955f, -0.00010367162758484483f,
-                           0.0038448357954621315f,  0.004632236901670694f,    -0.05019554868340492f,
-                           -0.16773399710655212f,   0.8408964276313782f};
+// p^4 is off by 5.9e-8 Phi(-t) for t < 0.75, by 1.6e-8 / t beyond; t p^4 is 5e-10 at the end.
+constexpr float kGelu[] = {-9.12558117960316e-09f,   2.723073748711613e-07f,   -3.1951828987075714e-06f,
+                           1.6408464944106527e-05f,  -1.3811461940349545e-05f, -0.0001460915173172611f,
+                           -0.00025661344989202917f, 0.003976836800575256f,    0.004567382391542196f,
+                           -0.0501798614859581f,     -0.16773530840873718f,    0.8408964276313782f};
 // The same with fewer terms, for results that are rounded to bfloat16. The relative error of t p^4 is 1.1e-4 for t < 3,
 // the absolute one 4e-6 beyond; half an ulp of bfloat16 is 2e-3.
 constexpr float kShortGelu[] = {8.800777141004801e-05f, -0.0013877468882128596f, 0.006259853020310402f,
@@ -65,8 +65,10 @@ CMF_INLINE void gelu(Vec<float> (&x)[kCount], const float (&polynomial)[kTerms])
   }
 }
 
-// Vectors whose GELU is computed at the same time: enough to hide its latency.
-constexpr int kGeluVectors = CMF_VECTOR_REGISTERS == 32 ? 8 : 6;
+// Vectors whose GELU is computed at the same time: enough to hide its latency, and no more than there are registers
+// for, of which each takes three, and their polynomial's term one.
+constexpr int kGeluVectors = CMF_VECTOR_REGISTERS == 32 ? 8 : 5;
+static_assert(3 * kGeluVectors + 1 <= CMF_VECTOR_REGISTERS, "else x, t or p would be spilled");
 
 // v[i] = gelu(v[i] + bias) * scale + shift for kCount vectors. Not inline: it wants all vector registers, of which
 // callers have none to spare.

@@ -92,7 +92,7 @@ CMF_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, kLane...>
   a = low;
 }
 
-// Interleaves the lanes of a and b, for each kUnit of their lanes apart: the first halves to a, the second ones to b.
+// Interleaves the lanes of a and b within each kUnit lanes: a gets the first halves of both there, b the second ones.
 template <int kUnit, class V, int... kLane>
 CMF_INLINE void interleave(V& a, V& b, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
@@ -107,14 +107,14 @@ template <int kBlock, class V, size_t kCount>
 CMF_INLINE void transpose(V (&v)[kCount]) {
   if constexpr (kBlock > 0) {
     constexpr int kUnit = 16 / sizeof(v[0][0]);
-    constexpr auto kLanes = std::make_integer_sequence<int, kCount>();
+    constexpr auto kLane = std::make_integer_sequence<int, kCount>();
 #pragma GCC unroll 16
     for (size_t i = 0; i < kCount; ++i) {
       if (i & kBlock) continue;
       if constexpr (kBlock >= kUnit) {
-        exchange_blocks<kBlock>(v[i], v[i + kBlock], kLanes);
+        exchange_blocks<kBlock>(v[i], v[i + kBlock], kLane);
       } else {
-        interleave<kUnit>(v[i], v[i + kBlock], kLanes);
+        interleave<kUnit>(v[i], v[i + kBlock], kLane);
       }
     }
     transpose<kBlock / 2>(v);
