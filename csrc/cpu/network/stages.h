@@ -322,14 +322,16 @@ class Network {
     const int64_t last = min(layout_.weights.tap_rows, ceil_div(layout_.height - top, kPack));
     const int64_t next = top + s_.kernel_h;
     const bool reads = kPack == 1 && next < layout_.height;
-    Strip<float, PackedVec> strip = {};
+    Strip<float, PackedVec> strip;  // not zeroed as a whole, which would take as long as some outputs
     strip.first = channels.input + (top + first * kPack) * layout_.pitch;
+    strip.ring_begin = strip.first;
     strip.ring_end = channels.input + (layout_.height + kPack * (s_.kernel_h + 1)) * layout_.pitch;  // never reached
     strip.pitch = kPack * layout_.pitch;
     strip.weight = channels.weight + first * s_.kernel_w;
     strip.weight_pitch = s_.kernel_w;
     row_plan_.apply_to(strip, last - first);
-    if (reads) strip.read = input_lines_;
+    strip.start = Vec<float>{};
+    strip.read = reads ? input_lines_ : PrefetchLines{};
     strip.read.first = reinterpret_cast<const char*>(channels.map + next * layout_.pitch * kLanes);
     strip.write = output_lines_;
     strip.write.first = reinterpret_cast<const char*>(to + 2 * layout_.width * kLanes);
