@@ -16,10 +16,12 @@ namespace {
 enum class Precision { kFull, kBFloat16 };
 
 // gelu(x) = max(x, 0) - t Phi(-t), t = |x|: no cancellation. The fourth root of Phi(-t) falls so gently that a
-// polynomial follows it, p(t), with fewer multiply-adds than Phi(-t) itself would take, the power included. These are
-// its terms from the highest power down, for t up to kGeluEnd, from where on t Phi(-t) counts as what it is there.
+// polynomial follows it, p(t), with fewer multiply-adds than Phi(-t) itself would take, the power included.
+//
+// The largest t that is looked at: for all beyond, t Phi(-t) is taken to be what it is here, next to nothing.
 constexpr float kGeluEnd = 6.2f;
-// p^4 is off by 5.9e-8 Phi(-t) for t < 0.75, by 1.6e-8 / t beyond; t p^4 is 5e-10 at the end.
+// The terms of p, from the highest power down. p^4 is off by 5.9e-8 Phi(-t) for t < 0.75, by 1.6e-8 / t beyond; t p^4
+// is 5e-10 at the end.
 constexpr float kGelu[] = {-9.12558117960316e-09f,   2.723073748711613e-07f,   -3.1951828987075714e-06f,
                            1.6408464944106527e-05f,  -1.3811461940349545e-05f, -0.0001460915173172611f,
                            -0.00025661344989202917f, 0.003976836800575256f,    0.004567382391542196f,
